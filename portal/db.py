@@ -1,0 +1,132 @@
+"""The database: one proxy, one way to open a transaction, one clock.
+
+Every write happens inside `atomic()`. On SQLite that takes the write lock at once (BEGIN IMMEDIATE) and waits for it
+without blocking the other greenlets of the process; on PostgreSQL it is an ordinary transaction. No table is defined
+here (`models/`), and no rule (`services/`).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import peewee
+from playhouse.pool import PooledPostgresqlDatabase
+
+LOCK_WAIT_S = 30.0  # how long a writer waits for another writer before it gives up
+BUSY_TIMEOUT_MS = 20  # inside SQLite's C code no greenlet can run, so it gives up soon and we wait ourselves
+
+db = peewee.DatabaseProxy()
+
+
+def utcnow() -> datetime:
+    """The time now, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+def connect(url: str, *, max_connections: int = 20) -> peewee.Database:
+    """Bind the proxy to the database at `url` and return it.
+
+    `sqlite:///path` (relative) or `sqlite:////path` (absolute), or `postgresql://user:password@host:port/name?sslmode=…`.
+    Raises ValueError that names what is wrong with the URL.
+    """
+    database = _sqlite(url) if url.startswith("sqlite:") else _postgresql(url, max_connections)
+    db.initialize(database)
+    return database
+
+
+def _sqlite(url: str) -> peewee.Database:
+    path = url.removeprefix("sqlite:///")
+    if path == url or not path:
+        raise ValueError(f"DATABASE_URL: {url!r} names no file; write sqlite:///instance/remotegpu.db")
+    Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    pragmas = {
+        "journal_mode": "wal",
+        "foreign_keys": 1,
+        "synchronous": "normal",
+        "busy_timeout": BUSY_TIMEOUT_MS,
+        "cache_size": -16000,
+    }
+    return peewee.SqliteDatabase(path, pragmas=pragmas)
+
+
+def _postgresql(url: str, max_connections: int) -> peewee.Database:
+    parts = urlsplit(url)
+    name = parts.path.lstrip("/")
+    if parts.scheme not in ("postgresql", "postgres") or not name:
+        raise ValueError("DATABASE_URL: write postgresql://USER:PASSWORD@HOST:PORT/NAME or sqlite:///FILE")
+    options = dict(pair.split("=", 1) for pair in parts.query.split("&") if "=" in pair)
+    options = {key: unquote(value) for key, value in options.items()}
+    pool: peewee.Database = PooledPostgresqlDatabase(
+        unquote(name),
+        user=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        host=options.pop("host", parts.hostname),
+        port=parts.port or 5432,
+        max_connections=max_connections,
+        stale_timeout=300,
+        timeout=10,
+        options="-c timezone=UTC",
+        **options,
+    )
+    return pool
+
+
+def is_sqlite() -> bool:
+    return isinstance(db.obj, peewee.SqliteDatabase)
+
+
+@contextmanager
+def atomic() -> Iterator[None]:
+    """A transaction, or a savepoint inside one. Nothing slow belongs in it: no host, no HTTP, no password hash."""
+    if not is_sqlite() or db.in_transaction():
+        with db.atomic():
+            yield
+        return
+    transaction = _begin_immediate()
+    with transaction:
+        yield
+
+
+def _begin_immediate() -> Any:
+    """Take SQLite's write lock, letting other greenlets run while somebody else holds it."""
+    give_up_at = time.monotonic() + LOCK_WAIT_S
+    while True:
+        transaction = db.atomic("IMMEDIATE")
+        try:
+            return _Begun(transaction, transaction.__enter__())
+        except peewee.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up_at:
+                raise
+        time.sleep(random.uniform(0.002, 0.02))  # noqa: S311 - spreads the writers, protects nothing
+
+
+class _Begun:
+    """A transaction that was entered already: leaving it commits or rolls back."""
+
+    def __init__(self, transaction: Any, entered: Any) -> None:
+        self._transaction = transaction
+        self._entered = entered
+
+    def __enter__(self) -> Any:
+        return self._entered
+
+    def __exit__(self, *exc: Any) -> Any:
+        return self._transaction.__exit__(*exc)
+
+
+@contextmanager
+def connection() -> Iterator[None]:
+    """A connection for as long as the block lasts; nested blocks share it. Waiting belongs outside."""
+    opened = db.connect(reuse_if_open=True)
+    try:
+        yield
+    finally:
+        if opened and not db.is_closed():
+            db.close()

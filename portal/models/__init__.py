@@ -1,0 +1,68 @@
+"""The tables. No rule lives here; `services/` is the only caller that writes."""
+
+from portal.models.base import Table
+from portal.models.leases import Grant, Lease, Reclaim
+from portal.models.machines import (
+    AgentCredential,
+    Baseline,
+    Command,
+    EnrollToken,
+    Gpu,
+    JournalRecord,
+    Machine,
+    MachineReport,
+)
+from portal.models.people import (
+    ApiToken,
+    Membership,
+    RefreshFamily,
+    RevokedToken,
+    SignInFailure,
+    SshKey,
+    Tenant,
+    User,
+)
+from portal.models.runs import Run, RunEvent, RunHost
+from portal.models.tasks import Attempt, LogRange, Task
+from portal.models.trail import AuditEntry, Event, NamedLock, Setting
+
+TABLES: tuple[type[Table], ...] = (
+    User, Tenant, Membership, SshKey, RefreshFamily, RevokedToken, ApiToken, SignInFailure,
+    Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
+    Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
+    AuditEntry, Event, Setting, NamedLock,
+)  # fmt: skip
+
+__all__ = [
+    "TABLES",
+    "AgentCredential",
+    "ApiToken",
+    "Attempt",
+    "AuditEntry",
+    "Baseline",
+    "Command",
+    "EnrollToken",
+    "Event",
+    "Gpu",
+    "Grant",
+    "JournalRecord",
+    "Lease",
+    "LogRange",
+    "Machine",
+    "MachineReport",
+    "Membership",
+    "NamedLock",
+    "Reclaim",
+    "RefreshFamily",
+    "RevokedToken",
+    "Run",
+    "RunEvent",
+    "RunHost",
+    "Setting",
+    "SignInFailure",
+    "SshKey",
+    "Table",
+    "Task",
+    "Tenant",
+    "User",
+]

@@ -1,0 +1,146 @@
+"""Machines: the record, its GPUs, its last report, its agent's credentials and commands, its baselines."""
+
+from __future__ import annotations
+
+import peewee as pw
+
+from portal.db import utcnow
+from portal.models.base import JsonField, Table, UtcDateTimeField, one_of
+from portal.models.people import User
+from portal.models.states import COMMAND, MACHINE
+
+
+class Machine(Table):
+    """One rented unit.
+
+    `state` moves only by services/transitions.py; reachability and health are computed from the last report;
+    maintenance is a flag. `generation` counts changes of what the agent must do.
+    """
+
+    name = pw.CharField(63, unique=True)  # [a-z0-9.-]
+    address = pw.CharField(253)  # normalised
+    ssh_port = pw.IntegerField(default=22)
+    ssh_user = pw.CharField(32)
+    state = pw.CharField(16, default="registered", constraints=[one_of("state", tuple(MACHINE))])
+    state_reason = pw.TextField(null=True)
+    state_changed_at = UtcDateTimeField(default=utcnow)
+    region = pw.CharField(64, null=True)
+    rack = pw.CharField(64, null=True)
+    public_address = pw.CharField(253, null=True)
+    labels = JsonField(default=dict)
+    remark = pw.TextField(null=True)
+    host_keys_offered = JsonField(null=True)  # [{type, line, fingerprint}] seen at the last scan, not trusted
+    host_key = pw.TextField(null=True)  # the pinned one: type and base64
+    host_key_confirmed_at = UtcDateTimeField(null=True)
+    first_contact = pw.TextField(null=True)  # encrypted; NULL once the portal's own key works
+    maintenance_since = UtcDateTimeField(null=True)
+    maintenance_until = UtcDateTimeField(null=True)
+    maintenance_reason = pw.TextField(null=True)
+    epoch = pw.CharField(36)
+    generation = pw.IntegerField(default=1)
+    applied_generation = pw.IntegerField(null=True)
+    frozen_reason = pw.TextField(null=True)
+    needs_reimage = pw.BooleanField(default=False)
+    next_uid = pw.IntegerField(default=20000)
+    facts = JsonField(null=True)
+    created_at = UtcDateTimeField(default=utcnow)
+
+
+Machine.add_index(
+    Machine.address, Machine.ssh_port, unique=True, where=(Machine.state != "retired"), name="machine_address_in_use"
+)
+
+
+class Gpu(Table):
+    """A GPU that this machine is expected to have."""
+
+    machine = pw.ForeignKeyField(Machine, backref="gpus", on_delete="CASCADE")
+    uuid = pw.CharField(96, unique=True)
+    slot = pw.IntegerField(null=True)  # NVML's index; not stable, the UUID is the identity
+    name = pw.CharField(96, null=True)
+    memory_bytes = pw.BigIntegerField(null=True)
+    serial = pw.CharField(64, null=True)
+    pci_bus_id = pw.CharField(32, null=True)
+    first_seen_at = UtcDateTimeField(default=utcnow)
+
+
+class MachineReport(Table):
+    """The last report, one row a machine, overwritten. History is Prometheus's."""
+
+    machine = pw.ForeignKeyField(Machine, primary_key=True, on_delete="CASCADE", backref="report")
+    received_at = UtcDateTimeField()
+    clock_offset_s = pw.FloatField(null=True)
+    agent_version = pw.CharField(40)
+    boot_id = pw.CharField(64)
+    seq = pw.BigIntegerField()
+    frozen = pw.BooleanField(default=False)
+    metrics = JsonField(null=True)
+    gpu = JsonField(null=True)
+    leases = JsonField(default=list)
+
+
+class EnrollToken(Table):
+    """One use, for one machine. Only the SHA-256 is kept."""
+
+    machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    token_sha256 = pw.CharField(64, unique=True)
+    created_at = UtcDateTimeField(default=utcnow)
+    expires_at = UtcDateTimeField()
+    used_at = UtcDateTimeField(null=True)
+
+
+class AgentCredential(Table):
+    """Bound to one machine. `pending` until the agent has called with it; then the one before it is ended."""
+
+    machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    token_sha256 = pw.CharField(64, unique=True)
+    state = pw.CharField(16, constraints=[one_of("state", ("pending", "current", "ended"))])
+    created_at = UtcDateTimeField(default=utcnow)
+    used_at = UtcDateTimeField(null=True)
+    ended_at = UtcDateTimeField(null=True)
+
+
+AgentCredential.add_index(
+    AgentCredential.machine, unique=True, where=(AgentCredential.state == "current"), name="one_current_credential"
+)
+
+
+class Command(Table):
+    """A one-off operation for the agent of one machine; executed once, its result kept."""
+
+    machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    lease_id = pw.IntegerField(null=True)
+    kind = pw.CharField(32)
+    args = JsonField(default=dict)  # large parts (a baseline) are joined when it is sent
+    state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(COMMAND))])
+    created_at = UtcDateTimeField(default=utcnow)
+    ended_at = UtcDateTimeField(null=True)
+    message = pw.TextField(null=True)
+    result = JsonField(null=True)
+
+
+class Baseline(Table):
+    """What the host looked like when nobody had leased it yet. Reclaim compares with the newest one."""
+
+    machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    digest = pw.CharField(64)
+    content = JsonField()
+    taken_at = UtcDateTimeField()
+    created_at = UtcDateTimeField(default=utcnow)
+    requested_by = pw.ForeignKeyField(User, null=True, on_delete="SET NULL")
+
+
+class JournalRecord(Table):
+    """What happened on the host, by the agent's own record id: kept once however often it is sent."""
+
+    machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    record_id = pw.CharField(64)
+    at = UtcDateTimeField()
+    received_at = UtcDateTimeField(default=utcnow)
+    event = pw.CharField(64)
+    lease_id = pw.IntegerField(null=True)
+    attempt_id = pw.IntegerField(null=True)
+    detail = JsonField(default=dict)
+
+    class Meta:
+        indexes = ((("machine", "record_id"), True),)

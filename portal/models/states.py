@@ -1,0 +1,78 @@
+"""The states of each noun and the only ways between them.
+
+`services/transitions.py` moves a row along one of these arrows, or refuses. `docs/developer.md` explains them, and
+a test walks every pair. A fact that is not a state (reachability, health, maintenance) has no place here.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+Transitions = MappingProxyType[str, tuple[str, ...]]
+
+MACHINE: Transitions = MappingProxyType(
+    {
+        "registered": ("provisioning",),
+        "provisioning": ("ready", "failed"),
+        "failed": ("provisioning", "retired"),
+        "ready": ("provisioning", "leased", "quarantined", "retired"),
+        "leased": ("reclaiming",),
+        "reclaiming": ("ready", "quarantined"),
+        "quarantined": ("reclaiming", "provisioning"),
+        "retired": (),
+    }
+)
+
+LEASE: Transitions = MappingProxyType(
+    {"scheduled": ("active", "ended"), "active": ("ending",), "ending": ("ended",), "ended": ()}
+)
+
+RUN: Transitions = MappingProxyType(
+    {
+        "queued": ("running", "cancelled"),
+        "running": ("succeeded", "failed", "cancelled", "lost"),
+        "lost": ("queued",),
+        "succeeded": (),
+        "failed": (),
+        "cancelled": (),
+    }
+)
+
+TASK: Transitions = MappingProxyType(
+    {
+        "queued": ("starting", "stopped"),
+        "starting": ("running", "failed", "stopped", "lost"),
+        "running": ("succeeded", "failed", "stopped", "timed_out", "lost"),
+        "succeeded": (),
+        "failed": (),
+        "stopped": (),
+        "timed_out": (),
+        "lost": (),
+    }
+)
+
+# A reclaim waits while the data is retained, cleans, verifies, and ends with a verdict. Extending the lease while it
+# waits cancels it. A failed one is followed by a new one, never taken up again.
+RECLAIM: Transitions = MappingProxyType(
+    {
+        "waiting": ("cleaning", "cancelled"),
+        "cleaning": ("verifying", "failed"),
+        "verifying": ("passed", "failed"),
+        "passed": (),
+        "failed": (),
+        "cancelled": (),
+    }
+)
+
+COMMAND: Transitions = MappingProxyType(
+    {"queued": ("done", "failed", "cancelled"), "done": (), "failed": (), "cancelled": ()}
+)
+
+LEASE_OPEN = ("active", "ending")
+TASK_LIVE = ("queued", "starting", "running")
+TASK_ENDED = ("succeeded", "failed", "stopped", "timed_out", "lost")
+RUN_ENDED = ("succeeded", "failed", "cancelled")
+GRANT_KINDS = ("keys", "tasks")
+GRANT_STATES = ("open", "closed", "unknown")
+USER_ROLES = ("admin", "operator", "customer")
+MEMBER_ROLES = ("owner", "member", "viewer")

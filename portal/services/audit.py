@@ -1,0 +1,61 @@
+"""The audit trail: who did what, written in the transaction that did it.
+
+Secrets are masked here, by name and at any depth, so that no caller has to think of it. Sealing (the hash chain over
+committed rows) is in seals.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portal.db import db
+from portal.models import AuditEntry, Table
+from portal.services.actors import Actor
+
+MASK = "•••"
+SECRET_WORDS = ("password", "secret", "token", "private_key", "credential", "first_contact", "probe_key")
+
+
+def record(
+    action: str,
+    resource: Table | None,
+    *,
+    by: Actor,
+    tenant_id: int | None = None,
+    outcome: str = "done",
+    **detail: Any,
+) -> None:
+    """Write an entry, e.g. `record("lease.ending", lease, by=actor, reason=reason)`.
+
+    `action` is a noun and its new state, or a past participle (`key.added`). Raises RuntimeError outside a transaction:
+    an entry without the change, or a change without the entry, must not exist.
+    """
+    if not db.in_transaction():
+        raise RuntimeError(f"audit {action}: outside a transaction")
+    AuditEntry.create(
+        actor_kind=by.kind,
+        actor_id=by.id,
+        actor_name=by.name,
+        actor_role=by.role,
+        address=by.address,
+        request=by.request,
+        action=action,
+        resource_type=None if resource is None else type(resource).__name__.lower(),
+        resource_id=None if resource is None else resource.id,
+        tenant_id=tenant_id,
+        detail=mask(detail),
+        outcome=outcome,
+    )
+
+
+def mask(value: Any) -> Any:
+    """The same value with everything secret replaced."""
+    if isinstance(value, dict):
+        return {key: MASK if _is_secret(key) and item is not None else mask(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _is_secret(key: str) -> bool:
+    return any(word in key.lower() for word in SECRET_WORDS)

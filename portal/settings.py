@@ -1,0 +1,136 @@
+"""Settings: read once from the environment, checked, handed over. Nothing else reads the environment.
+
+The secrets are files in the instance folder, made 0600 by `python -m portal init`; a missing, short or sample one is a
+refusal to start, never a default. docs/operator.md lists every setting; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import urlsplit
+
+MIN_SECRET_BYTES = 32
+SAMPLES = ("changeme", "change-me", "secret", "example", "password", "sample")
+
+
+class SettingsError(ValueError):
+    """A setting is missing or wrong. The message names the setting, the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the portal can be told from outside.
+
+    `instance_dir` holds the database of the embedded default, the secrets, the CA and the portal's SSH key.
+    `public_url` is the address that hosts and browsers use. Durations are in seconds.
+    """
+
+    instance_dir: Path
+    database_url: str
+    public_url: str
+    bind: str
+    redis_url: str | None = None
+    trusted_proxies: int = 0  # how many proxies in front set X-Forwarded-For
+    access_token_s: int = 15 * 60
+    refresh_token_s: int = 14 * 24 * 3600
+    report_interval_s: float = 15.0
+    offline_after_s: float = 60.0  # two missed reports and some slack
+    sweep_interval_s: float = 1.0
+    run_lock_s: float = 30.0  # a worker renews its lock at a third of this
+    run_timeout_s: int = 3600
+    log_quota_bytes: int = 256 * 1024 * 1024
+    agent_artifact: Path = Path("build/remotegpu-agent.pyz")
+    default_retain_s: int = 24 * 3600
+    workers: int = 1
+    secret_key: str = field(default="", repr=False)
+    jwt_secret_key: str = field(default="", repr=False)
+    encryption_key: str = field(default="", repr=False)
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether browsers reach the portal over TLS, so that cookies may demand it."""
+        return urlsplit(self.public_url).scheme == "https"
+
+    @property
+    def ca_file(self) -> Path:
+        return self.instance_dir / "ca" / "ca.pem"
+
+    @property
+    def certificate_file(self) -> Path:
+        return self.instance_dir / "ca" / "portal.pem"
+
+    @property
+    def certificate_key_file(self) -> Path:
+        return self.instance_dir / "ca" / "portal.key"
+
+    @property
+    def signing_key_file(self) -> Path:
+        """Ed25519, signs reclaim reports; the public half lies beside it as `.pub.pem`."""
+        return self.instance_dir / "secrets" / "report_signing_key.pem"
+
+    @property
+    def ssh_key_file(self) -> Path:
+        """The portal's own key for hosts; the public half lies beside it as `.pub`."""
+        return self.instance_dir / "secrets" / "ssh_ed25519"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.instance_dir / "runs"
+
+
+SECRET_FILES = ("secret_key", "jwt_secret_key", "encryption_key")
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of this process. Raises SettingsError for the first one that is wrong."""
+    instance = Path(environ.get("INSTANCE_DIR") or "instance").absolute()
+    given: dict[str, object] = {}
+    for entry in fields(Settings):
+        text = environ.get(entry.name.upper(), "").strip()
+        if entry.name not in ("instance_dir", *SECRET_FILES) and text:
+            given[entry.name] = _parse(entry.name, str(entry.type), text)
+    for name in SECRET_FILES:
+        given[name] = _secret(name, environ.get(name.upper()), instance / "secrets" / name)
+    given.setdefault("database_url", f"sqlite:///{instance / 'remotegpu.db'}")
+    given.setdefault("public_url", "https://127.0.0.1:8443")
+    given.setdefault("bind", "127.0.0.1:8443")
+    settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
+    _check_public_url(settings.public_url)
+    return settings
+
+
+def _parse(name: str, kind: str, text: str) -> object:
+    try:
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+        if kind == "Path":
+            return Path(text)
+    except ValueError:
+        raise SettingsError(f"{name.upper()}: {text!r} is not a number") from None
+    return text
+
+
+def _secret(name: str, given: str | None, file: Path) -> str:
+    if given is None and not file.exists():
+        raise SettingsError(
+            f"{name.upper()}: not set and {file} does not exist; run `python -m portal init` to make it"
+        )
+    value = given if given is not None else file.read_text().strip()
+    if len(value) < MIN_SECRET_BYTES:
+        raise SettingsError(f"{name.upper()}: shorter than {MIN_SECRET_BYTES} characters; run `python -m portal init`")
+    if any(sample in value.lower() for sample in SAMPLES) or len(set(value)) < 8:
+        raise SettingsError(f"{name.upper()}: looks like a sample; run `python -m portal init` for a random one")
+    return value
+
+
+def _check_public_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise SettingsError(f"PUBLIC_URL: {url!r} is not an address such as https://portal.example.org:8443")
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise SettingsError(f"PUBLIC_URL: {url!r} is plain http; agents refuse that except on loopback; use https")
