@@ -1,0 +1,29 @@
+# shellcheck shell=bash disable=SC2034 # the variables are for those who read this file
+# What `build` and `prepared` share: where their cache lies, and how they say that they cannot go on.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/remotegpu
+image=remotegpu-testhost
+suites='bookworm trixie'
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 1
+}
+
+check_suite() {
+    [[ " $suites " == *" $1 "* ]] || fail "no such suite: '$1'; there are: $suites"
+}
+
+# One hash over everything given on standard input.
+hash_of() { sha256sum | cut -c1-16; }
+
+# Whether the image exists and was made from the inputs with that hash.
+is_current() { [ "$(docker image inspect --format '{{index .Config.Labels "remotegpu.inputs"}}' "$1" 2>/dev/null)" = "$2" ]; }
+
+# Two builds of one suite at the same moment: the second waits and finds the first one's image.
+lock() {
+    mkdir -p "$cache"
+    exec 9>"$cache/$1.lock"
+    flock 9
+}

@@ -1,0 +1,9 @@
+"""Real hosts for tests: Debian 12 and 13 with systemd, in containers, reached over SSH.
+
+docker.py boots, reboots, cuts off and removes them; gpu.py says what their fake GPUs do; fixtures.py is the pytest
+plugin over both; `python -m tests.hosts` is the same for shells and playbooks. Here is no portal and no agent.
+"""
+
+from tests.hosts.docker import SUITES, Host, Result, attach, boot, gateway_address, list_hosts
+
+__all__ = ["SUITES", "Host", "Result", "attach", "boot", "gateway_address", "list_hosts"]
