@@ -97,6 +97,7 @@ def boot(
 
 def attach(name: str) -> Host:
     """The host with that name, booted earlier or by another process. Raises HostError when there is none."""
+    _ensure_engine()
     found = json.loads(_docker("inspect", "--type=container", name))[0]
     labels = found["Config"]["Labels"]
     if labels.get(LABEL) != "1":
@@ -113,6 +114,7 @@ def attach(name: str) -> Host:
 
 def list_hosts(labels: Mapping[str, str] | None = None) -> list[Host]:
     """All test hosts of this machine, running or not, that carry these labels; sorted by name."""
+    _ensure_engine()
     filters = [f"--filter=label={key}={value}" for key, value in {LABEL: "1", **(labels or {})}.items()]
     return [attach(name) for name in sorted(_docker("ps", "--all", "--format={{.Names}}", *filters).split())]
 
