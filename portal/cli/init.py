@@ -1,0 +1,61 @@
+"""`init`: make what a portal needs before its first start, and nothing that is there already.
+
+Secrets, the key that signs reclaim reports, the portal's SSH key, the CA and the certificate: all 0600 in the instance
+folder. Running it again is harmless; it never replaces a secret.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from portal import settings as settings_module
+from portal.integrations import ca
+from portal.settings import Settings
+
+
+def init() -> Settings:
+    """Make what is missing and return the settings that now load."""
+    instance = Path(os.environ.get("INSTANCE_DIR") or "instance").absolute()
+    instance.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in settings_module.SECRET_FILES:
+        file = instance / "secrets" / name
+        if not file.exists():
+            ca.write_private(file, secrets.token_urlsafe(48).encode())
+    settings = settings_module.load()
+    _ensure_signing_key(settings.signing_key_file)
+    _ensure_ssh_key(settings.ssh_key_file)
+    ca.ensure(settings)
+    return settings
+
+
+def _ensure_signing_key(file: Path) -> None:
+    if file.exists():
+        return
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    ca.write_private(file.with_suffix(".pub.pem"), public)
+    ca.write_private(
+        file,
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+def _ensure_ssh_key(file: Path) -> None:
+    if file.exists():
+        return
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    ca.write_private(file.with_suffix(".pub"), public + b" remotegpu-portal\n")
+    ca.write_private(
+        file,
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        ),
+    )
