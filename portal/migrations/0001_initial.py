@@ -196,6 +196,7 @@ class Machine(Table):
     applied_generation = pw.IntegerField(null=True)
     frozen_reason = pw.TextField(null=True)
     needs_reimage = pw.BooleanField(default=False)
+    reimaged_at = UtcDateTimeField(null=True)  # installed anew since the last lease: the other way to be clean
     next_uid = pw.IntegerField(default=20000)
     facts = JsonField(null=True)
     created_at = UtcDateTimeField(default=utcnow)
@@ -323,6 +324,8 @@ class Lease(Table):
     ending_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     end_reason = pw.TextField(null=True)
+    end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
+    probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
 
 
 Lease.add_index(Lease.machine, unique=True, where=(Lease.state << LEASE_OPEN), name="one_open_lease_a_machine")
@@ -356,7 +359,6 @@ class Reclaim(Table):
     requested_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
     command_id = pw.IntegerField(null=True)
     run_id = pw.IntegerField(null=True)
-    probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
     started_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     failure = pw.TextField(null=True)

@@ -33,6 +33,8 @@ class Lease(Table):
     ending_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     end_reason = pw.TextField(null=True)
+    end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
+    probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
 
 
 Lease.add_index(Lease.machine, unique=True, where=(Lease.state << LEASE_OPEN), name="one_open_lease_a_machine")
@@ -66,7 +68,6 @@ class Reclaim(Table):
     requested_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
     command_id = pw.IntegerField(null=True)
     run_id = pw.IntegerField(null=True)
-    probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
     started_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     failure = pw.TextField(null=True)

@@ -41,6 +41,7 @@ class Machine(Table):
     applied_generation = pw.IntegerField(null=True)
     frozen_reason = pw.TextField(null=True)
     needs_reimage = pw.BooleanField(default=False)
+    reimaged_at = UtcDateTimeField(null=True)  # installed anew since the last lease: the other way to be clean
     next_uid = pw.IntegerField(default=20000)
     facts = JsonField(null=True)
     created_at = UtcDateTimeField(default=utcnow)

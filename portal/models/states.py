@@ -18,7 +18,7 @@ MACHINE: Transitions = MappingProxyType(
         "ready": ("provisioning", "leased", "quarantined", "retired"),
         "leased": ("reclaiming",),
         "reclaiming": ("ready", "quarantined"),
-        "quarantined": ("reclaiming", "provisioning"),
+        "quarantined": ("reclaiming", "provisioning", "retired"),
         "retired": (),
     }
 )
