@@ -1,0 +1,92 @@
+// What the pages need beyond htmx: copy buttons, dialogs, output that follows its end, and a sign-in that stays fresh.
+"use strict";
+
+const cookie = (name) =>
+  document.cookie.split("; ").find((pair) => pair.startsWith(`${name}=`))?.slice(name.length + 1) ?? "";
+
+// Every htmx request carries the CSRF token of the cookie it rides on.
+document.addEventListener("htmx:configRequest", (event) => {
+  event.detail.headers["X-CSRF-TOKEN"] = cookie("csrf_access_token");
+});
+
+// An answer that refuses is shown where the page has room for it, not swallowed.
+document.addEventListener("htmx:beforeSwap", (event) => {
+  if ([403, 404, 409, 413, 422, 429, 503].includes(event.detail.xhr.status)) {
+    event.detail.shouldSwap = true;
+    event.detail.isError = false;
+  }
+  if (event.detail.xhr.status === 401) window.location.reload();
+});
+
+document.addEventListener("click", async (event) => {
+  const copy = event.target.closest("[data-copy]");
+  if (copy) {
+    const source = document.querySelector(copy.dataset.copy);
+    await navigator.clipboard.writeText(source.textContent.trim());
+    const label = copy.querySelector("span");
+    const before = label.textContent;
+    label.textContent = copy.dataset.done;
+    setTimeout(() => { label.textContent = before; }, 1500);
+  }
+  const opener = event.target.closest("[data-open]");
+  if (opener) document.querySelector(opener.dataset.open).showModal();
+  const closer = event.target.closest("[data-close]");
+  if (closer) closer.closest("dialog").close();
+});
+
+document.addEventListener("submit", (event) => {
+  const question = event.target.dataset.confirm;
+  if (question && !window.confirm(question)) event.preventDefault();
+  const field = event.target.querySelector("input[name=csrf_token]");
+  if (field) field.value = cookie("csrf_access_token");
+}, true);
+
+// Output follows its end until the reader scrolls up.
+const follow = (output) => {
+  const atEnd = () => output.scrollHeight - output.scrollTop - output.clientHeight < 40;
+  let following = true;
+  output.addEventListener("scroll", () => { following = atEnd(); });
+  new MutationObserver(() => { if (following) output.scrollTop = output.scrollHeight; })
+    .observe(output, { childList: true, characterData: true, subtree: true });
+  output.scrollTop = output.scrollHeight;
+};
+document.querySelectorAll(".output").forEach(follow);
+document.addEventListener("htmx:load", (event) => event.target.querySelectorAll?.(".output").forEach(follow));
+
+// A live log: bytes by offset over server-sent events; EventSource itself resumes with Last-Event-ID.
+document.querySelectorAll("[data-stream]").forEach((output) => {
+  const decoder = new TextDecoder();
+  const source = new EventSource(output.dataset.stream);
+  source.addEventListener("output", (event) => {
+    const bytes = Uint8Array.from(atob(event.data), (char) => char.charCodeAt(0));
+    output.append(decoder.decode(bytes, { stream: true }));
+  });
+  source.addEventListener("end", () => {
+    source.close();
+    document.body.dispatchEvent(new CustomEvent("stream-ended"));
+  });
+});
+
+// The access token is renewed before it ends, by one tab at a time.
+const renew = () => navigator.locks.request("renew", async () => {
+  const last = Number(localStorage.getItem("renewed") ?? 0);
+  if (Date.now() - last < 60_000) return true;
+  const answer = await fetch("/api/v1/auth/refresh", {
+    method: "POST",
+    headers: { "X-CSRF-TOKEN": cookie("csrf_refresh_token") },
+  });
+  if (answer.ok) localStorage.setItem("renewed", String(Date.now()));
+  return answer.ok;
+});
+if (document.body.dataset.renewS) {
+  localStorage.setItem("renewed", String(Date.now()));
+  setInterval(() => { renew(); }, Number(document.body.dataset.renewS) * 1000);
+}
+if (document.body.dataset.resume) {
+  localStorage.removeItem("renewed");
+  renew().then((ok) => { window.location.replace(ok ? document.body.dataset.resume : document.body.dataset.signIn); });
+}
+
+document.querySelectorAll("time[datetime]").forEach((time) => {
+  time.title = new Date(time.dateTime).toLocaleString(undefined, { timeZoneName: "short" });
+});

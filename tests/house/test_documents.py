@@ -1,0 +1,85 @@
+"""What the documents say exists: links lead somewhere, commands are targets, settings are in the guide."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from portal.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).exists()]
+
+
+def anchors(document: Path) -> set[str]:
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in HEADING.findall(document.read_text())
+    }
+
+
+def test_every_link_in_a_document_leads_somewhere() -> None:
+    dead = []
+    for document in tracked("*.md"):
+        for target in LINK.findall(document.read_text()):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (document.parent / path) if path else document
+            if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+                dead.append(f"{document.relative_to(ROOT)} → {target}")
+    assert dead == []
+
+
+def test_every_make_command_in_a_document_is_a_target() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        (document.relative_to(ROOT).as_posix(), word)
+        for document in tracked("*.md")
+        for word in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE)
+    }
+    assert {entry for entry in named if entry[1] not in targets} == set()
+
+
+@pytest.mark.parametrize("name", [field.name.upper() for field in fields(Settings)])
+def test_every_setting_is_in_the_operators_guide(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "operator.md").read_text()
+
+
+def test_the_readme_starts_with_its_two_commands() -> None:
+    start = (ROOT / "README.md").read_text()[:600]
+    assert "apt-get install make git python3-venv npm" in start
+    assert start.index("make run") < start.index("make test")
+
+
+def test_every_pin_is_exact() -> None:
+    loose = [
+        line
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in (ROOT / name).read_text().splitlines()
+        if line and not line.startswith(("#", "-r")) and not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][^ ]*", line)
+    ]
+    assert loose == []
+
+
+def test_no_usable_secret_is_in_the_repository() -> None:
+    private_key = "-----BEGIN " + "(?:OPENSSH |RSA |EC )?" + "PRIVATE KEY-----"
+    found = [
+        file.relative_to(ROOT).as_posix()
+        for file in tracked()
+        if file.suffix not in (".png", ".mo") and re.search(private_key, file.read_text(errors="replace"))
+    ]
+    assert found == []
