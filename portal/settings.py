@@ -45,6 +45,7 @@ class Settings:
     agent_artifact: Path = Path("build/remotegpu-agent.pyz")
     default_retain_s: int = 24 * 3600
     workers: int = 1
+    people_limit: str = "1200 per minute"  # requests from one address; agents are not counted
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
     encryption_key: str = field(default="", repr=False)

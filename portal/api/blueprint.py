@@ -1,0 +1,41 @@
+"""What every JSON blueprint of the portal is made of: strict parsing of bodies, and the schemas' base.
+
+bp = Blueprint("leases", __name__, url_prefix="/api/v1/admin/leases")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flask_smorest
+import marshmallow as ma
+from flask import Request
+from webargs.flaskparser import FlaskParser
+from werkzeug.exceptions import UnsupportedMediaType
+
+
+class Parser(FlaskParser):
+    """A body must be JSON, and an object: webargs alone reads any other body as if it were empty."""
+
+    def load_json(self, req: Request, schema: ma.Schema) -> Any:
+        if not req.is_json and (req.content_length or req.headers.get("Transfer-Encoding")):
+            raise UnsupportedMediaType("Send the body as application/json.")
+        body = super().load_json(req, schema)
+        if not schema.many and not isinstance(body, dict) and body is not ma.missing:
+            raise ma.ValidationError("Send a JSON object.")
+        return body
+
+
+class Blueprint(flask_smorest.Blueprint):
+    ARGUMENTS_PARSER = Parser()
+
+
+class Schema(ma.Schema):
+    """Base of all that goes in and out. Fields that a caller may not set are refused by name, never ignored."""
+
+    class Meta:
+        unknown = ma.RAISE
+
+
+class Empty(Schema):
+    """The body of an answer that has none."""

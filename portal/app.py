@@ -1,0 +1,145 @@
+"""The application factory. It only wires: settings in, Flask application out; the rules are in `services/`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from flask import Flask, Response, g, request
+from flask_babel import Babel
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.routing import IntegerConverter
+
+from portal import api, web
+from portal.api import auth, docs, health, problems
+from portal.db import connect, db
+from portal.services import config, vault
+from portal.settings import Settings
+
+MAX_BODY_BYTES = 1024 * 1024
+MAX_AGENT_BODY_BYTES = 16 * 1024 * 1024  # log ranges and baselines
+LOCALES = ("en", "zh_CN")
+AGENT_PREFIX = "/api/v1/agent/"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+class IdConverter(IntegerConverter):
+    """`<int:…>` in addresses: a number that no table can hold is an unknown address, not a database error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"max": 2**31 - 1, **kwargs})
+
+
+def create_app(settings: Settings) -> Flask:
+    """The whole portal as a WSGI application. Binds the database and unlocks the vault of this process."""
+    app = Flask("portal", static_folder="web/static", template_folder="web/templates")
+    app.url_map.converters["int"] = IdConverter
+    app.config.from_mapping(_config(settings))
+    connect(settings.database_url)
+    config.use(settings)
+    vault.unlock(settings)
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]  # Flask's documented way
+    auth.jwt.init_app(app)
+    Babel(app, locale_selector=locale)
+    limiter = Limiter(
+        get_remote_address,
+        default_limits=[settings.people_limit],
+        default_limits_per_method=False,
+        storage_uri=settings.redis_url or "memory://",
+        in_memory_fallback_enabled=True,  # a Redis that is away must not lift the limit
+        key_prefix="remotegpu",
+        headers_enabled=True,
+        app=app,
+    )
+    limiter.request_filter(_is_no_person)
+    _register(app)
+    app.before_request(_limit_body)
+    app.after_request(_harden)
+    app.teardown_request(_let_go_of_database)
+    problems.install(app)
+    return app
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    return {
+        "SETTINGS": settings,
+        "SECRET_KEY": settings.secret_key,
+        "MAX_CONTENT_LENGTH": MAX_BODY_BYTES,
+        "JWT_SECRET_KEY": settings.jwt_secret_key,
+        "JWT_ALGORITHM": "HS256",
+        "JWT_DECODE_ALGORITHMS": ["HS256"],
+        "JWT_TOKEN_LOCATION": ["headers", "cookies"],
+        "JWT_ACCESS_TOKEN_EXPIRES": timedelta(seconds=settings.access_token_s),
+        "JWT_REFRESH_TOKEN_EXPIRES": timedelta(seconds=settings.refresh_token_s),
+        "JWT_COOKIE_SECURE": settings.is_secure,
+        "JWT_COOKIE_SAMESITE": "Lax",
+        "JWT_COOKIE_CSRF_PROTECT": True,
+        "JWT_REFRESH_COOKIE_PATH": "/api/v1/auth",
+        "JWT_ENCODE_ISSUER": "remotegpu",
+        "JWT_DECODE_ISSUER": "remotegpu",
+        "BABEL_DEFAULT_LOCALE": "en",
+        "BABEL_TRANSLATION_DIRECTORIES": "web/translations",
+        "API_TITLE": "RemoteGPU",
+        "API_VERSION": "v1",
+        "OPENAPI_VERSION": "3.1.0",
+        "OPENAPI_URL_PREFIX": "/api",
+        "OPENAPI_JSON_PATH": "openapi.json",
+        "API_SPEC_OPTIONS": {"components": {"securitySchemes": docs.SECURITY_SCHEMES}},
+    }
+
+
+def _register(app: Flask) -> None:
+    smorest = docs.Api(app)
+    for blueprint in api.BLUEPRINTS:
+        smorest.register_blueprint(blueprint)
+    app.register_blueprint(docs.bp)
+    app.register_blueprint(health.bp)
+    for pages in web.BLUEPRINTS:
+        app.register_blueprint(pages)
+
+
+def locale() -> str:
+    """The user's language: their choice, the cookie, what the browser asks for, or English."""
+    user = g.get("user")
+    for wanted in (user.locale if user is not None else None, request.cookies.get("locale")):
+        if wanted in LOCALES:
+            return str(wanted)
+    asked = request.accept_languages.best_match(("en", "zh-CN", "zh"), "en")
+    return "zh_CN" if asked.startswith("zh") else "en"
+
+
+def _is_no_person() -> bool:
+    """Agents (a site may have hundreds behind one address), static files and health checks are not counted."""
+    return request.path.startswith((AGENT_PREFIX, "/static/")) or request.path == "/healthz"
+
+
+def _limit_body() -> None:
+    if request.path.startswith(AGENT_PREFIX):
+        request.max_content_length = MAX_AGENT_BODY_BYTES
+
+
+def _harden(response: Response) -> Response:
+    headers = response.headers
+    headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("X-Frame-Options", "DENY")
+    headers.setdefault("Referrer-Policy", "same-origin")
+    headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
+    if not request.path.startswith("/static/"):
+        headers.setdefault("Cache-Control", "no-store")
+    if request.is_secure:
+        headers.setdefault("Strict-Transport-Security", "max-age=31536000")
+    return response
+
+
+def _let_go_of_database(_error: BaseException | None) -> None:
+    """A connection is opened by the first query and lasts as long as the request, no longer."""
+    if not db.is_closed() and not db.in_transaction():
+        db.close()

@@ -1,0 +1,61 @@
+"""The command line: one module per command, found here by name and imported only when it is asked for.
+
+A command's module has `run(args) -> int | None` (the exit code) and, where it takes arguments, `add_arguments(parser)`.
+What goes wrong by the rules or the settings is one sentence on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from portal.errors import Error
+from portal.settings import Settings, SettingsError, load
+
+# name → module, and what it does in one line
+COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("portal.cli.init", "make the secrets, the keys and the CA that are missing"),
+    "migrate": ("portal.cli.migrate", "bring the database to the schema of this version"),
+    "create-admin": ("portal.cli.create_admin", "create an administrator and print the one-time password"),
+    "reset-password": ("portal.cli.reset_password", "give somebody a new one-time password and end their sign-ins"),
+    "audit": ("portal.cli.audit", "verify the chain of sealed audit entries"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"There is no command {name}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(f"python -m portal {name}", description=module.__doc__)
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(rest)) or 0)
+    except (Error, SettingsError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+
+
+def usage() -> str:
+    lines = [f"  {name:<16}{what}" for name, (_module, what) in COMMANDS.items()]
+    return "usage: python -m portal COMMAND [ARGUMENTS]\n\n" + "\n".join(lines)
+
+
+def open_portal() -> Settings:
+    """Load the settings, bind the database and unlock the vault: what a command needs before it calls a service."""
+    from portal import db
+    from portal.services import vault
+
+    settings = load()
+    db.connect(settings.database_url)
+    vault.unlock(settings)
+    return settings
