@@ -36,6 +36,11 @@ class Lease(Table):
     end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
     probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
 
+    @property
+    def host_id(self) -> int:
+        """Its id on the host and in the agent's protocol: that of the lease which made the login."""
+        return int(self.login.removeprefix("lease")) if self.login else self.id
+
 
 Lease.add_index(Lease.machine, unique=True, where=(Lease.state << LEASE_OPEN), name="one_open_lease_a_machine")
 
