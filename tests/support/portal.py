@@ -1,0 +1,213 @@
+"""A whole portal as an operator runs it: its own instance folder, web and worker as separate processes, HTTPS with its CA.
+
+`Portal` starts and stops processes; `Client` is a person or a program that talks to it over HTTP and knows no Python of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.support.waiting import until
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 20.0
+
+
+@dataclass
+class Answer:
+    """What the portal said: the status, and its JSON."""
+
+    status: int
+    body: Any
+
+    def __getitem__(self, key: str) -> Any:
+        return self.body[key]
+
+
+class Refused(AssertionError):
+    """The portal refused what the test needed."""
+
+    def __init__(self, answer: Answer, what: str) -> None:
+        super().__init__(f"{what}: {answer.status} {answer.body}")
+        self.answer = answer
+
+
+@dataclass
+class Portal:
+    """`start("web", "worker")`, use, `stop()`; stopping and starting again is the portal being down for a while."""
+
+    instance: Path
+    address: str = "127.0.0.1"
+    environ: Mapping[str, str] = field(default_factory=dict)
+    port: int = 0
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.port = self.port or free_port(self.address)
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.address}:{self.port}"
+
+    @property
+    def ca_file(self) -> Path:
+        return self.instance / "ca" / "ca.pem"
+
+    @property
+    def log(self) -> Path:
+        return self.instance / "log.txt"
+
+    def set_up(self) -> Client:
+        """Secrets, database and an administrator who is signed in with a password of their own."""
+        self.command("init")
+        self.command("migrate")
+        shown = self.command("create-admin", "admin")
+        found = re.search(r"password\S*:?\s+(\S+)", shown, re.IGNORECASE)
+        assert found, shown
+        self.start("web")
+        admin = Client(self)
+        admin.sign_in_first_time("admin", found[1])
+        return admin
+
+    def command(self, *argv: str, check: bool = True) -> str:
+        """Run `python -m portal …` and return what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "portal", *argv],
+            cwd=ROOT,
+            env=self._environ(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if check:
+            assert done.returncode == 0, f"portal {' '.join(argv)}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def start(self, *names: str) -> None:
+        for name in names:
+            command = name.split("-")[0]
+            with self.log.open("ab") as log:
+                self._processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", "portal", command],
+                    cwd=ROOT, env=self._environ(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                )  # fmt: skip
+            if command == "web":
+                until(self._answers, f"{self.url} to answer", timeout_s=START_TIMEOUT_S, also=self.tail)
+
+    def stop(self, *names: str) -> None:
+        """End these processes, or all of them, and wait until they are gone."""
+        for name in names or tuple(self._processes):
+            process = self._processes.pop(name)
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def kill(self, name: str) -> None:
+        """As the machine would: no word of farewell."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def is_running(self, name: str) -> bool:
+        return name in self._processes and self._processes[name].poll() is None
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/healthz", verify=str(self.ca_file), timeout=2).status_code == 200
+        except requests.RequestException:
+            assert "web" not in self._processes or self._processes["web"].poll() is None, self.tail()
+            return False
+
+    def _environ(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        return {
+            **kept,
+            "PYTHONUNBUFFERED": "1",
+            "INSTANCE_DIR": str(self.instance),
+            "PUBLIC_URL": self.url,
+            "BIND": f"{self.address}:{self.port}",
+            **self.environ,
+        }
+
+
+@contextmanager
+def running(portal: Portal) -> Iterator[Portal]:
+    """End whatever of it runs, however the block ends."""
+    try:
+        yield portal
+    finally:
+        portal.stop()
+
+
+class Client:
+    """Somebody who uses the API. Names are paths under /api/v1."""
+
+    def __init__(self, portal: Portal) -> None:
+        self.portal = portal
+        self._session = requests.Session()
+        self._session.verify = str(portal.ca_file)
+
+    def sign_in(self, username: str, password: str) -> None:
+        answer = self.post("auth/login", username=username, password=password)
+        self._take(answer)
+
+    def sign_in_first_time(self, username: str, given: str) -> None:
+        """Sign in with the password that was given, and choose another one."""
+        self.sign_in(username, given)
+        self._take(self.post("auth/password", old_password=given, new_password=own_password(username)))
+
+    def _take(self, answer: Answer) -> None:
+        self._session.headers["Authorization"] = f"Bearer {answer['access_token']}"
+
+    def get(self, path: str, **query: Any) -> Answer:
+        return self._needed("GET", path, params=query)
+
+    def post(self, path: str, **body: Any) -> Answer:
+        return self._needed("POST", path, json=body)
+
+    def patch(self, path: str, **body: Any) -> Answer:
+        return self._needed("PATCH", path, json=body)
+
+    def delete(self, path: str) -> Answer:
+        return self._needed("DELETE", path)
+
+    def ask(self, method: str, path: str, **options: Any) -> Answer:
+        """Any answer, a refusal too."""
+        url = f"{self.portal.url}/api/v1/{path}"
+        answer = self._session.request(method, url, timeout=60, **options)
+        is_json = "json" in answer.headers.get("Content-Type", "")
+        return Answer(answer.status_code, answer.json() if is_json and answer.content else answer.content)
+
+    def _needed(self, method: str, path: str, **options: Any) -> Answer:
+        answer = self.ask(method, path, **options)
+        if answer.status >= 400:
+            raise Refused(answer, f"{method} {path}")
+        return answer
+
+
+def own_password(username: str) -> str:
+    return f"Correct horse of {username} 42"
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return int(listener.getsockname()[1])
