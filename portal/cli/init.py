@@ -6,6 +6,7 @@ folder. Running it again is harmless; it never replaces a secret.
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 from pathlib import Path
@@ -16,6 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from portal import settings as settings_module
 from portal.integrations import ca
 from portal.settings import Settings
+
+
+def run(args: argparse.Namespace) -> None:  # noqa: ARG001 - it takes none
+    """The command."""
+    settings = init()
+    print(f"{settings.instance_dir}: secrets, keys and certificate for {settings.public_url} are there.")
 
 
 def init() -> Settings:
@@ -37,9 +44,7 @@ def _ensure_signing_key(file: Path) -> None:
     if file.exists():
         return
     key = Ed25519PrivateKey.generate()
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     ca.write_private(file.with_suffix(".pub.pem"), public)
     ca.write_private(
         file,

@@ -1,6 +1,7 @@
-"""A whole portal as an operator runs it: its own instance folder, web and worker as separate processes, HTTPS with its CA.
+"""A whole portal as an operator runs it: instance folder, web and worker as separate processes, HTTPS with its own CA.
 
-`Portal` starts and stops processes; `Client` is a person or a program that talks to it over HTTP and knows no Python of it.
+`Portal` starts and stops processes; `Client` is a person or a program that talks to it over HTTP, and knows no Python
+of it.
 """
 
 from __future__ import annotations
