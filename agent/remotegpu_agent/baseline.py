@@ -1,0 +1,243 @@
+"""The baseline: what this host is when no tenant has been on it.
+
+Taken once provisioning has ended, kept by the portal, and handed back at every reclaim: cleaning restores what differs,
+verification names what differs. So two takes with nothing changed in between are equal, also after a reboot.
+
+The sections, and what each holds:
+
+- `accounts`: lines of passwd, group, subuid and subgid by name; of shadow and gshadow only digests
+- `loader`, `cron`, `at_jobs`, `system_units`, `sudoers`, `pam`, `sshd`, `shell_profiles`, `local_programs`, `hosts`,
+  `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
+  back
+- `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
+- `special_files`: set-uid, set-gid and capability files · `firewall`: the ruleset without its changing parts
+- `listening_ports`, `docker` (ids), `mounts`, `swaps`, `modules`, `gpu_holders`, `temporary_folders`, `packages`
+
+Never in here: the content of a private key, or a password's hash. What is compared with it lies in `cleaning/` and
+`verify.py`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from remotegpu_agent.observe import accounts, docker, files, firewall, mounts, ports, processes, special
+from remotegpu_agent.observe.files import Snapshot
+from remotegpu_agent.observe.tools import ToolFailed, find_tool, read_text, run
+
+# The whole baseline travels as JSON with every order to clean; content beyond this is kept as a digest only.
+CONTENT_LIMIT_BYTES = 4 * 1024 * 1024
+
+FILE_ROOTS: dict[str, tuple[str, ...]] = {
+    "loader": ("/etc/ld.so.preload", "/etc/ld.so.conf", "/etc/ld.so.conf.d"),
+    "cron": (
+        "/etc/crontab", "/etc/anacrontab", "/etc/cron.allow", "/etc/cron.deny", "/etc/cron.d", "/etc/cron.hourly",
+        "/etc/cron.daily", "/etc/cron.weekly", "/etc/cron.monthly", "/etc/cron.yearly", "/var/spool/cron/crontabs",
+    ),
+    "at_jobs": ("/etc/at.allow", "/etc/at.deny", "/var/spool/cron/atjobs", "/var/spool/cron/atspool"),
+    "system_units": (
+        "/etc/systemd", "/usr/local/lib/systemd", "/run/systemd/system", "/etc/init.d", "/etc/rc.local", "/etc/rc?.d",
+    ),
+    "sudoers": ("/etc/sudoers", "/etc/sudoers.d", "/etc/sudo.conf", "/etc/doas.conf", "/etc/polkit-1"),
+    "pam": ("/etc/pam.d", "/etc/pam.conf", "/etc/security", "/etc/nsswitch.conf", "/etc/login.defs"),
+    "sshd": ("/etc/ssh",),
+    "shell_profiles": (
+        "/etc/profile", "/etc/profile.d", "/etc/bash.bashrc", "/etc/bash.bash_logout", "/etc/environment",
+        "/etc/environment.d", "/etc/skel", "/etc/zsh", "/etc/inputrc", "/etc/shells",
+    ),
+    "local_programs": ("/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/etc"),
+    "hosts": ("/etc/hosts", "/etc/hosts.allow", "/etc/hosts.deny", "/etc/hostname"),
+}  # fmt: skip
+FILE_SECTIONS = (*FILE_ROOTS, "ssh_keys", "etc")
+
+# What runs when somebody else signs in, in each home of the baseline.
+HOME_PROFILES = (
+    ".profile", ".bash_profile", ".bash_login", ".bash_logout", ".bashrc", ".zshrc", ".zshenv", ".zprofile",
+    ".pam_environment", ".config/environment.d", ".config/systemd/user", ".config/autostart",
+)  # fmt: skip
+
+# The rest of /etc without what the system rewrites by itself, what other sections hold, and what belongs to the agent.
+_NOT_COMPARED = re.compile(
+    r"^/etc/(passwd|group|shadow|gshadow|subuid|subgid)-?$"
+    r"|^/etc/(mtab|adjtime|resolv\.conf|ld\.so\.cache|machine-id|\.pwd\.lock|\.updated|\.testhost-booted)$"
+    r"|^/etc/(remotegpu|ssl/certs|cni|NetworkManager/system-connections)(/|$)"
+)
+# Never carried along, not even to be put back.
+_SECRET = re.compile(r"ssh_host_.*_key$|/ssl/private/|/\.ssh/(?!authorized_keys2?$|rc$|environment$|config$)")
+_CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|control-.*)$|/atjobs/\.SEQ$")
+
+TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", "/dev/mqueue")  # noqa: S108 - looked at, not written to
+_CRITICAL_PACKAGES = (
+    "bash", "coreutils", "cron", "libc6", "libpam0g", "libpam-modules", "libpam-modules-bin", "libpam-systemd", "login",
+    "openssh-server", "passwd", "sudo", "systemd", "util-linux",
+)  # fmt: skip
+
+
+def take() -> dict[str, Any]:
+    """The host as it is now. Raises when a part of it cannot be read: half a baseline would hide the other half."""
+    return {
+        "schema": 1,
+        "taken_at": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "boot_id": (read_text("/proc/sys/kernel/random/boot_id") or "").strip(),
+        "agent_version": agent_version(),
+        "sections": _within_limit({name: read() for name, read in _READERS.items()}),
+    }
+
+
+def agent_version() -> str:
+    """The version of this program."""
+    import remotegpu_agent
+
+    return str(getattr(remotegpu_agent, "__version__", "0"))
+
+
+def read_files(section: str, homes: list[str]) -> Snapshot:
+    """A section of files as it is now; `homes` are those of the baseline's users, not of whoever came later."""
+    keeps_content = {"etc": _is_public, "local_programs": None}.get(section, _is_no_secret)
+    return files.snapshot(roots_of(section, homes), skip=lambda path: is_left_out(section, path), keep=keeps_content)
+
+
+def roots_of(section: str, homes: list[str]) -> list[str]:
+    """Where the files of a section lie; glob patterns among them."""
+    if section == "etc":
+        return ["/etc"]
+    if section == "ssh_keys":
+        return [os.path.join(home, ".ssh") for home in homes] + ["/etc/remotegpu/authorized_keys"]
+    in_homes = [os.path.join(home, name) for home in homes for name in HOME_PROFILES]
+    return [*FILE_ROOTS[section], *(in_homes if section == "shell_profiles" else [])]
+
+
+def is_left_out(section: str, path: str) -> bool:
+    """Whether a path is not compared, with all below it: it changes by itself, or has a section of its own."""
+    if section == "etc":
+        return bool(_NOT_COMPARED.search(path)) or _has_its_own_section(path)
+    if section == "local_programs":
+        return path in FILE_ROOTS["system_units"]
+    return bool(_CHANGES_BY_ITSELF.search(path))
+
+
+def _has_its_own_section(path: str) -> bool:
+    return any(
+        re.fullmatch(re.escape(root).replace(r"\?", "."), path) for roots in FILE_ROOTS.values() for root in roots
+    )
+
+
+def _is_no_secret(path: str) -> bool:
+    return not _SECRET.search(path)
+
+
+def _is_public(path: str) -> bool:
+    return _is_no_secret(path) and bool(os.lstat(path).st_mode & 0o004)
+
+
+def homes_of(sections: dict[str, Any]) -> list[str]:
+    """The homes of the people and of root, as the baseline has them: where a key or a profile could be planted."""
+    people = [user for user in accounts.users(sections["accounts"]["/etc/passwd"]) if user.uid == 0 or user.uid >= 1000]
+    homes = {os.path.realpath(user.home) for user in people if user.home.count("/") >= 1 and user.uid != 65534}
+    return sorted(homes - {"/", "/nonexistent", "/dev/null"})
+
+
+def read_accounts() -> dict[str, Any]:
+    found: dict[str, Any] = {path: dict(sorted(accounts.lines(path).items())) for path in accounts.BY_NAME}
+    for path in accounts.SECRET:
+        found[path] = {n: [accounts.digest(line) for line in ls] for n, ls in sorted(accounts.lines(path).items())}
+    return found
+
+
+def read_special() -> dict[str, Any]:
+    """Set-uid, set-gid and capability files now."""
+    found = {}
+    for each in special.walk():
+        if each.is_special:
+            entry = files.look_at(each.path) or {}
+            found[each.path] = {**entry, "capabilities": each.capabilities}
+    return dict(sorted(found.items()))
+
+
+def read_linger() -> list[str]:
+    """Users whose services run without a login."""
+    try:
+        return sorted(os.listdir("/var/lib/systemd/linger"))
+    except FileNotFoundError:
+        return []
+
+
+def read_sshd_effective() -> list[str] | None:
+    """The settings that sshd would use, sorted; None where there is no sshd."""
+    if find_tool("sshd") is None:
+        return None
+    os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # `sshd -T` insists on it, and a socket-activated one lacks it
+    return sorted(run(["sshd", "-T"]).splitlines())
+
+
+def read_modules() -> list[str]:
+    """Kernel modules that are loaded."""
+    return sorted(line.split()[0] for line in (read_text("/proc/modules") or "").splitlines())
+
+
+def read_gpu_holders() -> list[str]:
+    """The services that hold a GPU open without any tenant: persistence daemon, exporters, the agent itself."""
+    return sorted({process.unit for process, _ in processes.gpu_holders() if process.unit is not None})
+
+
+def read_packages() -> list[str]:
+    """What `dpkg --verify` finds in the packages that decide who may sign in; settings are compared elsewhere."""
+    if find_tool("dpkg") is None:
+        return []
+    try:
+        said = run(["dpkg", "--verify", *_installed(_CRITICAL_PACKAGES)], ok=(0, 1), timeout_s=60)
+    except ToolFailed as error:
+        return [str(error)]
+    return sorted(
+        line
+        for line in said.splitlines()
+        if line[10:12] != "c " and not re.search(r"/usr/share/(doc|man|locale)/", line)
+    )
+
+
+def _installed(names: tuple[str, ...]) -> list[str]:
+    listed = run(["dpkg-query", "-W", "-f", "${db:Status-Abbrev} ${Package}\n", *names], ok=(0, 1))
+    return [line.split()[1] for line in listed.splitlines() if line.startswith("ii ")]
+
+
+def read_temporary_folders() -> Snapshot:
+    """The folders that everybody may write to, themselves."""
+    found = {path: files.look_at(path) for path in TEMPORARY_FOLDERS}
+    return {path: entry for path, entry in found.items() if entry is not None}
+
+
+def _file_reader(section: str) -> Callable[[], Snapshot]:
+    return lambda: read_files(section, homes_of({"accounts": read_accounts()}))
+
+
+_READERS: dict[str, Callable[[], Any]] = {
+    "accounts": read_accounts,
+    **{section: _file_reader(section) for section in FILE_SECTIONS},
+    "sshd_effective": read_sshd_effective,
+    "linger": read_linger,
+    "special_files": read_special,
+    "firewall": firewall.look_at,
+    "listening_ports": ports.listening,
+    "docker": docker.everything,
+    "mounts": mounts.lasting,
+    "swaps": mounts.swaps,
+    "modules": read_modules,
+    "gpu_holders": read_gpu_holders,
+    "temporary_folders": read_temporary_folders,
+    "packages": read_packages,
+}
+
+
+def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
+    """Content is kept in the order of the sections until the limit; the rest of /etc comes last and loses first."""
+    left = CONTENT_LIMIT_BYTES
+    for section in FILE_SECTIONS:
+        for entry in sections[section].values():
+            left -= len(entry.get("content", ""))
+            if left < 0:
+                entry.pop("content", None)
+    return sections

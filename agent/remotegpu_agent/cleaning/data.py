@@ -1,0 +1,112 @@
+"""The tenant's data: mounts, home, temporary folders, the runtime folder, mail and records, and files anywhere else."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+
+from remotegpu_agent.baseline import TEMPORARY_FOLDERS
+from remotegpu_agent.cleaning import remove
+from remotegpu_agent.cleaning.scope import Scope
+from remotegpu_agent.cleaning.step import Finding
+from remotegpu_agent.observe import mounts, special
+from remotegpu_agent.observe.tools import ToolFailed, run
+
+_NO_FOLLOW = 8  # UMOUNT_NOFOLLOW
+
+
+def look_for_mounts(scope: Scope) -> Iterator[Finding]:
+    """What was not mounted in the baseline, and whatever lies in the tenant's folders. The innermost come first."""
+    known = collections.Counter((each["target"], each["fstype"]) for each in scope.sections["mounts"])
+    now = collections.Counter((each["target"], each["fstype"]) for each in mounts.lasting())
+    for target, fstype in sorted((now - known).elements(), reverse=True):
+        yield Finding(target, f"{fstype} is mounted on {target}")
+    for mount in reversed(mounts.listed()):
+        if f"{mount.target}/".startswith(tuple(f"/run/user/{uid}/" for uid in scope.uids)):
+            yield Finding(mount.target, f"{mount.fstype} is mounted on {mount.target}")
+
+
+def unmount(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Unmount each for good, not lazily: a busy mount is one that somebody still uses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for finding in found:
+        if libc.umount2(os.fsencode(finding.subject), _NO_FOLLOW) == 0:
+            yield f"unmounted {finding.subject}"
+        else:
+            yield f"could not unmount {finding.subject}: {os.strerror(ctypes.get_errno())}"
+
+
+def look_for_swap(scope: Scope) -> Iterator[Finding]:
+    """Swap that was not there before: it may hold a tenant's memory."""
+    for device in mounts.swaps():
+        if device not in scope.sections["swaps"]:
+            yield Finding(device, f"{device} is used for swapping")
+
+
+def end_swap(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Swap it in and let it go."""
+    for finding in found:
+        try:
+            run(["swapoff", finding.subject], timeout_s=600)
+            yield f"swapped off {finding.subject}"
+        except ToolFailed as error:
+            yield str(error)
+
+
+def look_for_home(scope: Scope) -> Iterator[Finding]:
+    """The home of the lease, and the one it would have by its name."""
+    for home in sorted({scope.home, f"/home/{scope.login}"}):
+        if os.path.lexists(home):
+            yield Finding(home, f"{home} exists")
+
+
+def look_for_temporary_files(scope: Scope) -> Iterator[Finding]:
+    """What the tenant has put into folders that everybody may write to. Files of others there are left alone."""
+    for folder in TEMPORARY_FOLDERS:
+        if folder == "/dev/mqueue" or not os.path.isdir(folder):
+            continue
+        for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+            facts = entry.stat(follow_symlinks=False)
+            if scope.owns(facts.st_uid, facts.st_gid):
+                yield Finding(entry.path, f"{entry.path} of uid {facts.st_uid}")
+
+
+def look_for_runtime_folder(scope: Scope) -> Iterator[Finding]:
+    """The folder that logind makes for a user who is signed in."""
+    for uid in sorted(scope.uids):
+        if os.path.lexists(f"/run/user/{uid}"):
+            yield Finding(f"/run/user/{uid}", f"/run/user/{uid} exists")
+
+
+def look_for_records(scope: Scope) -> Iterator[Finding]:
+    """Mail, the user's own journal, core dumps, and what PAM and sudo remember of the login."""
+    single = [f"/var/mail/{scope.login}", f"/run/sudo/ts/{scope.login}", f"/var/lib/sudo/lectured/{scope.login}",
+              f"/run/faillock/{scope.login}", f"/var/lib/AccountsService/users/{scope.login}"]  # fmt: skip
+    for path in single:
+        if os.path.lexists(path):
+            yield Finding(path, path)
+    for folder, wanted in (
+        ("/var/log/journal", rf"user-{scope.uid}(@.*)?\.journal~?"),
+        ("/run/log/journal", rf"user-{scope.uid}(@.*)?\.journal~?"),
+        ("/var/lib/systemd/coredump", rf"core\..*\.{scope.uid}\.[0-9a-f]{{32}}\..*"),
+    ):
+        for above, _folders, names in os.walk(folder):
+            for name in sorted(names):
+                if re.fullmatch(wanted, name):
+                    yield Finding(f"{above}/{name}", f"{above}/{name}")
+
+
+def look_for_files(scope: Scope) -> Iterator[Finding]:
+    """Anything of the tenant's anywhere on this machine's own file systems."""
+    for each in special.walk():
+        if scope.owns(each.uid, each.gid):
+            yield Finding(each.path, f"{each.path} of uid {each.uid}, gid {each.gid}")
+
+
+def remove_paths(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Remove each, outermost first; what lay below is gone by then."""
+    for finding in sorted(found, key=lambda each: str(each.subject)):
+        yield from remove.remove(finding.subject)

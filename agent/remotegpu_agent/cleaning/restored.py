@@ -1,0 +1,295 @@
+"""What is put back as it was: settings in files, accounts, and programs that lend power.
+
+A tenant without root cannot change any of it; what differs from the baseline is a way in, and it goes, whoever put it
+there. What the baseline holds only as a digest cannot be put back: the step fails and names it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from remotegpu_agent import baseline
+from remotegpu_agent.cleaning import remove
+from remotegpu_agent.cleaning.processes import stop_unit
+from remotegpu_agent.cleaning.scope import LEASE_GROUP, Scope
+from remotegpu_agent.cleaning.step import Act, Finding, Look
+from remotegpu_agent.observe import accounts, files, special
+from remotegpu_agent.observe.files import Entry, Snapshot
+from remotegpu_agent.observe.tools import ToolFailed, run
+
+# --- settings in files
+
+
+def look_for_changes(section: str) -> Look:
+    """What differs from the baseline in one section of files."""
+
+    def look(scope: Scope) -> Iterator[Finding]:
+        before: Snapshot = scope.sections[section]
+        now = baseline.read_files(section, scope.homes)
+        for path in sorted({*before, *now}):
+            if section == "ssh_keys" and path == scope.keys_file:
+                continue  # the lease's own door is another step
+            if section == "at_jobs" and path not in now:
+                continue  # it has run; putting it back would run it twice
+            if not files.same(before.get(path), now.get(path)):
+                yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
+
+    return look
+
+
+def _in_words(path: str, before: Entry | None, now: Entry | None) -> str:
+    text = f"{path} {files.difference(before, now)}"
+    if "/authorized_keys" in path and now is not None:
+        added = sorted(_fingerprints(now) - _fingerprints(before))
+        text += f" (keys added: {', '.join(added)})" if added else ""
+    return text
+
+
+def _fingerprints(entry: Entry | None) -> set[str]:
+    content = files.content_of(entry) if entry else None
+    found = set()
+    for word in (content or b"").split():
+        if word.startswith(b"AAAA"):
+            with contextlib.suppress(ValueError):
+                digest = hashlib.sha256(base64.b64decode(word, validate=True)).digest()
+                found.add("SHA256:" + base64.b64encode(digest).decode().rstrip("="))
+    return found
+
+
+def put_back(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Remove what was added (innermost first), then put back what was changed or removed (outermost first)."""
+    those = sorted((finding.subject for finding in found), key=lambda each: str(each[0]))
+    for path, before in reversed(those):
+        if before is None:
+            yield from remove.remove(path)
+    for path, before in those:
+        if before is not None:
+            yield from remove.put_back(path, before)
+
+
+def put_back_and(then: Callable[[], Iterator[str]]) -> Act:
+    """Put back, and tell the service that reads the files."""
+
+    def act(scope: Scope, found: list[Finding]) -> Iterator[str]:
+        yield from put_back(scope, found)
+        yield from then()
+
+    return act
+
+
+def reload_sshd() -> Iterator[str]:
+    """Let sshd read its settings again, if they are good; a running one keeps the old ones otherwise."""
+    run(["sshd", "-t"])
+    run(["systemctl", "try-reload-or-restart", "ssh.service"])
+    yield "reloaded ssh.service"
+
+
+def rebuild_loader_cache() -> Iterator[str]:
+    """The loader reads a cache of the folders that were named in its settings."""
+    run(["ldconfig"], timeout_s=60)
+    yield "rebuilt the loader's cache"
+
+
+# --- systemd units
+
+_UNIT = re.compile(r"\.(service|socket|timer|path|mount|automount|swap|target)$")
+_TRANSIENT = "/run/systemd/transient/"
+_OURS = re.compile(r"^remotegpu-")
+
+
+def look_for_units(scope: Scope) -> Iterator[Finding]:
+    """Changed unit files, units that run without being in the baseline, and LD_* handed to every service."""
+    yield from look_for_changes("system_units")(scope)
+    known: Snapshot = scope.sections["system_units"]
+    for unit in _loaded_units():
+        path = unit["FragmentPath"]
+        foreign = path.startswith(("/etc/", "/run/systemd/system/", "/usr/local/")) and path not in known
+        transient = path.startswith(_TRANSIENT) and not _OURS.match(unit["Id"])
+        orphan = unit["LoadState"] == "not-found"
+        if unit["ActiveState"] in ("active", "activating", "reloading") and (foreign or transient or orphan):
+            yield Finding(unit["Id"], f"unit {unit['Id']} is {unit['ActiveState']} and not in the baseline")
+    for line in run(["systemctl", "show-environment"]).splitlines():
+        if line.startswith("LD_"):
+            yield Finding(f"environment:{line.partition('=')[0]}", f"systemd gives {line} to every service")
+
+
+def _loaded_units() -> list[dict[str, str]]:
+    shown = run(["systemctl", "show", "--property=Id,ActiveState,LoadState,FragmentPath",
+                 "*.service", "*.socket", "*.timer", "*.path"])  # fmt: skip
+    blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")]
+    return [block for block in blocks if block.get("Id")]
+
+
+def put_back_units(scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Stop what must not run, put the files back, and let systemd read them."""
+    changed = [finding for finding in found if isinstance(finding.subject, tuple)]
+    named = {finding.subject for finding in found if isinstance(finding.subject, str)}
+    added = {os.path.basename(f.subject[0]) for f in changed if f.subject[1] is None and _UNIT.search(f.subject[0])}
+    for name in sorted(added | {each for each in named if not each.startswith("environment:")}):
+        yield from stop_unit(name)
+    for name in sorted(each.partition(":")[2] for each in named if each.startswith("environment:")):
+        run(["systemctl", "unset-environment", name])
+        yield f"unset {name} for every service"
+    yield from put_back(scope, changed)
+    if changed:  # only then: a reload takes the GPUs from containers that run
+        run(["systemctl", "daemon-reload"], timeout_s=60)
+        yield "systemd has read its units again"
+    for name in sorted(added):
+        with contextlib.suppress(ToolFailed):
+            run(["systemctl", "reset-failed", name])
+
+
+# --- users and groups
+
+_USER_FILES = ("/etc/passwd", "/etc/shadow", "/etc/subuid", "/etc/subgid")
+_GROUP_FILES = ("/etc/group", "/etc/gshadow")
+
+
+def look_for_users(scope: Scope) -> Iterator[Finding]:
+    """Users that were added, changed or removed; the lease's own account is another step."""
+    for path in _USER_FILES:
+        yield from _changed_lines(scope, path)
+
+
+def look_for_groups(scope: Scope) -> Iterator[Finding]:
+    """Groups and memberships that were added, changed or removed."""
+    for path in _GROUP_FILES:
+        yield from _changed_lines(scope, path)
+
+
+def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
+    known: dict[str, list[str]] = scope.sections["accounts"][path]
+    now = {name: [_without_lease(line, scope) for line in lines] for name, lines in accounts.lines(path).items()}
+    if path in accounts.SECRET:
+        now = {name: [accounts.digest(line) for line in lines] for name, lines in now.items()}
+    for name in sorted({*known, *now} - {scope.login}):
+        if known.get(name) != now.get(name):
+            how = "is not in the baseline" if name not in known else "is missing" if name not in now else "has changed"
+            yield Finding((path, name), f"{path}: the entry of {name} {how}")
+
+
+def _without_lease(line: str, scope: Scope) -> str:
+    """Membership in the group of all leases comes and goes with the lease's account."""
+    if not line.startswith(f"{LEASE_GROUP}:"):
+        return line
+    head, _, members = line.rpartition(":")
+    return f"{head}:{','.join(name for name in members.split(',') if name != scope.login)}"
+
+
+def put_back_accounts(scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Remove the lines that were added, put back those that were changed; a lost password cannot be put back."""
+    for path in sorted({finding.subject[0] for finding in found}):
+        wanted = {finding.subject[1] for finding in found if finding.subject[0] == path}
+        known: dict[str, list[str]] = scope.sections["accounts"][path]
+        with _accounts_locked():
+            if path in accounts.SECRET:
+                _write(path, _without(_lines(path), wanted - {*known}))
+            else:
+                lost = [line for name in sorted(wanted & {*known}) for line in known[name]]
+                _write(path, _without(_lines(path), wanted) + lost)
+        yield f"put back {', '.join(sorted(wanted))} in {path}"
+
+
+def _without(lines: list[str], names: set[str]) -> list[str]:
+    return [line for line in lines if line.partition(":")[0] not in names]
+
+
+def look_for_account(scope: Scope) -> Iterator[Finding]:
+    """The lease's own login and group, in every file that lists accounts."""
+    for path in (*_USER_FILES, *_GROUP_FILES):
+        for line in _lines(path):
+            if line.partition(":")[0] == scope.login:
+                yield Finding(path, f"{path} has an entry of {scope.login}")
+            elif path in _GROUP_FILES and scope.login in re.split("[:,]", line)[1:]:
+                yield Finding(path, f"{path}: {scope.login} is a member of {line.partition(':')[0]}")
+
+
+def remove_account(scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Take the login out of every file that lists accounts."""
+    for path in sorted({finding.subject for finding in found}):
+        with _accounts_locked():
+            lines = _without(_lines(path), {scope.login})
+            _write(path, [_without_member(line, scope.login) for line in lines] if path in _GROUP_FILES else lines)
+        yield f"removed {scope.login} from {path}"
+
+
+def _without_member(line: str, login: str) -> str:
+    head, _, members = line.rpartition(":")
+    return f"{head}:{','.join(name for name in members.split(',') if name != login)}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="surrogateescape").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _write(path: str, lines: list[str]) -> None:
+    facts = os.stat(path)
+    temporary = Path(f"{path}.remotegpu")
+    with temporary.open("w", errors="surrogateescape") as file:
+        os.fchown(file.fileno(), facts.st_uid, facts.st_gid)
+        os.fchmod(file.fileno(), stat.S_IMODE(facts.st_mode))
+        file.write("".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _accounts_locked() -> Iterator[None]:
+    """The lock that useradd and passwd take as well."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.lckpwdf() != 0:
+        raise OSError(ctypes.get_errno(), "the accounts are locked by another program")
+    try:
+        yield
+    finally:
+        libc.ulckpwdf()
+
+
+# --- programs that lend power
+
+
+def look_for_special_files(scope: Scope) -> Iterator[Finding]:
+    """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing."""
+    known: Snapshot = scope.sections["special_files"]
+    for path, now in baseline.read_special().items():
+        before = known.get(path)
+        if not files.same(before, now):
+            yield Finding((path, before, now), f"{path} (mode {now['mode']:o}) {files.difference(before, now)}")
+
+
+def disarm_special_files(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """A packaged program loses the power it was given; anything else is removed. A changed one is named and left."""
+    packaged = special.packaged_paths() if found else frozenset()
+    for finding in found:
+        path, before, now = finding.subject
+        if before is None and path not in packaged:
+            yield from remove.remove(path)
+        elif before is None or before.get("sha256") == now.get("sha256"):
+            mode = now["mode"] & ~(stat.S_ISUID | stat.S_ISGID) if before is None else before["mode"]
+            yield from _set_power(path, mode, None if before is None else before.get("capabilities"))
+
+
+def _set_power(path: str, mode: int, capabilities: str | None) -> Iterator[str]:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if capabilities is None:
+            with contextlib.suppress(OSError):
+                os.removexattr(handle, "security.capability")
+        else:
+            os.setxattr(handle, "security.capability", bytes.fromhex(capabilities))
+        os.fchmod(handle, mode)
+        yield f"put back the mode of {path}"
+    finally:
+        os.close(handle)

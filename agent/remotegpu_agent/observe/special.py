@@ -1,0 +1,93 @@
+"""Programs that lend their owner's power: set-uid, set-gid and file capabilities; and files by their owner.
+
+One walk over this machine's own file systems answers all of it. Stores that only root can enter are left out: Docker's
+layers are full of set-uid programs of other systems.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from remotegpu_agent.observe import docker, mounts
+
+CLOSED_STORES = (f"{docker.ROOT}/", "/var/lib/containerd/", "/var/lib/remotegpu-agent/", "/var/lib/remotegpu-tasks/")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry of a file system that a walk came across."""
+
+    path: str
+    mode: int
+    uid: int
+    gid: int
+    capabilities: str | None
+
+    @property
+    def is_special(self) -> bool:
+        """Whether running it gives more power than its caller has."""
+        lends = self.mode & (stat.S_ISUID | stat.S_ISGID)
+        return self.capabilities is not None or (stat.S_ISREG(self.mode) and bool(lends))
+
+
+def walk() -> Iterator[Found]:
+    """Everything on this machine's own file systems, without following a link or entering another mount."""
+    points = mounts.points()
+    for place in mounts.local():
+        if not is_closed_store(place):
+            yield from _below(place, points)
+
+
+def is_closed_store(path: str) -> bool:
+    """Whether only root comes there: the container engine's store, and the agent's (a task's log waits there)."""
+    return f"{path}/".startswith(CLOSED_STORES)
+
+
+def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in entries:
+            found = _look_at(entry)
+            if found is None or is_closed_store(entry.path):
+                continue
+            yield found
+            if stat.S_ISDIR(found.mode) and entry.path not in points:
+                pending.append(entry.path)
+
+
+def _look_at(entry: os.DirEntry[str]) -> Found | None:
+    try:
+        facts = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return Found(entry.path, facts.st_mode, facts.st_uid, facts.st_gid, _capabilities(entry.path, facts.st_mode))
+
+
+def _capabilities(path: str, mode: int) -> str | None:
+    if not stat.S_ISREG(mode):
+        return None
+    try:
+        return os.getxattr(path, "security.capability", follow_symlinks=False).hex()
+    except OSError:
+        return None  # ENODATA almost always; a file system without such attributes lends nothing either
+
+
+def packaged_paths() -> frozenset[str]:
+    """Every path that a package of the distribution has installed, in the merged-/usr spelling."""
+    found: set[str] = set()
+    for listing in Path("/var/lib/dpkg/info").glob("*.list"):
+        found.update(_merged(line) for line in listing.read_text(errors="surrogateescape").splitlines())
+    return frozenset(found)
+
+
+def _merged(path: str) -> str:
+    return "/usr" + path if path.startswith(("/bin/", "/sbin/", "/lib/", "/lib64/")) else path

@@ -1,0 +1,539 @@
+"""Verifying that a host is what its baseline says, and that nothing of a lease is left: only looking, with other eyes.
+
+Cleaning reads /proc, system calls and Docker's socket in Python; here the host's own programs are asked (find, ps, ss,
+getent, nft, docker, loginctl, dpkg), so that one blind spot does not hide the same thing twice. It shares nothing with
+`cleaning/` but the baseline. What can only be seen from outside (open ports, a real login) is the playbook's.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import glob
+import ipaddress
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from remotegpu_agent import baseline
+from remotegpu_agent.observe import accounts, mounts
+from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
+
+_EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
+_LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
+_CLOSED_STORES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/remotegpu-agent", "/var/lib/remotegpu-tasks")
+_LEASE_UIDS = (20000, 59999)
+_DOCKERS = re.compile(r"\bDOCKER|\bdocker0\b|\bbr-[0-9a-f]{12}\b|\bdocker_gwbridge\b")
+
+
+class NotApplicable(Exception):
+    """There is nothing to check here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the portal asks: is this host as in the baseline, and is nothing of this lease left (if there was one)?"""
+
+    lease_id: int | None
+    login: str | None
+    uid: int | None
+    sections: dict[str, Any]
+
+    @property
+    def account(self) -> tuple[str, int]:
+        """Login and uid of the lease; NotApplicable where the question names none."""
+        if self.login is None or self.uid is None:
+            raise NotApplicable("no lease is named")
+        return self.login, self.uid
+
+
+Check = Callable[[Asked], Iterable[str]]
+
+
+def verify(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a `verify_request` with a `verify_response`. Changes nothing; a few seconds."""
+    started_at = _now()
+    asked = Asked(request["lease_id"], request["login"], request["uid"], request["baseline"]["sections"])
+    checks = [_checked(name, check, asked) for name, check in CHECKS.items()]
+    return {
+        "schema": 1,
+        "passed": all(check["result"] in ("passed", "not_applicable") for check in checks),
+        "checks": checks,
+        "boot_id": (read_text("/proc/sys/kernel/random/boot_id") or "").strip(),
+        "agent_version": baseline.agent_version(),
+        "started_at": started_at,
+        "ended_at": _now(),
+    }
+
+
+def _checked(name: str, check: Check, asked: Asked) -> dict[str, Any]:
+    began = time.monotonic()
+    result, reason, evidence = "unknown", None, None
+    try:
+        found = [printable(each) for each in check(asked)]
+        result = "failed" if found else "passed"
+        reason = "; ".join(found) or None
+        evidence = {"count": len(found), "found": [each[:_EVIDENCE_CHARS] for each in found[:_EVIDENCE_LINES]]}
+    except NotApplicable as why:
+        result, reason = "not_applicable", str(why)
+    except Exception as error:  # what could not be looked at is not clean, and the other checks still run
+        reason = printable(f"could not look: {type(error).__name__}: {error}")
+    if reason and len(reason) > _REASON_CHARS:
+        reason = reason[: _REASON_CHARS - 2] + " …"
+    duration_s = round(time.monotonic() - began, 3)
+    return {"id": name, "result": result, "reason": reason, "evidence": evidence, "duration_s": duration_s}
+
+
+# --- the lease's login, and what it left
+
+
+def _account(asked: Asked) -> Iterator[str]:
+    login, uid = asked.account
+    for database, key in (("passwd", login), ("passwd", str(uid)), ("group", login), ("shadow", login)):
+        for line in _getent(database, key):
+            yield f"{database} still has {line.split(':')[0]}"
+    for line in _getent("group"):
+        if login in line.split(":")[3].split(","):
+            yield f"{login} is still a member of {line.split(':')[0]}"
+
+
+def _access(asked: Asked) -> Iterator[str]:
+    login, _ = asked.account
+    for path in _find(["/etc/remotegpu/authorized_keys"], "-name", login):
+        yield f"{path} exists"
+    for line in _getent("shadow", login):
+        expires_on = line.split(":")[7]
+        if not expires_on.isdigit() or int(expires_on) > time.time() // 86400:
+            yield f"the account {login} has not expired"
+
+
+def _connections(asked: Asked) -> Iterator[str]:
+    login, uid = asked.account
+    for process in _processes():
+        if re.match(rf"sshd(-session)?: {re.escape(login)}([@ ]|$)", process.command):
+            yield f"process {process.pid} ({process.command}) serves a connection"
+    for line in run(["ss", "-Htne", "state", "established"]).splitlines():
+        if re.search(rf"\buid:{uid}\b", line):
+            yield f"open connection: {' '.join(line.split()[2:4])}"
+    for line in run(["loginctl", "list-sessions", "--no-legend"]).splitlines():
+        if line.split()[1:2] == [str(uid)]:
+            yield f"session {line.split()[0]} of {login} is open"
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    state: str
+    uids: frozenset[int]
+    gid: int
+    cgroup: str
+    command: str
+
+
+def _processes() -> Iterator[_Process]:
+    for line in run(["ps", "-ewwo", "pid=,stat=,euid=,ruid=,suid=,fuid=,egid=,cgroup=,args="]).splitlines():
+        pid, state, *ids, gid, cgroup, command = line.split(None, 8)
+        yield _Process(int(pid), state, frozenset(map(int, ids)), int(gid), cgroup, command)
+
+
+def _lease_processes(asked: Asked) -> Iterator[str]:
+    login, uid = asked.account
+    lent = [range(int(first), int(first) + int(count)) for first, count in _subordinate(login, uid)]
+    for process in _processes():
+        its_own = uid in process.uids or process.gid == uid or f"/user-{uid}.slice" in process.cgroup
+        if (its_own or any(each in ids for ids in lent for each in process.uids)) and process.state[0] not in "ZX":
+            yield f"process {process.pid} ({process.command[:200]}) is the tenant's"
+
+
+def _subordinate(login: str, uid: int) -> Iterator[list[str]]:
+    for line in (read_text("/etc/subuid") or "").splitlines():
+        if line.split(":")[0] in (login, str(uid)) and line.count(":") == 2:
+            yield line.split(":")[1:]
+
+
+def _gpu_holders(asked: Asked) -> Iterator[str]:
+    folders = glob.glob("/proc/[0-9]*/fd")  # some are gone by the time find comes to them: 1
+    links = run(["find", *folders, "-maxdepth", "1", "-lname", "/dev/nvidia*", "-printf", "%h %l\n"], ok=(0, 1))
+    for folder, device in sorted({tuple(line.split(" ", 1)) for line in links.splitlines()}):
+        pid = folder.split("/")[2]
+        unit, _, command = run(["ps", "-o", "unit=,args=", "-p", pid], ok=(0, 1)).strip().partition(" ")
+        if command and unit not in (*asked.sections["gpu_holders"], "remotegpu-agent.service"):
+            yield f"process {pid} ({command.strip()[:200]}) holds {device}"
+
+
+def _tasks(asked: Asked) -> Iterator[str]:
+    patterns = ["remotegpu-task-*"] + ([f"remotegpu-lease-end-{asked.lease_id}.*"] if asked.lease_id else [])
+    for unit, _load, active in _units(*patterns):
+        yield f"{unit} is {active}"
+
+
+def _units(*patterns: str) -> Iterator[tuple[str, str, str]]:
+    for line in run(["systemctl", "list-units", "--all", "--full", "--plain", "--no-legend", *patterns]).splitlines():
+        unit, load, active = line.split()[:3]
+        yield unit, load, active
+
+
+def _linger(asked: Asked) -> Iterator[str]:
+    for path in _find(["/var/lib/systemd/linger"], "-mindepth", "1"):
+        if os.path.basename(path) not in asked.sections["linger"]:
+            yield f"{path}: services run without a login"
+
+
+def _user_units(asked: Asked) -> Iterator[str]:
+    login, uid = asked.account
+    yield from _find([f"/home/{login}/.config/systemd", f"/home/{login}/.local/share/systemd"], "!", "-type", "d")
+    for unit, _load, active in _units(f"user@{uid}.service"):
+        yield f"{unit} is {active}"
+
+
+def _home(asked: Asked) -> Iterator[str]:
+    login, _ = asked.account
+    yield from (f"{path} exists" for path in _find(["/home"], "-maxdepth", "1", "-name", login))
+    yield from (f"{line.split(':')[5]} is the home of {login}" for line in _getent("passwd", login))
+
+
+def _temporary_files(asked: Asked) -> Iterator[str]:
+    return _find(list(baseline.TEMPORARY_FOLDERS), "-mindepth", "1", "(", *_of_tenants(asked), ")")
+
+
+def _of_tenants(asked: Asked) -> list[str]:
+    """find's words for: owned by the lease, by its group, or by an earlier lease."""
+    _, uid = asked.account
+    first, last = _LEASE_UIDS
+    return ["-uid", str(uid), "-o", "-gid", str(uid), "-o", "(", "-uid", f"+{first - 1}", "-uid", f"-{last + 1}", ")"]
+
+
+def _runtime_folder(asked: Asked) -> Iterator[str]:
+    _, uid = asked.account
+    return (f"{path} exists" for path in _find(["/run/user"], "-maxdepth", "1", "-name", str(uid)))
+
+
+def _records(asked: Asked) -> Iterator[str]:
+    login, uid = asked.account
+    named = ["/var/mail", "/run/sudo", "/var/lib/sudo", "/run/faillock", "/var/lib/AccountsService/users"]
+    yield from _find(named, "-name", login)
+    yield from _find(["/var/log/journal", "/run/log/journal"], "-name", f"user-{uid}[.@]*")
+    yield from _find(["/var/lib/systemd/coredump"], "-name", f"core.*.{uid}.*")
+
+
+def _sysv_ipc(asked: Asked) -> Iterator[str]:
+    _, uid = asked.account
+    for option, words in (("-m", "shared memory"), ("-s", "semaphores"), ("-q", "message queue")):
+        for line in run(["lsipc", option, "--raw", "--noheadings", "--output", "ID,KEY,UID,CUID"]).splitlines():
+            number, key, *owners = line.split()
+            if str(uid) in owners:
+                yield f"{words} {number} (key {key}) of uid {uid}"
+
+
+def _posix_queues(asked: Asked) -> Iterator[str]:
+    if run(["findmnt", "-rn", "-o", "FSTYPE", "/dev/mqueue"], ok=(0, 1)).split()[-1:] != ["mqueue"]:
+        raise ToolFailed("/dev/mqueue is not mounted: POSIX queues cannot be seen")
+    return (f"POSIX queue {path}" for path in _find(["/dev/mqueue"], "-mindepth", "1", "(", *_of_tenants(asked), ")"))
+
+
+def _owned_files(asked: Asked) -> Iterator[str]:
+    return _find_everywhere("(", *_of_tenants(asked), ")")
+
+
+# --- containers
+
+
+def _containers(asked: Asked) -> Iterator[str]:
+    return _docker(asked, "containers", "ps", "--all", '{{.ID}}\t{{.Names}}\t{{.Label "remotegpu.lease"}}')
+
+
+def _volumes(asked: Asked) -> Iterator[str]:
+    return _docker(asked, "volumes", "volume", "ls", '{{.Name}}\t{{.Name}}\t{{.Label "remotegpu.lease"}}')
+
+
+def _images(asked: Asked) -> Iterator[str]:
+    return _docker(asked, "images", "image", "ls", "{{.ID}}\t{{.Repository}}:{{.Tag}}\t")
+
+
+def _networks(asked: Asked) -> Iterator[str]:
+    return _docker(asked, "networks", "network", "ls", '{{.ID}}\t{{.Name}}\t{{.Label "remotegpu.lease"}}')
+
+
+def _docker(asked: Asked, kind: str, command: str, action: str, columns: str) -> Iterator[str]:
+    known = asked.sections["docker"]
+    if known is None and find_tool("docker") is None:
+        raise NotApplicable("no container engine on this host")
+    no_trunc = [] if command == "volume" else ["--no-trunc"]
+    for line in run(["docker", command, action, *no_trunc, "--format", columns], timeout_s=60).splitlines():
+        thing, name, lease = line.split("\t")
+        is_dockers_own = command == "network" and name in ("bridge", "host", "none")
+        if lease and lease == str(asked.lease_id):
+            yield f"{kind[:-1]} {name} of lease {lease}"
+        elif thing not in (known or {}).get(kind, []) and not is_dockers_own:
+            yield f"{kind[:-1]} {name} ({thing[:19]}) is not in the baseline"
+
+
+# --- the host against its baseline
+
+
+def _files(section: str) -> Check:
+    def check(asked: Asked) -> Iterator[str]:
+        before = asked.sections[section]
+        now = _listed(section, baseline.homes_of(asked.sections))
+        for path in sorted({*before, *now}):
+            if path not in now:
+                if section != "at_jobs":  # a job that has run is gone
+                    yield f"{path} is missing"
+            elif path not in before:
+                yield f"{path} is not in the baseline"
+            elif changed := sorted(key for key in now[path] if now[path][key] != before[path].get(key)):
+                yield f"{path} has another {' and '.join(changed)} than in the baseline"
+
+    return check
+
+
+def _listed(section: str, homes: list[str]) -> dict[str, dict[str, Any]]:
+    """The files of a section as find and sha256sum see them, in the baseline's words."""
+    globbed = [path for root in baseline.roots_of(section, homes) for path in glob.glob(root) or [root]]
+    roots = [path for path in globbed if os.path.lexists(path)]
+    if not roots:
+        return {}
+    said = run(["find", *roots, "-printf", r"%p\0%y\0%m\0%U\0%G\0%l\0"]).split("\0")[:-1]
+    found: dict[str, dict[str, Any]] = {}
+    for path, kind, mode, uid, gid, target in zip(*(said[column::6] for column in range(6)), strict=True):
+        if any(baseline.is_left_out(section, each) for each in _with_parents(path, roots)):
+            continue
+        word = {"f": "file", "d": "directory", "l": "link"}.get(kind, "special")
+        entry: dict[str, Any] = {"type": word, "uid": int(uid), "gid": int(gid)}
+        found[path] = entry | ({"target": target} if word == "link" else {"mode": int(mode, 8)})
+    _add_digests(found)
+    return found
+
+
+def _with_parents(path: str, roots: list[str]) -> Iterator[str]:
+    while any(f"{path}/".startswith(f"{root}/") for root in roots):
+        yield path
+        path = os.path.dirname(path)
+
+
+def _add_digests(found: dict[str, dict[str, Any]]) -> None:
+    paths = [path for path, entry in found.items() if entry["type"] == "file"]
+    for first in range(0, len(paths), 500):
+        for line in run(["sha256sum", "-z", "--", *paths[first : first + 500]]).split("\0")[:-1]:
+            digest, path = line[:64], line[66:]
+            found[path]["sha256"] = digest
+
+
+def _running_units(asked: Asked) -> Iterator[str]:
+    yield from _files("system_units")(asked)
+    transient = {os.path.basename(path) for path in _find(["/run/systemd/transient"], "-type", "f")}
+    for unit, load, active in _units("*.service", "*.socket", "*.timer", "*.path"):
+        if active not in ("active", "activating", "reloading"):
+            continue
+        if load == "not-found" or (unit in transient and not unit.startswith("remotegpu-")):
+            yield f"unit {unit} is {active} and not in the baseline"
+    for line in run(["systemctl", "show-environment"]).splitlines():
+        if line.startswith("LD_"):
+            yield f"systemd gives {line} to every service"
+
+
+def _users(asked: Asked) -> Iterator[str]:
+    yield from _database(asked, "passwd", secret=False)
+    yield from _database(asked, "shadow", secret=True)
+    for path in ("/etc/subuid", "/etc/subgid"):
+        lines = (read_text(path) or "").splitlines()
+        known = [line for lines in asked.sections["accounts"][path].values() for line in lines]
+        yield from (f"{path}: {line.split(':')[0]} is not in the baseline" for line in lines if line not in known)
+
+
+def _groups(asked: Asked) -> Iterator[str]:
+    yield from _database(asked, "group", secret=False)
+    yield from _database(asked, "gshadow", secret=True)
+
+
+def _database(asked: Asked, database: str, *, secret: bool) -> Iterator[str]:
+    known = asked.sections["accounts"][f"/etc/{database}"]
+    now: dict[str, list[str]] = {}
+    for line in _getent(database):
+        now.setdefault(line.split(":")[0], []).append(accounts.digest(line) if secret else line)
+    for name in sorted({*known, *now}):
+        if known.get(name) != now.get(name):
+            how = "is not in the baseline" if name not in known else "is missing" if name not in now else "has changed"
+            yield f"{database}: the entry of {name} {how}"
+
+
+def _special_files(asked: Asked) -> Iterator[str]:
+    known = asked.sections["special_files"]
+    lending = set(_find_everywhere("-type", "f", "-perm", "/6000"))
+    capable = {path for path in _find_everywhere("-type", "f") if _capabilities(path)}
+    for path in sorted(lending | capable):
+        if path not in known:
+            yield f"{path} lends power and is not in the baseline"
+            continue
+        mode, uid = run(["stat", "-c", "%a %u", "--", path]).split()
+        now = {"mode": int(mode, 8), "uid": int(uid), "capabilities": _capabilities(path)}
+        if {key: known[path][key] for key in now} != now:
+            yield f"{path} lends other power than in the baseline"
+
+
+def _capabilities(path: str) -> str | None:
+    try:
+        return os.getxattr(path, "security.capability", follow_symlinks=False).hex()
+    except OSError:
+        return None
+
+
+def _sshd_effective(asked: Asked) -> Iterator[str]:
+    if asked.sections["sshd_effective"] is None and find_tool("sshd") is None:
+        raise NotApplicable("no sshd on this host")
+    known, now = set(asked.sections["sshd_effective"] or []), set(baseline.read_sshd_effective() or [])
+    yield from (f"sshd uses `{line}`, which is not in the baseline" for line in sorted(now - known))
+    yield from (f"sshd does not use `{line}` any more" for line in sorted(known - now))
+
+
+def _packages(asked: Asked) -> Iterator[str]:
+    return (f"dpkg: {line}" for line in baseline.read_packages() if line not in asked.sections["packages"])
+
+
+def _temporary_folders(asked: Asked) -> Iterator[str]:
+    for path, entry in asked.sections["temporary_folders"].items():
+        expected = f"{entry['mode']:o} {entry['uid']} {entry['gid']}"
+        if run(["stat", "-c", "%a %u %g", path], ok=(0, 1)).strip() != expected:
+            yield f"{path} has another owner or mode than in the baseline"
+
+
+def _mounts(asked: Asked) -> Iterator[str]:
+    known = collections.Counter((each["target"], each["fstype"]) for each in asked.sections["mounts"])
+    listed = run(["findmnt", "-rn", "-o", "TARGET,FSTYPE"]).splitlines()
+    now = collections.Counter((_unescaped(line.split(" ")[0]), line.split(" ")[1]) for line in listed)
+    for target, fstype in sorted((now - known).elements()):
+        if not mounts.comes_and_goes(target):
+            yield f"{fstype} is mounted on {target}"
+
+
+def _unescaped(word: str) -> str:
+    return re.sub(r"\\x([0-9a-f]{2})", lambda m: chr(int(m.group(1), 16)), word)
+
+
+def _swap(asked: Asked) -> Iterator[str]:
+    for device in run(["swapon", "--show=NAME", "--noheadings"]).splitlines():
+        if device not in asked.sections["swaps"]:
+            yield f"{device} is used for swapping"
+
+
+def _kernel_modules(asked: Asked) -> Iterator[str]:
+    if not os.path.exists("/proc/modules"):
+        raise NotApplicable("this kernel loads no modules")
+    for name in (line.split()[0] for line in run(["lsmod"]).splitlines()[1:]):
+        if name not in asked.sections["modules"]:
+            path = run(["modinfo", "-n", name], ok=(0, 1)).strip()
+            if not path or not run(["dpkg", "-S", path], ok=(0, 1)).strip():
+                yield f"kernel module {name} comes from no package"
+
+
+def _firewall(asked: Asked) -> Iterator[str]:
+    if find_tool("nft") is None and asked.sections["firewall"] is None:
+        raise NotApplicable("nft is not installed on this host")
+    known = (asked.sections["firewall"] or {"tables": {}})["tables"]
+    now = {line.removeprefix("table "): "" for line in run(["nft", "list", "tables"]).splitlines()}
+    for key in sorted({*known, *now}):
+        terse = run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)]) if key in now else ""
+        before, after = (collections.Counter(_rules(text)) for text in (known.get(key, {}).get("terse", ""), terse))
+        yield from (f"table {key} has `{line}`, which is not in the baseline" for line in (after - before).elements())
+        yield from (f"table {key} lacks `{line}`" for line in (before - after).elements())
+
+
+def _rules(text: str) -> Iterator[str]:
+    """The lines of a table, each with its chain; without what Docker writes for its containers, and empty frames."""
+    chain = ""
+    for line in (each.strip() for each in text.splitlines()):
+        if opened := re.fullmatch(r"(chain|set|map) (\S+) \{", line):
+            chain = opened.group(2)
+        is_frame = line in ("", "}") or line.startswith(("table ", "chain ", "#")) or line.endswith("policy accept;")
+        if not is_frame and not _DOCKERS.search(f"{chain} {line}"):
+            yield f"{chain}: {line}"
+
+
+def _listening_ports(asked: Asked) -> Iterator[str]:
+    known = {_port_key(each) for each in asked.sections["listening_ports"]}
+    for line in run(["ss", "-Hlntup"]).splitlines():
+        protocol, _state, _received, _sent, local, _peer, *users = line.split()
+        address, _, number = local.rpartition(":")
+        pid = re.search(r"pid=(\d+)", " ".join(users))
+        plain = re.sub(r"%.*|[\[\]]", "", address).replace("*", "::")
+        port = {"protocol": protocol, "address": plain, "port": int(number), "program": _program(pid)}
+        if _port_key(port) not in known:
+            program = "no process that can be seen" if port["program"] == "?" else port["program"]
+            yield f"{protocol} port {number} on {port['address']} is open: {program} listens"
+
+
+def _program(pid: re.Match[str] | None) -> str:
+    return run(["readlink", f"/proc/{pid.group(1)}/exe"], ok=(0, 1)).strip() or "?" if pid else "?"
+
+
+def _port_key(port: dict[str, Any]) -> tuple[Any, ...]:
+    first_ephemeral = int((read_text("/proc/sys/net/ipv4/ip_local_port_range") or "32768").split()[0])
+    number = "any" if port["port"] >= first_ephemeral and port["program"] != "?" else port["port"]
+    address = ipaddress.ip_address(port["address"])
+    where = str(address) if address.is_loopback or address.is_unspecified else "the host's own"
+    return port["protocol"], where, number, port["program"]
+
+
+# --- asking the host
+
+
+def _getent(database: str, *keys: str) -> list[str]:
+    """The lines of the host's own files; 2 is getent's way to say that there is no such entry."""
+    return run(["getent", "--service=files", database, *keys], ok=(0, 2)).splitlines()
+
+
+def _find(roots: list[str], *words: str) -> Iterator[str]:
+    there = [root for root in roots if os.path.lexists(root)]
+    if there:
+        yield from run(["find", *there, *words, "-print0"], timeout_s=600).split("\0")[:-1]
+
+
+def _find_everywhere(*words: str) -> Iterator[str]:
+    """On every file system of this machine's own; each is entered from its own mount point only."""
+    places = {_unescaped(place) for place in run(["findmnt", "-rn", "-t", _LOCAL_TYPES, "-o", "TARGET"]).splitlines()}
+    places = {place for place in places if not place.startswith((*_CLOSED_STORES, "/proc/", "/sys/"))}
+    closed = [word for store in _CLOSED_STORES for word in ("-path", store, "-prune", "-o")]
+    return _find(sorted(places), "-xdev", *closed, *words)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+CHECKS: dict[str, Check] = {
+    "account": _account,
+    "access": _access,
+    "connections": _connections,
+    "processes": _lease_processes,
+    "gpu_holders": _gpu_holders,
+    "tasks": _tasks,
+    "linger": _linger,
+    "user_units": _user_units,
+    "containers": _containers,
+    "volumes": _volumes,
+    "images": _images,
+    "networks": _networks,
+    "home": _home,
+    "temporary_files": _temporary_files,
+    "runtime_folder": _runtime_folder,
+    "records": _records,
+    "sysv_ipc": _sysv_ipc,
+    "posix_queues": _posix_queues,
+    "owned_files": _owned_files,
+    "users": _users,
+    "groups": _groups,
+    "system_units": _running_units,
+    **{s: _files(s) for s in baseline.FILE_SECTIONS if s != "system_units"},
+    "sshd_effective": _sshd_effective,
+    "special_files": _special_files,
+    "packages": _packages,
+    "temporary_folders": _temporary_folders,
+    "mounts": _mounts,
+    "swap": _swap,
+    "kernel_modules": _kernel_modules,
+    "firewall": _firewall,
+    "listening_ports": _listening_ports,
+}
