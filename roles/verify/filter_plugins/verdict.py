@@ -1,0 +1,148 @@
+"""From what was seen to a verdict: plain functions, no host and no Ansible in them.
+
+Each `…_check` takes what a task registered and answers checks in the protocol's shape: id, result, reason, evidence,
+duration_s. What went wrong while looking is "unknown", and unknown is failed: only what was seen to be right counts.
+
+The host's own answer is text of a host that may not be ours any more: every check of it is taken apart and put together
+again, and what does not fit is unknown, never passed over.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Check = dict[str, Any]
+GOOD = ("passed", "not_applicable")
+RESULTS = (*GOOD, "failed", "unknown")
+ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
+REASON_LIMIT = 2000
+REFUSED = re.compile(r"Permission denied \(publickey")
+
+
+def ports_check(scan: Mapping[str, Any], allowed: Sequence[int], ssh_port: int) -> Check:
+    """Nothing is open from outside but what may be. The SSH port has to be seen, or the scan saw nothing at all."""
+    scans = scan.get("scans") or []
+    found = {int(port) for each in scans for port in each["open"]}
+    unexpected = sorted(found - {int(port) for port in allowed})
+    blind = [each["address"] for each in scans if each["unreachable"]]
+    reason, result = None, "passed"
+    if unexpected:
+        reason, result = f"open from outside, and not allowed: {', '.join(map(str, unexpected))}", "failed"
+    elif not scans:
+        reason, result = f"the scan failed: {_message(scan)}", "unknown"
+    elif ssh_port not in found:
+        reason, result = f"not even the SSH port {ssh_port} was seen open, so the scan proves nothing", "unknown"
+    elif blind:
+        reason, result = f"could not be asked from here: {', '.join(blind)}", "unknown"
+    evidence = {"allowed": sorted(int(port) for port in allowed), "scans": scans}
+    return _check("ports_from_outside", result, reason, evidence, sum(each["seconds"] for each in scans))
+
+
+def login_check(attempt: Mapping[str, Any], login: str) -> Check:
+    """The lease's key is refused. Only a real "no" counts: a host that hangs or another host key refuses nobody."""
+    code = attempt.get("rc")
+    said = str(attempt.get("stderr") or "").strip()
+    reason, result = None, "passed"
+    if code is None:
+        reason, result = f"the login could not be tried: {_message(attempt)}", "unknown"
+    elif code != 255:
+        reason, result = f"the key of the lease still opens {login} (exit {code})", "failed"
+    elif not REFUSED.search(said):
+        reason, result = f"the login was neither accepted nor refused: {said or 'no message'}", "unknown"
+    evidence = {"login": login, "exit": code, "said": said[:REASON_LIMIT]}
+    return _check("login_from_outside", result, reason, evidence, _duration_s(attempt))
+
+
+def host_checks(answer: Mapping[str, Any], room: Mapping[str, Any] | None = None) -> list[Check]:
+    """What `remotegpu-agent verify --json` found, or one check that says why there is no answer.
+
+    `room` is what became of the question's folder: without it the question was never asked.
+    """
+    for step in (room or {}, answer):
+        if step.get("unreachable"):
+            return [_silent(f"the host cannot be reached over SSH: {_message(step)}", step)]
+    if answer.get("rc") not in (0, 1):
+        return [_silent(f"the host gave no answer: {_message(answer)}", answer)]
+    try:
+        said = json.loads(str(answer.get("stdout", "")))
+        checks = [_taken_apart(each) for each in said["checks"]]
+        passed = said["passed"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [_silent(f"the host's answer is not what the protocol says: {error!r}", answer)]
+    if not checks:
+        return [_silent("the host's answer holds no check", answer)]
+    if passed is not all(each["result"] in GOOD for each in checks):
+        checks.append(_silent("the host's answer contradicts its own checks", answer))
+    return checks
+
+
+def _taken_apart(each: Any) -> Check:
+    """One check as the host says, in our own shape. Raises ValueError, KeyError or TypeError."""
+    if not isinstance(each["id"], str) or not ID.match(each["id"]):
+        raise ValueError(f"a check's id is {each['id']!r}")
+    if each["result"] not in RESULTS:
+        raise ValueError(f"result of {each['id']} is {each['result']!r}")
+    reason = None if each["reason"] is None else str(each["reason"])
+    return _check(each["id"], each["result"], reason, each["evidence"], float(each.get("duration_s", 0)))
+
+
+def verdict(checks: Sequence[Check], host: str, started_at: str, ended_at: str) -> dict[str, Any]:
+    """All of it. No check at all is no proof."""
+    passed = bool(checks) and all(each["result"] in GOOD for each in checks)
+    return {
+        "schema": 1,
+        "host": host,
+        "passed": passed,
+        "checks": list(checks),
+        "started_at": started_at,
+        "ended_at": ended_at,
+    }
+
+
+def reasons(judged: Mapping[str, Any]) -> str:
+    """Why a verdict is not good, in one line."""
+    bad = [
+        f"{each['id']} {each['result']}: {each['reason']}" for each in judged["checks"] if each["result"] not in GOOD
+    ]
+    return "; ".join(bad) or "nothing was checked"
+
+
+def _check(name: str, result: str, reason: str | None, evidence: Any, duration_s: float) -> Check:
+    short = None if reason is None else reason[:REASON_LIMIT]
+    return {"id": name, "result": result, "reason": short, "evidence": evidence, "duration_s": round(duration_s, 3)}
+
+
+def _silent(reason: str, step: Mapping[str, Any]) -> Check:
+    evidence = {"exit": step.get("rc"), "said": str(step.get("stdout") or "")[:REASON_LIMIT]}
+    return _check("host", "unknown", reason, evidence, _duration_s(step))
+
+
+def _message(step: Mapping[str, Any]) -> str:
+    said = str(step.get("stderr") or "").strip() or str(step.get("msg") or "").strip()
+    return said or (f"exit {step['rc']}" if "rc" in step else "no message")
+
+
+def _duration_s(step: Mapping[str, Any]) -> float:
+    """From the start and end that Ansible's command module reports; 0 where it did not get so far."""
+    try:
+        start, end = (datetime.datetime.fromisoformat(str(step[name])) for name in ("start", "end"))
+    except (KeyError, ValueError):
+        return 0.0
+    return (end - start).total_seconds()
+
+
+class FilterModule:
+    """What Ansible calls."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "verify_ports_check": ports_check,
+            "verify_login_check": login_check,
+            "verify_host_checks": host_checks,
+            "verify_verdict": verdict,
+            "verify_reasons": reasons,
+        }
