@@ -137,13 +137,6 @@ class RefreshFamily(Table):
     user_agent = pw.CharField(300, null=True)
 
 
-class RevokedToken(Table):
-    """Access tokens that must not live out their 15 minutes."""
-
-    jti = pw.CharField(64, unique=True)
-    expires_at = UtcDateTimeField(index=True)
-
-
 class ApiToken(Table):
     """For CI and the inventory plugin. Only the SHA-256 of the token is kept."""
 
@@ -158,7 +151,7 @@ class ApiToken(Table):
 
 
 class SignInFailure(Table):
-    """Failed sign-ins, by account and by address; the throttle counts them here when Redis is not there to."""
+    """Sign-ins that failed, by account and by address: what the throttle counts, whichever process saw them."""
 
     username = pw.CharField(64, index=True)
     address = pw.CharField(64, index=True)
@@ -326,6 +319,11 @@ class Lease(Table):
     end_reason = pw.TextField(null=True)
     end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
     probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
+
+    @property
+    def host_id(self) -> int:
+        """Its id on the host and in the agent's protocol: that of the lease which made the login."""
+        return int(self.login.removeprefix("lease")) if self.login else self.id
 
 
 Lease.add_index(Lease.machine, unique=True, where=(Lease.state << LEASE_OPEN), name="one_open_lease_a_machine")
@@ -533,7 +531,7 @@ class NamedLock(Table):
 
 
 TABLES = (
-    User, Tenant, Membership, SshKey, RefreshFamily, RevokedToken, ApiToken, SignInFailure,
+    User, Tenant, Membership, SshKey, RefreshFamily, ApiToken, SignInFailure,
     Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
     Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
     AuditEntry, Event, Setting, NamedLock,

@@ -16,7 +16,6 @@ from portal.models.people import (
     ApiToken,
     Membership,
     RefreshFamily,
-    RevokedToken,
     SignInFailure,
     SshKey,
     Tenant,
@@ -27,7 +26,7 @@ from portal.models.tasks import Attempt, LogRange, Task
 from portal.models.trail import AuditEntry, Event, NamedLock, Setting
 
 TABLES: tuple[type[Table], ...] = (
-    User, Tenant, Membership, SshKey, RefreshFamily, RevokedToken, ApiToken, SignInFailure,
+    User, Tenant, Membership, SshKey, RefreshFamily, ApiToken, SignInFailure,
     Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
     Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
     AuditEntry, Event, Setting, NamedLock,
@@ -54,7 +53,6 @@ __all__ = [
     "NamedLock",
     "Reclaim",
     "RefreshFamily",
-    "RevokedToken",
     "Run",
     "RunEvent",
     "RunHost",

@@ -43,7 +43,7 @@ class JsonField(peewee.TextField):
 
 
 class Table(peewee.Model):
-    id: int
+    id: peewee.AutoField
 
     class Meta:
         database = db

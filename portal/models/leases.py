@@ -16,7 +16,9 @@ class Lease(Table):
     but by a lease that `continues` this one while its data was retained."""
 
     machine = pw.ForeignKeyField(Machine, backref="leases", on_delete="RESTRICT")
+    machine_id: int
     tenant = pw.ForeignKeyField(Tenant, backref="leases", on_delete="RESTRICT")
+    tenant_id: int
     state = pw.CharField(16, constraints=[one_of("state", tuple(LEASE))])
     login = pw.CharField(32, null=True)
     uid = pw.IntegerField(null=True)
@@ -27,8 +29,10 @@ class Lease(Table):
     root = pw.BooleanField(default=False)
     remark = pw.TextField(null=True)
     continues = pw.ForeignKeyField("self", null=True, on_delete="RESTRICT")
+    continues_id: int | None
     created_at = UtcDateTimeField(default=utcnow)
     created_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
+    created_by_id: int | None
     activated_at = UtcDateTimeField(null=True)
     ending_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
@@ -49,6 +53,7 @@ class Grant(Table):
     """One thing a lease opens: what we want, and what was last seen."""
 
     lease = pw.ForeignKeyField(Lease, backref="grants", on_delete="CASCADE")
+    lease_id: int
     kind = pw.CharField(16, constraints=[one_of("kind", GRANT_KINDS)])
     desired = pw.CharField(8, constraints=[one_of("desired", ("open", "closed"))])
     observed = pw.CharField(8, default="unknown", constraints=[one_of("observed", GRANT_STATES)])
@@ -64,13 +69,16 @@ class Reclaim(Table):
     """Clean a machine after a lease and prove it. `report` is what was signed, byte for byte."""
 
     machine = pw.ForeignKeyField(Machine, backref="reclaims", on_delete="RESTRICT")
+    machine_id: int
     lease = pw.ForeignKeyField(Lease, backref="reclaims", on_delete="RESTRICT")
+    lease_id: int
     number = pw.IntegerField(default=1)
     state = pw.CharField(16, default="waiting", constraints=[one_of("state", tuple(RECLAIM))])
     due_at = UtcDateTimeField()
     force = pw.BooleanField(default=False)
     reason = pw.TextField(null=True)
     requested_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
+    requested_by_id: int | None
     command_id = pw.IntegerField(null=True)
     run_id = pw.IntegerField(null=True)
     started_at = UtcDateTimeField(null=True)

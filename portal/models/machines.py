@@ -56,6 +56,7 @@ class Gpu(Table):
     """A GPU that this machine is expected to have."""
 
     machine = pw.ForeignKeyField(Machine, backref="gpus", on_delete="CASCADE")
+    machine_id: int
     uuid = pw.CharField(96, unique=True)
     slot = pw.IntegerField(null=True)  # NVML's index; not stable, the UUID is the identity
     name = pw.CharField(96, null=True)
@@ -69,6 +70,7 @@ class MachineReport(Table):
     """The last report, one row a machine, overwritten. History is Prometheus's."""
 
     machine = pw.ForeignKeyField(Machine, primary_key=True, on_delete="CASCADE", backref="report")
+    machine_id: int
     received_at = UtcDateTimeField()
     clock_offset_s = pw.FloatField(null=True)
     agent_version = pw.CharField(40)
@@ -84,6 +86,7 @@ class EnrollToken(Table):
     """One use, for one machine. Only the SHA-256 is kept."""
 
     machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    machine_id: int
     token_sha256 = pw.CharField(64, unique=True)
     created_at = UtcDateTimeField(default=utcnow)
     expires_at = UtcDateTimeField()
@@ -94,6 +97,7 @@ class AgentCredential(Table):
     """Bound to one machine. `pending` until the agent has called with it; then the one before it is ended."""
 
     machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    machine_id: int
     token_sha256 = pw.CharField(64, unique=True)
     state = pw.CharField(16, constraints=[one_of("state", ("pending", "current", "ended"))])
     created_at = UtcDateTimeField(default=utcnow)
@@ -110,6 +114,7 @@ class Command(Table):
     """A one-off operation for the agent of one machine; executed once, its result kept."""
 
     machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    machine_id: int
     lease_id = pw.IntegerField(null=True)
     kind = pw.CharField(32)
     args = JsonField(default=dict)  # large parts (a baseline) are joined when it is sent
@@ -124,17 +129,20 @@ class Baseline(Table):
     """What the host looked like when nobody had leased it yet. Reclaim compares with the newest one."""
 
     machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    machine_id: int
     digest = pw.CharField(64)
     content = JsonField()
     taken_at = UtcDateTimeField()
     created_at = UtcDateTimeField(default=utcnow)
     requested_by = pw.ForeignKeyField(User, null=True, on_delete="SET NULL")
+    requested_by_id: int | None
 
 
 class JournalRecord(Table):
     """What happened on the host, by the agent's own record id: kept once however often it is sent."""
 
     machine = pw.ForeignKeyField(Machine, on_delete="CASCADE")
+    machine_id: int
     record_id = pw.CharField(64)
     at = UtcDateTimeField()
     received_at = UtcDateTimeField(default=utcnow)

@@ -35,7 +35,9 @@ class Tenant(Table):
 
 class Membership(Table):
     tenant = pw.ForeignKeyField(Tenant, backref="memberships", on_delete="RESTRICT")
+    tenant_id: int
     user = pw.ForeignKeyField(User, backref="memberships", on_delete="RESTRICT")
+    user_id: int
     role = pw.CharField(16, constraints=[one_of("role", MEMBER_ROLES)])
     created_at = UtcDateTimeField(default=utcnow)
 
@@ -45,6 +47,7 @@ class Membership(Table):
 
 class SshKey(Table):
     user = pw.ForeignKeyField(User, backref="keys", on_delete="RESTRICT")
+    user_id: int
     name = pw.CharField(64)
     type = pw.CharField(64)
     bits = pw.IntegerField()
@@ -63,6 +66,7 @@ class RefreshFamily(Table):
     """One sign-in. `current_jti` is the only refresh token that may be used; use of an older one ends the family."""
 
     user = pw.ForeignKeyField(User, on_delete="RESTRICT")
+    user_id: int
     current_jti = pw.CharField(64, unique=True)
     created_at = UtcDateTimeField(default=utcnow)
     rotated_at = UtcDateTimeField(default=utcnow)
@@ -73,17 +77,11 @@ class RefreshFamily(Table):
     user_agent = pw.CharField(300, null=True)
 
 
-class RevokedToken(Table):
-    """Access tokens that must not live out their 15 minutes."""
-
-    jti = pw.CharField(64, unique=True)
-    expires_at = UtcDateTimeField(index=True)
-
-
 class ApiToken(Table):
     """For CI and the inventory plugin. Only the SHA-256 of the token is kept."""
 
     user = pw.ForeignKeyField(User, on_delete="RESTRICT")
+    user_id: int
     name = pw.CharField(64)
     scopes = JsonField()  # list of words, see services/tokens.py
     token_sha256 = pw.CharField(64, unique=True)
@@ -94,7 +92,7 @@ class ApiToken(Table):
 
 
 class SignInFailure(Table):
-    """Failed sign-ins, by account and by address; the throttle counts them here when Redis is not there to."""
+    """Sign-ins that failed, by account and by address: what the throttle counts, whichever process saw them."""
 
     username = pw.CharField(64, index=True)
     address = pw.CharField(64, index=True)

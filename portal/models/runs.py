@@ -20,6 +20,7 @@ class Run(Table):
     tags = JsonField(default=list)
     options = JsonField(default=dict)  # a closed set, see services/runs.py; no secrets
     requested_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
+    requested_by_id: int | None
     lock_token = pw.CharField(36, null=True)
     lock_expires_at = UtcDateTimeField(null=True)
     attempt = pw.IntegerField(default=0)
@@ -43,7 +44,9 @@ class RunHost(Table):
     """`active` is set while a worker holds the run: the index keeps two runs off one host."""
 
     run = pw.ForeignKeyField(Run, backref="hosts", on_delete="CASCADE")
+    run_id: int
     machine = pw.ForeignKeyField(Machine, on_delete="RESTRICT")
+    machine_id: int
     active = pw.BooleanField(default=False)
 
     class Meta:
@@ -55,6 +58,7 @@ RunHost.add_index(RunHost.machine, unique=True, where=(RunHost.active == True), 
 
 class RunEvent(Table):
     run = pw.ForeignKeyField(Run, backref="events", on_delete="CASCADE")
+    run_id: int
     counter = pw.IntegerField()
     at = UtcDateTimeField(default=utcnow)
     kind = pw.CharField(40)

@@ -15,7 +15,9 @@ class Task(Table):
     """What is to be run. Its state is that of its newest attempt, or `queued` before there is one to send."""
 
     lease = pw.ForeignKeyField(Lease, backref="tasks", on_delete="RESTRICT")
+    lease_id: int
     created_by = pw.ForeignKeyField(User, on_delete="RESTRICT")
+    created_by_id: int
     name = pw.CharField(100)
     command = pw.TextField()
     env = JsonField(default=dict)
@@ -33,6 +35,7 @@ class Attempt(Table):
     """One try. Ids come from the portal and are never used twice; the exit code is the host's word."""
 
     task = pw.ForeignKeyField(Task, backref="attempts", on_delete="CASCADE")
+    task_id: int
     number = pw.IntegerField()
     state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(TASK))])
     desired = pw.CharField(8, default="run", constraints=[one_of("desired", ("run", "stop"))])
@@ -54,6 +57,7 @@ class Attempt(Table):
 
 class LogRange(Table):
     attempt = pw.ForeignKeyField(Attempt, backref="log", on_delete="CASCADE")
+    attempt_id: int
     offset = pw.BigIntegerField()
     data = pw.BlobField()
 
