@@ -81,6 +81,7 @@ def _config(settings: Settings) -> dict[str, Any]:
         "JWT_COOKIE_SECURE": settings.is_secure,
         "JWT_COOKIE_SAMESITE": "Lax",
         "JWT_COOKIE_CSRF_PROTECT": True,
+        "JWT_CSRF_CHECK_FORM": True,  # a page's form sends it as the field csrf_token
         "JWT_REFRESH_COOKIE_PATH": "/api/v1/auth",
         "JWT_ENCODE_ISSUER": "remotegpu",
         "JWT_DECODE_ISSUER": "remotegpu",

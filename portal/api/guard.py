@@ -92,7 +92,8 @@ def actor() -> Actor:
 
 def family_id() -> int | None:
     """The sign-in that this request came with; None for an API token."""
-    return g.get("family_id")
+    found: int | None = g.get("family_id")
+    return found
 
 
 def _identify(scope: str | None) -> User:

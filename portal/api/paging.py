@@ -30,7 +30,7 @@ class PageArgs(Schema):
 
 
 def page_of(
-    query: peewee.ModelSelect, args: dict[str, Any], shape: Callable[[Any], Any] | None = None
+    query: peewee.ModelSelect[Any], args: dict[str, Any], shape: Callable[[Any], Any] | None = None
 ) -> dict[str, Any]:
     """One page of `query`. The primary key breaks ties, so that no row is seen twice or never.
 

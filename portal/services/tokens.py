@@ -52,7 +52,7 @@ def _check(owner: User, scopes: list[str], expires_at: datetime) -> None:
         raise Invalid({"expires_at": ["Choose a time from now on, at most a year ahead."]})
 
 
-def list_of(owner: User) -> peewee.ModelSelect:
+def list_of(owner: User) -> peewee.ModelSelect[ApiToken]:
     """The tokens of `owner` that are not revoked, newest first."""
     return ApiToken.select().where((ApiToken.user == owner) & ApiToken.revoked_at.is_null()).order_by(-ApiToken.id)
 
