@@ -25,10 +25,17 @@ def want_all_closed(lease: Lease) -> None:
 
 def observe(lease: Lease, kind: str, observed: str, **detail: Any) -> bool:
     """Note what the host has; True when that is news. `observed_at` says since when it has been so."""
-    changes = {"observed": observed, "observed_at": utcnow(), "detail": detail}
-    seen_already = (Grant.observed == observed) & (Grant.detail == detail) & Grant.observed_at.is_null(False)
-    condition = (Grant.lease == lease) & (Grant.kind == kind) & ~seen_already
-    return int(Grant.update(**changes).where(condition).execute()) == 1
+    grant = get(lease, kind)
+    if grant.observed == observed and grant.detail == detail and grant.observed_at is not None:
+        return False
+    since = grant.observed_at if grant.observed == observed and grant.observed_at else utcnow()
+    Grant.update(observed=observed, observed_at=since, detail=detail).where(Grant.id == grant.id).execute()
+    return True
+
+
+def get(lease: Lease, kind: str) -> Grant:
+    grant: Grant = Grant.get(Grant.lease == lease, Grant.kind == kind)
+    return grant
 
 
 def of_lease(lease: Lease) -> list[Grant]:

@@ -20,7 +20,7 @@ import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
-from portal.models import Baseline, Gpu, Lease, Machine, MachineReport, Reclaim, Run, RunHost
+from portal.models import Baseline, Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, RunHost
 from portal.models.states import LEASE_OPEN
 from portal.services import agents, audit, commands, config, events, health, reports, runs, vault
 from portal.services.actors import SYSTEM, Actor, of_agent
@@ -220,9 +220,15 @@ def _forget_first_contact(machine: Machine) -> None:
 
 def _ask_for_baseline(machine: Machine) -> None:
     """Both must be there, in whatever order they come: the finished run, and the agent that can take it."""
-    run = newest_provision_run(machine)
-    if machine.state == "provisioning" and run and run.state == "succeeded" and agents.is_enrolled(machine):
+    asked = Command.select().where(Command.machine == machine, Command.kind == "baseline", Command.state == "queued")
+    if _is_provisioned(machine) and agents.is_enrolled(machine) and not asked.exists():
         commands.queue(machine, "baseline", by=SYSTEM)
+
+
+def _is_provisioned(machine: Machine) -> bool:
+    """The run has made it what it shall be; only the baseline is missing."""
+    run = newest_provision_run(machine)
+    return machine.state == "provisioning" and run is not None and run.state == "succeeded"
 
 
 def _fail(machine: Machine, reason: str) -> None:
@@ -314,20 +320,15 @@ def baseline_taken(machine: Machine, content: Mapping[str, Any]) -> None:
     """
     with atomic():
         machine = lock(machine)
-        if machine.state != "provisioning":
+        if not _is_provisioned(machine):
             audit.record("baseline.refused", machine, by=of_agent(machine), outcome="refused", state=machine.state)
             return
         digest = reports.digest(content)
-        taken_at = parse_time(content["taken_at"])
+        taken_at = datetime.fromisoformat(content["taken_at"])
         Baseline.create(machine=machine, digest=digest, content=dict(content), taken_at=taken_at)
         move(machine, leave="provisioning", enter="ready", needs_reimage=False)
         audit.record("machine.ready", machine, by=of_agent(machine), baseline=digest)
         events.write("machine.ready", machine_id=machine.id)
-
-
-def parse_time(text: str) -> datetime:
-    """A time of the protocol: RFC 3339 in UTC with Z."""
-    return datetime.fromisoformat(text)
 
 
 def baseline_failed(machine: Machine, reason: str) -> None:

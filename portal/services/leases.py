@@ -1,0 +1,442 @@
+"""Leases: who has which machine, until when.
+
+A lease's life is told here in order: allocate, activate, extend, end, observed closed, ended; and beside it: continue
+one whose data is still retained, write one off. What a lease opens is in grants.py, how the machine gets clean in
+reclaims.py. Here is no HTTP and no host: callers pass who, why, and where it matters the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import peewee
+
+from portal.db import atomic, utcnow
+from portal.errors import Conflict, Invalid, NotFound
+from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
+from portal.models.states import LEASE_OPEN, TASK_LIVE
+from portal.services import audit, events, grants, machines, reclaims, tasks, tenants
+from portal.services.actors import SYSTEM, Actor, of_agent
+from portal.services.health import Problem
+from portal.services.transitions import WrongState, move
+
+MAX_RETAIN_S = 90 * 24 * 3600
+TASKS_WAIT = timedelta(minutes=5)  # how long a closed lease waits for the exit codes of its tasks
+
+
+class CannotAllocate(Conflict):
+    """The machine cannot be leased now. `reasons` lists everything that stands in the way, each with its code."""
+
+    code = "cannot_allocate"
+
+    def __init__(self, reasons: Sequence[Problem]) -> None:
+        told = [{"code": reason.code, "message": reason.message} for reason in reasons]
+        super().__init__(" ".join(reason.message for reason in reasons), reasons=told)
+        self.reasons = tuple(reasons)
+
+
+# Look
+
+
+def get(lease_id: int) -> Lease:
+    lease: Lease | None = Lease.get_or_none(Lease.id == lease_id)
+    if lease is None:
+        raise NotFound(f"There is no lease {lease_id}.")
+    return lease
+
+
+def of_user(user: User) -> peewee.ModelSelect[Lease]:
+    """The leases of the tenants that this user belongs to: the one place where a customer's view is scoped."""
+    return Lease.select().where(Lease.tenant << (tenants.ids_of(user, "look") or [0]))
+
+
+def find_open(machine: Machine) -> Lease | None:
+    """The lease that has this machine now, if any."""
+    lease: Lease | None = Lease.get_or_none(Lease.machine == machine, Lease.state << LEASE_OPEN)
+    return lease
+
+
+# Allocate
+
+
+def allocate(
+    machine: Machine,
+    *,
+    to: Tenant,
+    until: datetime,
+    starts_at: datetime | None = None,
+    retain_s: int,
+    root: bool = False,
+    remark: str | None = None,
+    by: Actor,
+) -> Lease:
+    """Lease the machine to a tenant, from now or from `starts_at` on.
+
+    After the end its data is kept for `retain_s`, then wiped. Raises Invalid, or CannotAllocate with every reason.
+    """
+    now = utcnow()
+    _check_times(starts_at, until, retain_s, now)
+    probe_key = reclaims.new_probe_key()
+    try:
+        with atomic():
+            # The first statement takes the machine's row, so that every check below still holds at the commit.
+            uid = _take_uid(machine)
+            machine = machines.get(machine.id)
+            begins = starts_at or now
+            refusals = [*_tenant_refusals(to), *_overlaps(machine, begins, until, retain_s)]
+            refusals += _plan_refusals(machine) if starts_at else start_refusals(machine, now)
+            if refusals:
+                raise CannotAllocate(refusals)
+            lease = Lease.create(
+                machine=machine,
+                tenant=to,
+                state="scheduled",
+                uid=uid,
+                starts_at=begins,
+                ends_at=until,
+                retain_s=retain_s,
+                root=root,
+                remark=remark,
+                created_by=by.user,
+                probe_key=probe_key,
+            )
+            lease.login = f"lease{lease.id}"
+            lease.save()
+            _tell("lease.scheduled", lease, by=by, until=until, starts_at=starts_at, retain_s=retain_s, root=root)
+            if starts_at is None:
+                _activate(lease, machine, by=by)
+    except peewee.IntegrityError:
+        # The partial unique index has the last word, whatever the checks above believed.
+        raise CannotAllocate([Problem("leased", f"{machine.name} was leased to somebody at this moment.")]) from None
+    return lease
+
+
+def _check_times(starts_at: datetime | None, until: datetime, retain_s: int, now: datetime) -> None:
+    faults: dict[str, list[str]] = {}
+    if starts_at is not None and starts_at <= now:
+        faults["starts_at"] = ["Lies in the past; leave it out to start now."]
+    if until <= (starts_at or now):
+        faults["until"] = ["Lies before the start." if starts_at else "Lies in the past."]
+    if not 0 <= retain_s <= MAX_RETAIN_S:
+        faults["retain_s"] = [f"Use 0 to {MAX_RETAIN_S} seconds."]
+    if faults:
+        raise Invalid(faults)
+
+
+def _take_uid(machine: Machine) -> int:
+    """A UID is never used twice on a machine."""
+    if Machine.update(next_uid=Machine.next_uid + 1).where(Machine.id == machine.id).execute() != 1:
+        raise NotFound(f"There is no machine {machine.id} any more.")
+    following: int = Machine.select(Machine.next_uid).where(Machine.id == machine.id).scalar()
+    return following - 1
+
+
+def _tenant_refusals(tenant: Tenant) -> Iterable[Problem]:
+    archived = Tenant.select(Tenant.archived_at).where(Tenant.id == tenant.id).scalar()
+    if archived is not None:
+        yield Problem("tenant_archived", f"{tenant.name} is archived; restore the customer first.")
+
+
+def _overlaps(
+    machine: Machine, begins: datetime, until: datetime, retain_s: int, *, but: Lease | None = None
+) -> Iterable[Problem]:
+    """Other leases that hold the machine in the wanted time, or still retain data on it."""
+    wanted_end = until + timedelta(seconds=retain_s)
+    retained = Reclaim.select(Reclaim.lease).where(Reclaim.machine == machine, Reclaim.state == "waiting")
+    holding = (Lease.state << ("scheduled", *LEASE_OPEN)) | (Lease.id << retained)
+    for other in Lease.select().where(Lease.machine == machine, holding, Lease.id != (but.id if but else 0)):
+        other_end = (other.ended_at or other.ends_at) + timedelta(seconds=other.retain_s)
+        if other.starts_at < wanted_end and begins < other_end:
+            span = f"from {other.starts_at:%Y-%m-%d %H:%M} to {other_end:%Y-%m-%d %H:%M} UTC, its retention included"
+            yield Problem("overlap", f"Lease {other.id} has {machine.name} {span}.")
+
+
+def _plan_refusals(machine: Machine) -> Iterable[Problem]:
+    """For later, a machine need not be free or well now, but it must be one that is in service."""
+    if machine.state not in ("ready", "leased", "reclaiming"):
+        yield _not_ready(machine)
+
+
+def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
+    """Everything that keeps a lease from starting on this machine now, each with a message of its own."""
+    refusals: list[Problem] = []
+    if machine.state != "ready":
+        refusals.append(_not_ready(machine))
+    elif not machines.is_proven_clean(machine):
+        refusals.append(Problem("not_clean", f"{machine.name} has no passed reclaim report after its last lease."))
+    health = machines.health_of(machine, now)
+    if health.reachability == "never":
+        refusals.append(Problem("offline", f"The agent of {machine.name} has never reported."))
+    elif not health.is_online:
+        since = f"{health.last_seen_at:%Y-%m-%d %H:%M} UTC"
+        refusals.append(Problem("offline", f"{machine.name} is offline; its last report is from {since}."))
+    refusals += health.problems
+    if machine.maintenance_since is not None:
+        refusals.append(Problem("maintenance", f"{machine.name} is in maintenance: {machine.maintenance_reason}"))
+    return refusals
+
+
+def _not_ready(machine: Machine) -> Problem:
+    why = f": {machine.state_reason}" if machine.state_reason else ""
+    return Problem("not_ready", f"{machine.name} is {machine.state}, not ready{why}.")
+
+
+# Activate
+
+
+def _activate(lease: Lease, machine: Machine, *, by: Actor) -> None:
+    """Inside the transaction that holds the machine's row and has checked it."""
+    move(machine, leave="ready", enter="leased")
+    _open(lease, by=by)
+
+
+def _open(lease: Lease, *, by: Actor) -> None:
+    move(lease, leave="scheduled", enter="active", activated_at=utcnow())
+    grants.open_all(lease)
+    events.desired_changed(lease.machine_id)
+    _tell("lease.active", lease, by=by)
+
+
+def activate_due(now: datetime | None = None) -> int:
+    """Start the scheduled leases whose time has come; returns how many.
+
+    One whose machine is not ready then goes on waiting, and ends when its own end passes.
+    """
+    now = now or utcnow()
+    started = 0
+    for lease in Lease.select().where(Lease.state == "scheduled", Lease.starts_at <= now).order_by(Lease.starts_at):
+        try:
+            started += _start(lease, now)
+        except (CannotAllocate, WrongState, peewee.IntegrityError):
+            if lease.ends_at <= now:
+                end(lease, by=SYSTEM, reason="The machine was not ready before the lease's end.")
+    return started
+
+
+def _start(lease: Lease, now: datetime) -> bool:
+    with atomic():
+        machine = machines.lock(lease.machine)
+        refusals = [*_tenant_refusals(lease.tenant), *start_refusals(machine, now)]
+        if lease.ends_at <= now:
+            refusals.append(Problem("over", f"Lease {lease.id} is over."))
+        if refusals:
+            raise CannotAllocate(refusals)
+        _activate(lease, machine, by=SYSTEM)
+    return True
+
+
+# Extend
+
+
+def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
+    """Give a lease a later end; returns the lease that then holds the machine.
+
+    An active one goes on: it counts once the host has acknowledged it, until then both ends are shown. One that has
+    ended, and whose data is still retained, is continued by a new lease with the same login and UID.
+    """
+    with atomic():
+        machine = machines.lock(lease.machine)
+        lease = get(lease.id)
+        now = utcnow()
+        if lease.state == "ended":
+            return _continue(lease, machine, until=until, by=by, now=now)
+        if lease.state == "ending" or lease.ends_at <= now:
+            raise Conflict(
+                f"Lease {lease.id} is ending on the host. Extend it when the host has closed it.", code="lease_ending"
+            )
+        if until <= lease.ends_at:
+            later = f"Must be later than {lease.ends_at.isoformat()}; to stop earlier, end the lease."
+            raise Invalid({"until": [later]})
+        overlaps = list(_overlaps(machine, lease.starts_at, until, lease.retain_s, but=lease))
+        if overlaps:
+            raise CannotAllocate(overlaps)
+        before = lease.ends_at
+        # Only while it is what we read: the sweep may be closing it at this moment.
+        unchanged = (Lease.id == lease.id) & (Lease.state == lease.state) & (Lease.ends_at == before)
+        if Lease.update(ends_at=until).where(unchanged).execute() != 1:
+            raise WrongState(f"Lease {lease.id} was changed by somebody at this moment.")
+        lease.ends_at = until
+        if lease.state == "active":
+            events.desired_changed(machine.id)
+        _tell("lease.extended", lease, by=by, before=before, until=until)
+    return lease
+
+
+def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now: datetime) -> Lease:
+    """Open again what was closed, data intact: only while the reclaim still waits, and for the same tenant."""
+    if until <= now:
+        raise Invalid({"until": ["Lies in the past."]})
+    refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
+    if refusals:
+        raise CannotAllocate(refusals)
+    reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
+    following = Lease.create(
+        machine=machine,
+        tenant=lease.tenant_id,
+        state="scheduled",
+        login=lease.login,
+        uid=lease.uid,
+        starts_at=now,
+        ends_at=until,
+        retain_s=lease.retain_s,
+        root=lease.root,
+        remark=lease.remark,
+        continues=lease,
+        created_by=by.user,
+        probe_key=reclaims.new_probe_key(),
+    )
+    _tell("lease.continued", following, by=by, continues=lease.id, until=until)
+    _open(following, by=by)
+    return following
+
+
+# End
+
+
+def end(lease: Lease, *, by: Actor, reason: str, force: bool = False) -> Lease:
+    """Close the door now; the host follows, then the reclaim. `force` skips the retention of the data."""
+    with atomic():
+        lease = _held(lease)
+        if lease.state == "scheduled":
+            move(lease, leave="scheduled", enter="ended", ended_at=utcnow(), end_reason=reason)
+            _tell("lease.ended", lease, by=by, reason=reason)
+        elif lease.state == "ending" and force and not lease.end_forced:
+            Lease.update(end_forced=True).where(Lease.id == lease.id).execute()
+            _tell("lease.forced", lease, by=by, reason=reason)
+        else:
+            _close(lease, by=by, reason=reason, force=force)
+    return get(lease.id)
+
+
+def _held(lease: Lease) -> Lease:
+    """The lease as it is now, its row held until the transaction ends."""
+    Lease.update(uid=Lease.uid).where(Lease.id == lease.id).execute()
+    return get(lease.id)
+
+
+def _close(lease: Lease, *, by: Actor, reason: str, force: bool = False, where: Any = None) -> None:
+    changes = {"ending_at": utcnow(), "end_reason": reason, "end_forced": force}
+    move(lease, leave="active", enter="ending", where=where, **changes)
+    grants.want_all_closed(lease)
+    tasks.end_all_of(lease, reason=reason)
+    events.desired_changed(lease.machine_id)
+    _tell("lease.ending", lease, by=by, reason=reason, force=force)
+
+
+def end_due(now: datetime | None = None) -> int:
+    """Close the leases whose end has come; returns how many. The host has closed them by itself already."""
+    now = now or utcnow()
+    closed = 0
+    for lease in Lease.select().where(Lease.state == "active", Lease.ends_at <= now):
+        try:
+            with atomic():  # an extension that was committed meanwhile wins
+                _close(lease, by=SYSTEM, reason="The agreed end has come.", where=Lease.ends_at <= now)
+            closed += 1
+        except WrongState:
+            continue
+    return closed
+
+
+# Observed by the host
+
+
+def observed(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> None:
+    """Take in what the agent says about the leases on its host: acknowledged ends, grants, and that one is closed.
+
+    Call it after `machine.applied_generation` is up to date. What a host says about leases that are not its own, or
+    long ended, is not heard.
+    """
+    by_login = {entry["login"]: entry for entry in seen}
+    for lease in Lease.select().where(Lease.machine == machine, Lease.state << LEASE_OPEN):
+        entry = by_login.get(lease.login)
+        if entry is not None:
+            _observe(lease, machine, entry)
+        elif lease.state == "ending" and _has_applied_everything(machine):
+            _never_there(lease, machine)
+
+
+def _observe(lease: Lease, machine: Machine, entry: Mapping[str, Any]) -> None:
+    with atomic():
+        _acknowledge(lease, machine, entry)
+        state = _state_of(entry)
+        news = grants.observe(
+            lease, "keys", state, fingerprints=sorted(entry["key_fingerprints"]), message=entry["message"]
+        )
+        news |= grants.observe(lease, "tasks", "open" if state == "closed" and _has_live_attempts(lease) else state)
+        if news:
+            _tell_observed(lease)
+        if lease.state == "ending" and grants.are_all_closed(lease):
+            _finish(lease, by=of_agent(machine))
+
+
+def _state_of(entry: Mapping[str, Any]) -> str:
+    """Closed means nobody in and nothing running; a number of processes that is unknown or above zero is neither."""
+    if entry["state"] == "closed":
+        return "closed" if entry["processes"] == 0 else "unknown"
+    return "open" if entry["state"] == "open" else "unknown"
+
+
+def _acknowledge(lease: Lease, machine: Machine, entry: Mapping[str, Any]) -> None:
+    if not entry["end_armed"] or entry["ends_at"] is None:
+        return
+    armed = datetime.fromisoformat(entry["ends_at"])
+    if lease.acknowledged_ends_at == armed:
+        return
+    lease.acknowledged_ends_at = armed
+    Lease.update(acknowledged_ends_at=armed).where(Lease.id == lease.id).execute()
+    _tell("lease.end_acknowledged", lease, by=of_agent(machine), ends_at=armed)
+
+
+def _tell_observed(lease: Lease) -> None:
+    events.write("lease.observed", machine_id=lease.machine_id, tenant_id=lease.tenant_id, resource_id=lease.id)
+
+
+def _has_live_attempts(lease: Lease) -> bool:
+    """The end of its tasks is still to be told. Their processes are dead, so a host that forgot them is not awaited."""
+    keys = grants.get(lease, "keys")
+    if keys.observed == "closed" and keys.observed_at is not None and keys.observed_at + TASKS_WAIT < utcnow():
+        return False
+    attempts = Attempt.select().join(Task).where(Task.lease == lease, Attempt.state << TASK_LIVE)
+    return bool(attempts.exists())
+
+
+def _has_applied_everything(machine: Machine) -> bool:
+    now = machines.get(machine.id)
+    return now.applied_generation is not None and now.applied_generation >= now.generation
+
+
+def _never_there(lease: Lease, machine: Machine) -> None:
+    """The host does all that we want and does not know this lease: it ended before the host had heard of it."""
+    with atomic():
+        for kind in ("keys", "tasks"):
+            grants.observe(lease, kind, "closed", message="The host never opened it.")
+        if not _has_live_attempts(lease):
+            _finish(lease, by=of_agent(machine))
+
+
+def _finish(lease: Lease, *, by: Actor, **detail: Any) -> None:
+    move(lease, leave="ending", enter="ended", ended_at=utcnow())
+    reclaims.wait_for(lease)
+    events.desired_changed(lease.machine_id)
+    _tell("lease.ended", lease, by=by, **detail)
+
+
+def write_off(lease: Lease, *, by: Actor, reason: str) -> Lease:
+    """The host will not answer any more: the lease ends unobserved. Its machine must still be proven clean."""
+    with atomic():
+        lease = get(lease.id)
+        if lease.state == "active":
+            _close(lease, by=by, reason=reason)
+        if lease.state != "ending":
+            raise Conflict(f"Lease {lease.id} is {lease.state}; there is nothing to write off.", code="wrong_state")
+        open_still = [grant.kind for grant in grants.of_lease(lease) if grant.observed != "closed"]
+        _finish(lease, by=by, reason=reason, written_off=True, not_observed_closed=open_still)
+    return lease
+
+
+def _tell(action: str, lease: Lease, *, by: Actor, **detail: Any) -> None:
+    """The audit entry and the event of one change."""
+    audit.record(action, lease, by=by, tenant_id=lease.tenant_id, machine_id=lease.machine_id, **detail)
+    events.write(action, machine_id=lease.machine_id, tenant_id=lease.tenant_id, resource_id=lease.id)
