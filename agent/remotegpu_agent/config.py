@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from remotegpu_agent.files import find_json
 
 CONFIG_FILE = Path("/etc/remotegpu/agent.json")
+PATHS = ("ca_file", "enroll_token_file", "keys_dir", "state_dir", "tasks_dir", "run_dir", "home_dir")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -21,7 +22,8 @@ class ConfigError(Exception):
 @dataclass(frozen=True)
 class Config:
     portal_url: str
-    ca_file: Path = Path("/etc/remotegpu/ca.pem")
+    ca_file: Path | None = Path("/etc/remotegpu/ca.pem")  # null: the host's own list of authorities
+    machine_id: int | None = None  # the portal's number of this machine, for people who look; the credential decides
     enroll_token_file: Path = Path("/etc/remotegpu/enroll-token")
     keys_dir: Path = Path("/etc/remotegpu/authorized_keys")
     state_dir: Path = Path("/var/lib/remotegpu-agent")
@@ -31,7 +33,9 @@ class Config:
     program: str = "/usr/local/bin/remotegpu-agent"
     leases_group: str = "remotegpu-leases"
     nvml_user: str = "nobody"
-    proxy_url: str | None = None  # http://host:port; without it the portal is called directly, whatever the environment says
+    proxy_url: str | None = (
+        None  # http://host:port; without it the portal is called directly, whatever the environment says
+    )
 
     @property
     def credential_file(self) -> Path:
@@ -51,18 +55,19 @@ def load(path: Path = CONFIG_FILE) -> Config:
 
 def parse(value: dict[str, Any], where: str = "agent.json") -> Config:
     """Check the fields of a configuration. Raises ConfigError."""
-    known = {field.name: field.type for field in fields(Config)}
+    known = [field.name for field in fields(Config)]
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(known)}")
     for name, given in value.items():
-        if not isinstance(given, str) and not (given is None and name == "proxy_url"):
-            raise ConfigError(f"{where}: {name} must be a string")
+        if given is None and name in ("ca_file", "machine_id", "proxy_url"):
+            continue
+        if not isinstance(given, int if name == "machine_id" else str):
+            raise ConfigError(f"{where}: {name} must be a {'number' if name == 'machine_id' else 'string'}")
     if "portal_url" not in value:
         raise ConfigError(f"{where}: portal_url is missing, for example https://portal.example:8443")
     check_url(value["portal_url"], f"{where}: portal_url")
-    paths = {name: Path(given) if known[name] is Path else given for name, given in value.items()}
-    return Config(**paths)
+    return Config(**{name: Path(given) if name in PATHS and given else given for name, given in value.items()})  # type: ignore[arg-type]  # checked above
 
 
 def check_url(url: str, where: str) -> None:

@@ -25,7 +25,12 @@ class Journal:
         self._waiting: dict[str, dict[str, Any]] = {}
 
     def record(
-        self, event: str, *, lease_id: int | None = None, attempt_id: int | None = None, detail: dict[str, Any] | None = None
+        self,
+        event: str,
+        *,
+        lease_id: int | None = None,
+        attempt_id: int | None = None,
+        detail: dict[str, Any] | None = None,
     ) -> None:
         """Note what is now true. On the disk when this returns."""
         self._append(

@@ -4,7 +4,6 @@ What is said is decided elsewhere. A redirect is an error, and no proxy is used 
 environment must not lead a credential elsewhere.
 """
 
-import contextlib
 import http.client
 import json
 import socket
@@ -30,6 +29,14 @@ class Refused(PortalError):
     """The portal does not accept our credential (401 or 403)."""
 
 
+class NotYours(PortalError):
+    """The report names things of another machine, or that the portal does not know; nothing of it was taken."""
+
+    def __init__(self, text: str, items: dict[str, list[Any]]) -> None:
+        super().__init__(text)
+        self.items = items
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where the portal is and whom we believe that it is."""
@@ -44,7 +51,7 @@ class Endpoint:
 
 
 class Portal:
-    """One connection, kept open between calls. Not for two threads at once; `abort` may come from any."""
+    """One connection, kept open between calls. Not for two threads at once."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         check_url(endpoint.url, "portal_url")
@@ -67,7 +74,9 @@ class Portal:
             self.close()
             if not is_reused:
                 raise PortalError(f"{self._endpoint.url}: {error or type(error).__name__}") from error
-            return self.call(path, message, credential=credential, wait_s=wait_s)  # the portal closed an idle connection
+            return self.call(
+                path, message, credential=credential, wait_s=wait_s
+            )  # the portal closed an idle connection
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise PortalError(f"{self._endpoint.url}: {_reason(error)}") from error
@@ -125,10 +134,14 @@ class Portal:
         return self._context
 
     def _read(self, path: str, status: int, data: bytes) -> dict[str, Any]:
-        if status in (401, 403):
-            raise Refused(f"{path}: {status} {_detail(data)}")
         if status != 200:
-            raise PortalError(f"{path}: {status} {_detail(data)}")
+            problem = _problem(data)
+            said = f"{path}: {status} {str(problem.get('detail') or problem.get('title') or '')[:300]}"
+            if status in (401, 403):
+                raise Refused(said)
+            if status == 409 and problem.get("code") == "not_yours":
+                raise NotYours(said, dict(problem["info"]["items"]))
+            raise PortalError(said)
         try:
             answer = json.loads(data)
         except ValueError as error:
@@ -136,13 +149,6 @@ class Portal:
         if not isinstance(answer, dict) or answer.get("protocol") != 1:
             raise PortalError(f"{path}: the answer is not one of protocol 1; is portal_url the portal's address?")
         return answer
-
-    def abort(self) -> None:
-        """Wake a thread that waits in `call`; it raises PortalError."""
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -158,12 +164,10 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _detail(data: bytes) -> str:
-    """The sentence of a problem+json body, shortened; bodies of others are not echoed."""
+def _problem(data: bytes) -> dict[str, Any]:
+    """A problem+json body; empty for bodies of others, which are not echoed."""
     try:
         problem = json.loads(data)
     except ValueError:
-        return ""
-    if not isinstance(problem, dict):
-        return ""
-    return str(problem.get("detail") or problem.get("title") or "")[:300]
+        return {}
+    return problem if isinstance(problem, dict) else {}

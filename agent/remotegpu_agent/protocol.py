@@ -96,7 +96,7 @@ class Desired:
     log_quota_bytes: int
 
 
-COMMANDS = {
+COMMANDS: dict[str, dict[str, type[object]]] = {
     "baseline": {"machine_id": int},
     "clean": {"lease_id": int, "machine_id": int, "login": str, "uid": int, "baseline": dict},
     "rotate_credential": {"machine_id": int, "credential": str, "credential_id": int},
@@ -195,7 +195,7 @@ def check_args(kind: str, args: object, where: str) -> None:
     """The arguments of a command have exactly the names and types of its kind. Raises ProtocolError."""
     fields = Fields(args, f"{where}.args")
     for name, wanted in COMMANDS[kind].items():
-        fields.take(name, cast(type[object], wanted))
+        fields.take(name, wanted)
     fields.finish()
     if kind == "clean":
         values = cast(Mapping[str, Any], args)

@@ -26,11 +26,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a sync answered: where the portal stands and, when that differs from us, what it wants."""
+    """What a sync answered: where the portal stands and, when that differs from us, what it wants; and what we had said."""
 
     epoch: str
     generation: int
     desired: Desired | None
+    asked_epoch: str | None
+    asked_generation: int
 
 
 def judge(held: Held, answer: Answer, *, machine_id: int, thaws_done: frozenset[int] = frozenset()) -> Held:
@@ -40,21 +42,29 @@ def judge(held: Held, answer: Answer, *, machine_id: int, thaws_done: frozenset[
         raise ProtocolError(f"desired.machine_id: {desired.machine_id}, but this is machine {machine_id}")
     if desired is not None and (desired.epoch, desired.generation) != (answer.epoch, answer.generation):
         raise ProtocolError("desired: its epoch and generation are not those of the answer around it")
-    doubt = held.frozen or _doubt(held, answer)
+    if answer.asked_epoch != held.epoch:
+        return held  # asked before a thaw or an enrolment: it speaks of a time that is over
+    doubt = held.frozen or _doubt(answer)
     if doubt is None:
         if desired is None:
             return replace(held, epoch=answer.epoch)
+        if held.desired is not None and answer.generation <= held.generation:
+            return held  # the other connection was faster
         return Held(epoch=answer.epoch, generation=answer.generation, desired=desired)
     if desired is not None and find_thaw(desired, done=thaws_done) is not None:
         return Held(epoch=answer.epoch, generation=answer.generation, desired=desired)
     return replace(held, frozen=doubt)
 
 
-def _doubt(held: Held, answer: Answer) -> str | None:
-    if held.epoch is not None and answer.epoch != held.epoch:
-        return f"the portal is at epoch {answer.epoch}, this host at {held.epoch}: was the portal restored or replaced?"
-    if answer.generation < held.generation:
-        return f"the portal is at generation {answer.generation}, this host at {held.generation}: was the portal restored from a backup?"
+def _doubt(answer: Answer) -> str | None:
+    """Measured against what we told the portal in this very call: two connections may overtake each other."""
+    if answer.asked_epoch is not None and answer.epoch != answer.asked_epoch:
+        return f"the portal is at epoch {answer.epoch}, this host at {answer.asked_epoch}: was the portal restored or replaced?"
+    if answer.generation < answer.asked_generation:
+        return (
+            f"the portal is at generation {answer.generation}, this host at {answer.asked_generation}: "
+            "was the portal restored from a backup?"
+        )
     return None
 
 
@@ -63,7 +73,9 @@ def find_thaw(desired: Desired, *, done: frozenset[int]) -> Command | None:
     for command in desired.commands:
         if command.kind == "thaw" and command.command_id not in done:
             args = command.args
-            if (args["machine_id"], args["epoch"]) == (desired.machine_id, desired.epoch) and args["generation"] <= desired.generation:
+            if (args["machine_id"], args["epoch"]) == (desired.machine_id, desired.epoch) and args[
+                "generation"
+            ] <= desired.generation:
                 return command
     return None
 

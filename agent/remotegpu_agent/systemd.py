@@ -9,6 +9,7 @@ from remotegpu_agent.protocol import format_time, parse_time
 
 __all__ = ["ToolFailed", "run"]
 
+ALIVE = ("active", "activating", "deactivating", "reloading", "refreshing")
 TRANSIENT_DIR = Path("/run/systemd/transient")
 
 
@@ -18,9 +19,13 @@ def show(unit: str, *properties: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in printed.splitlines() if "=" in line)
 
 
-def is_alive(unit: str) -> bool:
-    """The unit runs, starts or is being stopped. Raises ToolFailed."""
-    return show(unit, "ActiveState").get("ActiveState") in ("active", "activating", "deactivating", "reloading")
+def alive(units: list[str]) -> set[str]:
+    """Those of the units that run, start or are being stopped. Raises ToolFailed."""
+    if not units:
+        return set()
+    printed = run(["systemctl", "show", "--property=Id", "--property=ActiveState", *units])
+    shown = (dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in printed.split("\n\n"))
+    return {unit["Id"] for unit in shown if unit.get("ActiveState") in ALIVE}
 
 
 def stop(unit: str, *, wait: bool = False) -> None:

@@ -1,0 +1,182 @@
+"""The GPUs as this host last saw them. A hung driver makes the numbers old, never the agent slow.
+
+One child (gpu_child.py) speaks with NVML; a thread of its own waits for it. At most one probe is in flight. A probe that is
+overdue leaves the last sample as `stale`; a child that stays away is asked to end (TERM, long grace), and only then replaced.
+"""
+
+import json
+import os
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from remotegpu_agent.protocol import format_time, now
+
+PROBE_DEADLINE_S = 10.0
+PATIENCE_S = 60.0  # how long an overdue child may take before it is asked to end
+GRACE_S = 60.0  # ... and how long it has for that: killing an NVML client outright has frozen GPUs
+LARGEST_ANSWER_BYTES = 1024 * 1024
+
+
+class GpuProbe:
+    """Samples on demand, read at any time."""
+
+    def __init__(self, argv: Sequence[str], *, deadline_s: float = PROBE_DEADLINE_S) -> None:
+        self._argv = list(argv)
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._wanted = threading.Event()
+        self._fresh = threading.Event()
+        self._stopping = threading.Event()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._sample: dict[str, Any] | None = None
+        self._asked_at: float | None = None  # monotonic: when the probe in flight was asked
+        self._terminated_at: float | None = None
+        self._paused = False
+        self._buffer = b""
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="gpu", daemon=True).start()
+
+    def ask(self, *, wait_s: float = 0) -> None:
+        """Want a new sample; wait for it no longer than this."""
+        self._fresh.clear()
+        self._wanted.set()
+        if wait_s:
+            self._fresh.wait(wait_s)
+
+    def report(self) -> dict[str, Any]:
+        """The last sample as the protocol's `gpu_report`, marked stale when a newer one is overdue."""
+        with self._lock:
+            sample, asked_at = self._sample, self._asked_at
+        overdue_s = time.monotonic() - asked_at if asked_at is not None else 0.0
+        if overdue_s > self._deadline_s:
+            message = f"NVML has not answered for {overdue_s:.0f} s: the driver hangs, a reboot may be needed"
+            return (sample or _unknown("stale", message)) | {"state": "stale", "message": message}
+        return sample or _unknown("stale", "no sample yet")
+
+    def stop(self) -> None:
+        """Let go of the GPUs: no NVML client of ours is left when this returns, unless the driver hangs."""
+        self._stopping.set()
+        self._wanted.set()
+        child = self._child
+        if child is not None and child.stdin is not None:
+            child.terminate()
+            try:
+                child.wait(2)
+            except subprocess.TimeoutExpired:
+                return  # it dies with us by its parent-death signal, or hangs in the kernel
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            if not self._stopping.is_set():
+                self._probe()
+
+    def _probe(self) -> None:
+        """Ask and wait for the answer, however long that takes; nobody else waits with us."""
+        try:
+            child = self._running_child()
+            with self._lock:
+                self._asked_at = time.monotonic()
+            os.write(child.stdin.fileno(), b"probe\n")  # type: ignore[union-attr]  # Popen was given PIPE
+            answer = json.loads(self._read_line(child))
+            self._accept(answer | {"sampled_at": format_time(now())})
+        except (OSError, ValueError, EOFError) as error:
+            self._reap()
+            if not self._stopping.is_set():
+                self._accept(_unknown("error", f"the NVML process ended: {error}"))
+
+    def _running_child(self) -> "subprocess.Popen[bytes]":
+        if self._child is None or self._child.poll() is not None:
+            self._buffer = b""
+            self._terminated_at = None
+            self._child = subprocess.Popen(
+                self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, cwd="/"
+            )
+        return self._child
+
+    def _read_line(self, child: "subprocess.Popen[bytes]") -> bytes:
+        while b"\n" not in self._buffer:
+            descriptor = child.stdout.fileno()  # type: ignore[union-attr]  # Popen was given PIPE
+            if select.select([descriptor], [], [], 1.0)[0]:
+                data = os.read(descriptor, 65536)
+                if not data:
+                    raise EOFError(f"exit status {child.wait(5) if self._stopping.is_set() else child.poll()}")
+                self._buffer += data
+                if len(self._buffer) > LARGEST_ANSWER_BYTES:
+                    raise ValueError("its answer is too long")
+            self._lose_patience(child)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _lose_patience(self, child: "subprocess.Popen[bytes]") -> None:
+        waited_s = time.monotonic() - (self._asked_at or 0)
+        if waited_s > PATIENCE_S and self._terminated_at is None:
+            self._terminated_at = time.monotonic()
+            child.terminate()
+        elif self._terminated_at is not None and time.monotonic() - self._terminated_at > GRACE_S:
+            child.kill()
+
+    def _accept(self, sample: dict[str, Any]) -> None:
+        for gpu in sample["gpus"]:
+            gpu["processes"] = _true_processes(gpu["processes"])
+        with self._lock:
+            self._sample, self._asked_at = sample, None
+        self._fresh.set()
+
+    def _reap(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+        if child.poll() is None:
+            child.terminate()
+            threading.Thread(target=child.wait, name="gpu-reaper", daemon=True).start()
+
+
+def _unknown(state: str, message: str) -> dict[str, Any]:
+    return {
+        "state": state,
+        "message": message[:400],
+        "sampled_at": None,
+        "driver_version": None,
+        "nvml_version": None,
+        "gpus": [],
+    }
+
+
+def _true_processes(listed: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Early R535 drivers write longer entries than the binding reads: a pid counts only if it exists and holds a GPU open."""
+    if listed is None:
+        return None
+    return [process | {"uid": _uid_of(process["pid"])} for process in listed if holds_gpu(process["pid"])]
+
+
+def holds_gpu(pid: int, *, find_target: Callable[[str], str] = os.readlink) -> bool:
+    """The process has an open /dev/nvidia*."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        descriptors = os.listdir(folder)
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        try:
+            if find_target(f"{folder}/{descriptor}").startswith("/dev/nvidia"):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _uid_of(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
