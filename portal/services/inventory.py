@@ -1,0 +1,132 @@
+"""The inventory: what Ansible may know of machines, as one document that inventory/plugins/portal.py reads.
+
+A shell that asks with an API token gets names, addresses and pinned keys. Passwords and one-time tokens are in the
+document of a run only, which lies in that run's private directory. A machine without a pinned host key is never in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portal.db import utcnow
+from portal.errors import Invalid
+from portal.models import Lease, Machine, Run
+from portal.models.states import LEASE_OPEN
+from portal.services import config
+from portal.services.actors import SYSTEM
+
+SCHEMA = 1
+GROUP = "gpu_hosts"
+SECRET_FIELDS = ("password", "become_password")
+SECRET_VARS = ("remotegpu_enroll_token",)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The run that a document is for, and its private directory, where private keys may be put."""
+
+    run: Run
+    directory: Path
+
+
+def document(machines: Iterable[Machine], *, for_run: RunFiles | None = None) -> dict[str, Any]:
+    """The document for these machines. `left_out` names those that cannot be in it, and why.
+
+    With `for_run` it holds what first contact and enrolment need; it must then be kept 0600 and deleted with the run.
+    """
+    hosts, left_out = [], []
+    leased = {row.machine_id for row in Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)}
+    for machine in sorted(machines, key=lambda each: each.name):
+        if machine.host_key is None:
+            left_out.append({"name": machine.name, "reason": "its host key is not confirmed"})
+            continue
+        entry = _host(machine, is_leased=machine.id in leased)
+        if for_run is not None:
+            _add_secrets(entry, machine, for_run)
+        hosts.append(entry)
+    return {"schema": SCHEMA, "generated_at": utcnow().isoformat(), "hosts": hosts, "left_out": left_out}
+
+
+def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
+    settings = config.current()
+    ca, public_key = settings.ca_file, settings.ssh_key_file.with_suffix(".pub")
+    values: dict[str, Any] = {
+        "remotegpu_machine_id": machine.id,
+        "remotegpu_portal_url": settings.public_url,
+        "remotegpu_lease_active": is_leased,
+        "remotegpu_maintenance": machine.maintenance_since is not None,
+        "remotegpu_login_user": machine.ssh_user,
+        "remotegpu_operator_keys": [public_key.read_text().strip()] if public_key.exists() else [],
+    }
+    if settings.is_secure and ca.exists():
+        values["remotegpu_ca_pem"] = ca.read_text()
+    return {
+        "name": machine.name,
+        "address": machine.address,
+        "port": machine.ssh_port,
+        "user": machine.ssh_user,
+        "host_keys": [machine.host_key],
+        "groups": [GROUP],
+        "vars": values,
+        "password": None,
+        "become_password": None,
+        "private_key_file": None,
+    }
+
+
+def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> None:
+    """What only a run may know. The portal's own key is named by its file; it is never copied."""
+    from portal.services import agents, machines  # they queue runs: the import would be a circle
+
+    entry["private_key_file"] = str(config.current().ssh_key_file)
+    contact = machines.first_contact(machine) or {}
+    entry["password"], entry["become_password"] = contact.get("password"), contact.get("become_password")
+    if key := contact.get("private_key"):
+        entry["private_key_file"] = _key_file(files.directory / "keys" / f"contact-{machine.id}", key)
+    if files.run.purpose == "provision":
+        entry["vars"]["remotegpu_enroll_token"] = agents.new_enroll_token(machine, by=SYSTEM)
+    if files.run.playbook == "verify":
+        entry["vars"] |= _question(machine, files)
+
+
+def _question(machine: Machine, files: RunFiles) -> dict[str, Any]:
+    """What verify.yml compares the host with. After a lease the reclaim asks, with the login that must be refused."""
+    from portal.services import machines, reclaims  # they queue runs: the import would be a circle
+
+    values: dict[str, Any] = {"remotegpu_verify_output": str(files.directory / "verdicts")}
+    if files.run.purpose == "verify":
+        asked = reclaims.verify_request(files.run, machine)
+        values["remotegpu_verify_request"] = asked.request
+        values["remotegpu_verify_probe_login"] = asked.login
+        key_file = files.directory / "keys" / f"probe-{machine.id}"
+        values["remotegpu_verify_probe_key_file"] = _key_file(key_file, asked.probe_key)
+    elif baseline := machines.find_baseline(machine):
+        nobody = {"lease_id": None, "login": None, "uid": None}
+        request = {"schema": SCHEMA, "machine_id": machine.id, **nobody, "baseline": baseline.content}
+        values["remotegpu_verify_request"] = request
+    return values
+
+
+def _key_file(file: Path, key: str) -> str:
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    file.touch(mode=0o600, exist_ok=False)
+    file.write_text(key if key.endswith("\n") else f"{key}\n")
+    return str(file)
+
+
+def limit_to(document: dict[str, Any], run: Run) -> str:
+    """The explicit host list of a run. Raises Invalid if it is empty: to Ansible an empty one means every host."""
+    names = [host["name"] for host in document["hosts"]]
+    if not names or not all(names):
+        raise Invalid({"machines": [f"Run {run.id} has no host left that can be reached."]})
+    return ",".join(names)
+
+
+def secrets_in(document: dict[str, Any]) -> tuple[str, ...]:
+    """The values of a run's document that must appear in no output."""
+    found = {host[name] for host in document["hosts"] for name in SECRET_FIELDS}
+    found |= {host["vars"].get(name) for host in document["hosts"] for name in SECRET_VARS}
+    return tuple(sorted((value for value in found if value), key=len, reverse=True))

@@ -1,0 +1,72 @@
+"""What must happen by itself, and once a fleet: the list of sweeps, and a round of them.
+
+Each sweep stands alone: one that fails is logged, and the next one runs. When rounds are made is in worker/.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from portal.db import utcnow
+from portal.services import locks
+
+LOG = logging.getLogger(__name__)
+
+LIFE_S = 30.0  # longer than any round; a sweeper that was killed keeps the others waiting for so long at most
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One of them. `every_s` is how long it rests; 0 is each round."""
+
+    name: str
+    act: Callable[[], object]
+    every_s: float = 0
+
+
+class Round:
+    """The sweeps of one process, and when each was last done."""
+
+    def __init__(self, sweeps: tuple[Sweep, ...]) -> None:
+        self._sweeps = sweeps
+        self._due_at: dict[str, float] = {}
+
+    def go(self, now: float) -> list[str]:
+        """Do what is due at `now` (seconds of any steady clock), unless another process is sweeping.
+
+        Returns the names of those that failed.
+        """
+        with locks.held("sweeper", life_s=LIFE_S) as ours:
+            return self._go(now) if ours else []
+
+    def _go(self, now: float) -> list[str]:
+        failed = []
+        for sweep in self._sweeps:
+            if now < self._due_at.get(sweep.name, 0):
+                continue
+            self._due_at[sweep.name] = now + sweep.every_s
+            try:
+                sweep.act()
+            except Exception:
+                LOG.exception("the sweep %s failed; it is tried again in its next round", sweep.name)
+                failed.append(sweep.name)
+        return failed
+
+
+def all_sweeps() -> tuple[Sweep, ...]:
+    """In this order: a lease that ends makes room for one that begins, and a reclaim begins after both."""
+    from portal.services import events, leases, machines, reclaims, runs, seals, sessions, tasks
+
+    return (
+        Sweep("leases.end_due", leases.end_due),
+        Sweep("leases.activate_due", leases.activate_due),
+        Sweep("reclaims.advance_due", reclaims.advance_due),
+        Sweep("machines.fail_overdue", lambda: machines.fail_overdue(utcnow()), every_s=10),
+        Sweep("tasks.lose_gone", tasks.lose_gone),
+        Sweep("seals.seal", seals.seal),
+        Sweep("runs.sweep", runs.sweep, every_s=60),
+        Sweep("events.prune", events.prune, every_s=60),
+        Sweep("sessions.prune", sessions.prune, every_s=60),
+    )

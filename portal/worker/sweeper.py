@@ -1,0 +1,25 @@
+"""The thread of a worker that makes the rounds of services/sweeps.py."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import peewee
+
+from portal.db import connection
+from portal.services import sweeps
+
+LOG = logging.getLogger(__name__)
+
+
+def sweep_until(stopping: threading.Event, interval_s: float) -> None:
+    """A round every `interval_s`; of several workers, whoever comes first makes it."""
+    sweeping = sweeps.Round(sweeps.all_sweeps())
+    while not stopping.wait(interval_s):
+        try:
+            with connection():
+                sweeping.go(time.monotonic())
+        except peewee.DatabaseError:
+            LOG.warning("the database does not answer; sweeping goes on when it does", exc_info=True)
