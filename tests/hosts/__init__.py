@@ -4,6 +4,7 @@ docker.py boots, reboots, cuts off and removes them; gpu.py says what their fake
 plugin over both; `python -m tests.hosts` is the same for shells and playbooks. Here is no portal and no agent.
 """
 
-from tests.hosts.docker import SUITES, Host, Result, attach, boot, gateway_address, list_hosts
+from tests.hosts.docker import SUITES, Host, HostError, Result, attach, boot, gateway_address, list_hosts
+from tests.hosts.gpu import Scenario
 
-__all__ = ["SUITES", "Host", "Result", "attach", "boot", "gateway_address", "list_hosts"]
+__all__ = ["SUITES", "Host", "HostError", "Result", "Scenario", "attach", "boot", "gateway_address", "list_hosts"]

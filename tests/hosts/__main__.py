@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _boot(args: argparse.Namespace) -> dict[str, Any]:
-    host = boot(args.name, args.suite, prepared=args.prepared, password=args.password, labels=dict(args.label))
+    labels = dict(args.label)
+    host = boot(args.name, args.suite, prepared=args.prepared, password=args.password, gpus=args.gpus, labels=labels)
     for user, path in args.authorize:
         host.authorize(user, Path(path).read_text())
     return _describe(host)
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("suite", choices=SUITES)
     one.add_argument("--prepared", action="store_true", help="with the roles' packages installed")
     one.add_argument("--password", help="the password of the user `installer`; it is locked without one")
+    one.add_argument("--gpus", type=int, default=2)
     one.add_argument("--authorize", type=_pair, action="append", default=[], metavar="USER=PUBLIC_KEY_FILE")
     one.add_argument("--label", type=_pair, action="append", default=[], metavar="KEY=VALUE")
 

@@ -2,7 +2,7 @@
 
 A host is a container with systemd as PID 1 from an image of molecule/image/. It has an address of its own that
 survives reboots, host keys of its own, `ops` (key only, sudo without a password) and `installer` (sudo with one).
-Here is no pytest (fixtures.py).
+What its fake GPUs do is in gpu.py; here is no pytest (fixtures.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.hosts.gpu import FakeGpus, Scenario
 
 SUITES = ("bookworm", "trixie")
 IMAGE_DIR = Path(__file__).parents[2] / "molecule" / "image"
@@ -67,13 +69,14 @@ def boot(
     *,
     prepared: bool = False,
     password: str | None = None,
+    gpus: int = 2,
     labels: Mapping[str, str] | None = None,
 ) -> Host:
     """A new running host. Builds the image and starts the engine where they are missing.
 
     `prepared` hosts have the packages that the roles install, nothing configured. `password` is set for `installer`.
-    Raises HostError when the name is taken or systemd does not come up within 90 s; a host that failed to boot is
-    removed.
+    `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises HostError when the name is
+    taken or systemd does not come up within 90 s; a host that failed to boot is removed.
     """
     if suite not in SUITES:
         raise ValueError(f"no such suite: {suite!r}; there are: {', '.join(SUITES)}")
@@ -89,6 +92,10 @@ def boot(
         host.wait_until_up()
         if password is not None:
             host.set_password("installer", password)
+        if gpus == 0:
+            host.gpu.unplug()
+        elif gpus != 2:  # two of its own the host has from its first boot
+            host.gpu.show(Scenario.h100(gpus))
     except BaseException:
         host.destroy()
         raise
@@ -172,6 +179,10 @@ class Host:
         home = self.run(["getent", "passwd", user]).stdout.split(":")[5]
         self.run(["install", "-d", "-m", "0700", "-o", user, "-g", user, f"{home}/.ssh"])
         self.put(f"{home}/.ssh/authorized_keys", public_key.strip() + "\n", mode="0600", owner=f"{user}:{user}")
+
+    @property
+    def gpu(self) -> FakeGpus:
+        return FakeGpus(self)
 
     # -- the front door -----------------------------------------------------------------------------------------------
 
