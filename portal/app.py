@@ -15,12 +15,11 @@ from werkzeug.routing import IntegerConverter
 from portal import api, web
 from portal.api import auth, docs, health, problems
 from portal.db import connect, db
-from portal.services import config, vault
+from portal.services import config, users, vault
 from portal.settings import Settings
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_AGENT_BODY_BYTES = 16 * 1024 * 1024  # log ranges and baselines
-LOCALES = ("en", "zh_CN")
 AGENT_PREFIX = "/api/v1/agent/"
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; "
@@ -110,7 +109,7 @@ def locale() -> str:
     """The user's language: their choice, the cookie, what the browser asks for, or English."""
     user = g.get("user")
     for wanted in (user.locale if user is not None else None, request.cookies.get("locale")):
-        if wanted in LOCALES:
+        if wanted in users.LOCALES:
             return str(wanted)
     asked = request.accept_languages.best_match(("en", "zh-CN", "zh"), "en")
     return "zh_CN" if asked.startswith("zh") else "en"

@@ -24,7 +24,7 @@ from portal.api import auth
 from portal.app import create_app
 from portal.migrate import migrate
 from portal.models import Tenant, User
-from portal.services import sessions, vault
+from portal.services import config, sessions, vault
 from portal.services.sessions import Caller
 from portal.settings import Settings
 from tests import postgresql
@@ -91,6 +91,7 @@ def database(database_url: str, settings: Settings) -> Iterator[Any]:
     """The portal's database, bound and empty; `settings` know its address, and the vault is open."""
     object.__setattr__(settings, "database_url", database_url)  # settings are frozen for everybody else
     database = database_module.connect(database_url)
+    config.use(settings)
     vault.unlock(settings)
     yield database
     close_database(database_module.db.obj)

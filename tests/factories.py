@@ -7,13 +7,17 @@ that no test starts from a world that the portal would not let happen.
 from __future__ import annotations
 
 import itertools
+import uuid
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from portal.models import Membership, Tenant, User
+from portal.db import utcnow
+from portal.models import Grant, Lease, Machine, Membership, Tenant, User
+from portal.models.states import GRANT_KINDS
 from portal.services import actors, passwords
 from portal.services.actors import Actor
 
@@ -44,6 +48,23 @@ def make_tenant(name: str | None = None) -> Tenant:
 def actor_of(user: User) -> Actor:
     """What a service wants as `by=`."""
     return actors.of_user(User.get_by_id(user.id), address="192.0.2.10", request="TEST")
+
+
+def make_machine(name: str | None = None, **fields: Any) -> Machine:
+    """A machine that is ready, as far as its row goes."""
+    number = next(_numbers)
+    given = {"address": f"192.0.2.{number % 250}", "ssh_port": 22000 + number, "ssh_user": "root", "state": "ready"}
+    return Machine.create(name=name or f"gpu-{number}", epoch=str(uuid.uuid4()), **{**given, **fields})
+
+
+def make_lease(machine: Machine, tenant: Tenant, **fields: Any) -> Lease:
+    """An active lease for an hour, with its grants, as far as the rows go. `leases.allocate` is the real way."""
+    now = utcnow()
+    given = {"state": "active", "starts_at": now, "ends_at": now + timedelta(hours=1), "activated_at": now}
+    lease = Lease.create(machine=machine, tenant=tenant, **{**given, **fields})
+    for kind in GRANT_KINDS:
+        Grant.create(lease=lease, kind=kind, desired="open")
+    return lease
 
 
 def ssh_key_pair() -> tuple[str, str]:

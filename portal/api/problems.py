@@ -110,7 +110,7 @@ def of(error: Exception) -> Problem:
     """What to tell about `error`. Texts of libraries and of the database stay in the log."""
     if isinstance(error, errors.Error):
         return _of_rule(error)
-    if isinstance(error, jwt_exceptions.CSRFError) or _is_csrf(error):
+    if isinstance(error, jwt_exceptions.CSRFError):
         return Problem(
             403, "csrf", "The CSRF token is missing or wrong. Send the cookie csrf_access_token as X-CSRF-TOKEN."
         )
@@ -144,10 +144,6 @@ def _of_rule(error: errors.Error) -> Problem:
         headers["WWW-Authenticate"] = "Bearer"
     fields = error.fields if isinstance(error, errors.Invalid) else {}
     return Problem(error.status, error.code, error.message, fields, info, headers)
-
-
-def _is_csrf(error: Exception) -> bool:
-    return isinstance(error, jwt.PyJWTError | jwt_exceptions.JWTExtendedException) and "CSRF" in str(error)
 
 
 def _of_token(error: Exception) -> Problem:

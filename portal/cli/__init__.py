@@ -53,9 +53,10 @@ def usage() -> str:
 def open_portal() -> Settings:
     """Load the settings, bind the database and unlock the vault: what a command needs before it calls a service."""
     from portal import db
-    from portal.services import vault
+    from portal.services import config, vault
 
     settings = load()
     db.connect(settings.database_url)
+    config.use(settings)
     vault.unlock(settings)
     return settings

@@ -1,4 +1,4 @@
-"""`audit verify`: walk the chain of sealed entries; say how many are not sealed yet, and which is the first broken one."""
+"""`audit verify`: walk the chain of sealed entries; name the tail that is not, and the first broken entry."""
 
 from __future__ import annotations
 

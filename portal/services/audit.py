@@ -6,13 +6,17 @@ committed rows) is in seals.py.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
+
+import peewee
 
 from portal.db import db
 from portal.models import AuditEntry, Table
 from portal.services.actors import Actor
 
 MASK = "•••"
+OUTCOMES = ("done", "refused", "failed")
 SECRET_WORDS = ("password", "secret", "token", "private_key", "credential", "first_contact", "probe_key")
 
 
@@ -46,6 +50,39 @@ def record(
         detail=mask(detail),
         outcome=outcome,
     )
+
+
+def search(
+    *,
+    action: str | None = None,
+    resource_type: str | None = None,
+    resource_id: int | None = None,
+    tenant_id: int | None = None,
+    actor: str | None = None,
+    outcome: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> peewee.ModelSelect[AuditEntry]:
+    """Entries that fit, newest first. An `action` that ends in a dot takes every action of that noun."""
+    found = AuditEntry.select().order_by(AuditEntry.id.desc())
+    exact: tuple[tuple[Any, Any], ...] = (
+        (AuditEntry.resource_type, resource_type),
+        (AuditEntry.resource_id, resource_id),
+        (AuditEntry.tenant_id, tenant_id),
+        (AuditEntry.actor_name, actor),
+        (AuditEntry.outcome, outcome),
+    )
+    for column, wanted in exact:
+        if wanted is not None:
+            found = found.where(column == wanted)
+    if action is not None:
+        of_noun = action.endswith(".")
+        found = found.where(AuditEntry.action.startswith(action) if of_noun else AuditEntry.action == action)
+    if since is not None:
+        found = found.where(AuditEntry.at >= since)
+    if until is not None:
+        found = found.where(AuditEntry.at < until)
+    return found
 
 
 def mask(value: Any) -> Any:

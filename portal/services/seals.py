@@ -2,8 +2,8 @@
 
 Entries are written in the transactions they speak of (audit.py) and commit in any order; the sealer takes what is
 committed, in one process at a time, and chains it. Each seal covers the entry, its number and the seal before. What is
-not sealed yet is the tail: `verify` names it, and the head, which is worth writing down elsewhere: a chain that is cut off
-at its end still fits together, only its head is another.
+not sealed yet is the tail: `verify` names it, and the head, which is worth writing down elsewhere: a chain that was cut
+off at its end still fits together, only its head is another.
 """
 
 from __future__ import annotations

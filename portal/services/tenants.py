@@ -81,6 +81,11 @@ def of(user: User) -> peewee.ModelSelect[Tenant]:
     return Tenant.select().join(Membership).where(Membership.user == user).order_by(Tenant.name)
 
 
+def memberships_of(user: User) -> peewee.ModelSelect[Membership]:
+    """The memberships of a user with their tenants, by the tenant's name."""
+    return Membership.select(Membership, Tenant).join(Tenant).where(Membership.user == user).order_by(Tenant.name)
+
+
 def ids_of(user: User, right: str = "look") -> list[int]:
     """The ids of the tenants in which `user` has `right`: the scope of every query by a customer."""
     memberships = Membership.select(Membership.tenant).where(

@@ -19,6 +19,8 @@ from portal.services.actors import Actor
 
 USERNAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,63}")
 PROFILE = ("email", "display_name", "full_name", "phone", "locale")
+LOCALES = ("en", "zh_CN")
+CUSTOMERS = ("customer",)
 STAFF = ("admin", "operator")
 
 
@@ -33,7 +35,7 @@ def create_customer(
 
 
 def create_staff(username: str, role: str, *, by: Actor, **profile: str | None) -> tuple[User, str]:
-    """Create an admin or operator; returns the one-time password. Raises Forbidden unless an admin or the system asks."""
+    """Create an admin or operator; returns the one-time password. Forbidden, unless an admin or the system asks."""
     if role not in STAFF:
         raise Invalid({"role": [f"Choose from {', '.join(STAFF)}."]})
     if by.kind != "system" and by.role != "admin":
