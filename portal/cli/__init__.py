@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("portal.cli.migrate", "bring the database to the schema of this version"),
     "create-admin": ("portal.cli.create_admin", "create an administrator and print the one-time password"),
     "reset-password": ("portal.cli.reset_password", "give somebody a new one-time password and end their sign-ins"),
+    "verify-report": ("portal.cli.verify_report", "check a reclaim report with the public key alone"),
     "audit": ("portal.cli.audit", "verify the chain of sealed audit entries"),
 }
 

@@ -48,8 +48,31 @@ def get(lease_id: int) -> Lease:
 
 
 def of_user(user: User) -> peewee.ModelSelect[Lease]:
-    """The leases of the tenants that this user belongs to: the one place where a customer's view is scoped."""
-    return Lease.select().where(Lease.tenant << (tenants.ids_of(user, "look") or [0]))
+    """The leases of the tenants in which this user may look: the one place where a customer's view is scoped."""
+    own = tenants.ids_of(user, "look") or [0]
+    with_all = Lease.select(Lease, Machine, Tenant).join(Machine).switch(Lease).join(Tenant)
+    return with_all.where(Lease.tenant << own)
+
+
+def get_of(user: User, lease_id: int) -> Lease:
+    """A lease of this user's tenants. Raises NotFound, for a stranger's as well."""
+    lease: Lease | None = of_user(user).where(Lease.id == lease_id).first()
+    if lease is None:
+        raise NotFound("You have no such lease.")
+    return lease
+
+
+def open_of_user(user: User) -> peewee.ModelSelect[Lease]:
+    """What they have now, by machine name."""
+    return of_user(user).where(Lease.state << LEASE_OPEN).order_by(Machine.name)
+
+
+def get_open_of_user(user: User, machine_id: int) -> Lease:
+    """The lease by which this user's tenant has the machine. Raises NotFound, for a stranger's machine as well."""
+    lease: Lease | None = open_of_user(user).where(Lease.machine == machine_id).first()
+    if lease is None:
+        raise NotFound("You have no such machine.")
+    return lease
 
 
 def find_open(machine: Machine) -> Lease | None:
@@ -336,7 +359,18 @@ def end_due(now: datetime | None = None) -> int:
             closed += 1
         except WrongState:
             continue
+    _finish_without_tasks(now)
     return closed
+
+
+def _finish_without_tasks(now: datetime) -> None:
+    """Closed on the host, but the end of a task was never told: its processes are dead, so the lease does not wait."""
+    for lease in Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT):
+        if grants.get(lease, "keys").observed != "closed" or _has_live_attempts(lease):
+            continue
+        with atomic():
+            grants.observe(lease, "tasks", "closed")
+            _finish(lease, by=SYSTEM)
 
 
 # Observed by the host

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import peewee
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -51,6 +52,14 @@ def get(reclaim_id: int) -> Reclaim:
     return reclaim
 
 
+def search(*, state: str | None = None, machine_id: int | None = None) -> peewee.ModelSelect[Reclaim]:
+    """Reclaims, newest first."""
+    query = Reclaim.select().order_by(Reclaim.id.desc())
+    if state is not None:
+        query = query.where(Reclaim.state == state)
+    return query if machine_id is None else query.where(Reclaim.machine == machine_id)
+
+
 def newest_of(machine: Machine) -> Reclaim | None:
     reclaim: Reclaim | None = Reclaim.select().where(Reclaim.machine == machine).order_by(Reclaim.id.desc()).first()
     return reclaim
@@ -67,7 +76,7 @@ def report_file(reclaim: Reclaim) -> str:
 
 
 def new_probe_key() -> str:
-    """A private key, encrypted. Its public half goes among the lease's keys: only then does a refusal prove something."""
+    """A private key, encrypted. Its public half is among the lease's keys: only so does a refusal prove something."""
     return vault.encrypt(_openssh(Ed25519PrivateKey.generate()))
 
 

@@ -1,0 +1,53 @@
+"""How a customer reaches a leased machine: the command, the lines for ~/.ssh, and the key that the host must show.
+
+There is no password and no machine-wide key to tell: a lease opens to its people's own keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portal.errors import Conflict
+from portal.models import Lease, User
+from portal.services import machines, tenants
+
+
+@dataclass(frozen=True)
+class Connection:
+    login: str
+    host: str
+    port: int
+    command: str
+    ssh_config: str
+    host_key_type: str
+    host_key_fingerprint: str
+    known_hosts_line: str
+
+
+def of(lease: Lease, *, user: User) -> Connection:
+    """For somebody who may use the tenant's machines (else Forbidden). Raises Conflict unless the lease is active."""
+    tenants.require(user, lease.tenant_id, "use")
+    machine = lease.machine
+    if lease.state != "active" or lease.login is None or machine.host_key is None:
+        raise Conflict(f"The lease is {lease.state}; one can connect while it is active.", code="lease_not_active")
+    host = machine.public_address or machine.address
+    return Connection(
+        login=lease.login,
+        host=host,
+        port=machine.ssh_port,
+        command=f"ssh {'' if machine.ssh_port == 22 else f'-p {machine.ssh_port} '}{lease.login}@{host}",
+        ssh_config=_config(machine.name, host, machine.ssh_port, lease.login),
+        host_key_type=machine.host_key.split()[0],
+        host_key_fingerprint=machines.fingerprint(machine.host_key),
+        known_hosts_line=f"{_known_name(host, machine.ssh_port)} {machine.host_key}",
+    )
+
+
+def _config(name: str, host: str, port: int, login: str) -> str:
+    lines = [f"Host {name}", f"    HostName {host}", f"    Port {port}", f"    User {login}"]
+    return "\n".join([*lines, "    StrictHostKeyChecking yes", ""])
+
+
+def _known_name(host: str, port: int) -> str:
+    """As known_hosts wants it: a port other than 22 in brackets."""
+    return host if port == 22 else f"[{host}]:{port}"
