@@ -1,0 +1,93 @@
+"""What agents call: `agent/enroll` with a one-time token, `agent/sync` with the agent's own credential.
+
+Bodies are those of agent/protocol/protocol.schema.json; what they mean is in services/agents.py and services/sync.py.
+No cookie and no token of a person counts here, and none of an agent anywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flask import Response, request
+from werkzeug.exceptions import UnsupportedMediaType
+
+from portal.api.blueprint import Blueprint
+from portal.api.guard import says_who
+from portal.errors import NotSignedIn
+from portal.integrations import protocol
+from portal.services import agents, sync
+
+bp = Blueprint("agents", __name__, url_prefix="/api/v1/agent", description="What the agents on the hosts call")
+
+HEADER = {
+    "name": "Authorization",
+    "in": "header",
+    "required": True,
+    "schema": {"type": "string", "example": "Bearer …"},
+}
+
+
+def _documented(name: str) -> dict[str, Any]:
+    """Request and answer of a call, from the protocol's schema."""
+
+    def content(definition: str) -> dict[str, Any]:
+        return {"application/json": {"schema": protocol.standalone(definition)}}
+
+    return {
+        "parameters": [HEADER],
+        "requestBody": {"required": True, "content": content(f"{name}_request")},
+        "responses": {
+            "200": {"description": "See agent/protocol/README.md", "content": content(f"{name}_response")},
+            "401": {"description": "The token or credential is not accepted"},
+            "409": {"description": "Not for this machine, or not now"},
+            "422": {"description": "Not of this protocol; the field is named"},
+        },
+    }
+
+
+def _secret() -> str:
+    kind, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if kind != "Bearer" or not secret:
+        raise NotSignedIn("Send the agent's credential as `Authorization: Bearer …`.")
+    return secret
+
+
+def _body(definition: str) -> dict[str, Any]:
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType("Send the body as application/json.")
+    return protocol.read(request.get_data(cache=False), definition)
+
+
+def _answer(message: dict[str, Any]) -> Response:
+    return Response(json.dumps(message, ensure_ascii=False, separators=(",", ":")), mimetype="application/json")
+
+
+@bp.post("/enroll")
+@says_who("agent")
+@bp.doc(**_documented("enroll"))
+def enroll() -> Response:
+    """Enrol with the one-time token of a provisioning run; answers the agent's own credential, once"""
+    enrolled = agents.enroll(_secret(), _body("enroll_request"), address=request.remote_addr)
+    return _answer(
+        {
+            "protocol": protocol.VERSION,
+            "machine_id": enrolled.machine.id,
+            "credential_id": enrolled.credential_id,
+            "credential": enrolled.credential,
+            "epoch": enrolled.machine.epoch,
+        }
+    )
+
+
+@bp.post("/sync")
+@says_who("agent")
+@bp.doc(**_documented("sync"))
+def synchronise() -> Response:
+    """Wait for the desired state, or report and be answered at once"""
+    secret = _secret()
+    agent = agents.authenticate(secret)
+    message = _body("sync_request")
+    if message["report"] is not None:
+        return _answer(sync.report(agent, message))
+    return _answer(sync.hold(agent, message, check=lambda: agents.authenticate(secret)))

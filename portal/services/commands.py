@@ -1,0 +1,162 @@
+"""Commands: one-off operations for the agent of one machine, from a closed list. Told in order: queue, send, finish.
+
+A command names its machine, and a cleaning its lease; it is executed once and its result is kept once. What a result
+means to the machine, the reclaim or the credential is told in their own modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portal import db
+from portal.db import utcnow
+from portal.errors import Conflict, Error, NotFound
+from portal.integrations import protocol
+from portal.models import Command, Lease, Machine
+from portal.models.states import LEASE_OPEN
+from portal.services import agents, audit, events, machines, reclaims, sync, vault
+from portal.services.actors import Actor, of_agent
+from portal.services.transitions import move
+
+RESULTS = {"baseline": "baseline", "clean": "clean_result"}  # kind → what its result must look like
+
+
+class NoBaseline(Conflict):
+    code = "no_baseline"
+
+
+def queue(machine: Machine, kind: str, lease: Lease | None = None, *, by: Actor, **args: Any) -> Command:
+    """Have the agent of `machine` do `kind` once: baseline, clean (names a lease), rotate_credential or thaw.
+
+    `args` are those of the protocol, without what is joined when it is sent (ids and the baseline). A value under
+    `sealed` is encrypted text. Raises NoBaseline for a cleaning that could not compare with anything.
+    """
+    with db.atomic():
+        if kind == "clean":
+            if lease is None:
+                raise ValueError("a cleaning names its lease")
+            if machines.find_baseline(machine) is None:
+                raise NoBaseline(f"{machine.name} has no baseline to be cleaned against; provision it again.")
+            args = {"login": lease.login, "uid": lease.uid} | args
+        command = Command.create(machine=machine, kind=kind, lease_id=None if lease is None else lease.id, args=args)
+        audit.record("command.queued", command, by=by, kind=kind, machine_id=machine.id, lease_id=command.lease_id)
+        events.desired_changed(machine.id)
+    return command
+
+
+def cancel(command: Command, *, by: Actor, reason: str) -> None:
+    """Do not send it any more. Raises WrongState when it has ended by now."""
+    with db.atomic():
+        move(
+            command, leave="queued", enter="cancelled", message=reason, ended_at=utcnow(), args=_without_secret(command)
+        )
+        audit.record("command.cancelled", command, by=by, reason=reason)
+        events.desired_changed(command.machine_id)
+
+
+def to_send(machine: Machine) -> list[dict[str, Any]]:
+    """The commands that the agent shall carry out, oldest first, as the protocol writes them."""
+    queued = Command.select().where(Command.machine == machine, Command.state == "queued").order_by(Command.id)
+    return [
+        {"command_id": command.id, "kind": command.kind, "args": _args(command, machine)}
+        for command in queued
+        if not _is_overtaken(command, machine)
+    ]
+
+
+def _is_overtaken(command: Command, machine: Machine) -> bool:
+    """A cleaning must never meet another lease, however it came to be queued."""
+    if command.kind != "clean":
+        return False
+    open_leases = Lease.select().where(
+        Lease.machine == machine, Lease.state << LEASE_OPEN, Lease.id != command.lease_id
+    )
+    return bool(open_leases.exists())
+
+
+def _args(command: Command, machine: Machine) -> dict[str, Any]:
+    args = {"machine_id": machine.id, **command.args}
+    if command.kind == "clean":
+        baseline = machines.find_baseline(machine)
+        host_id = Lease.get_by_id(command.lease_id).host_id
+        args |= {"lease_id": host_id, "baseline": None if baseline is None else baseline.content}
+    if command.kind == "rotate_credential":
+        args["credential"] = vault.decrypt(args.pop("sealed"))
+    if command.kind == "thaw":
+        args |= {"epoch": machine.epoch, "generation": machine.generation}  # as they are now, not when it was queued
+    return args
+
+
+def get(machine: Machine, command_id: int) -> Command:
+    """The command, if it is this machine's. Raises NotFound."""
+    command: Command | None = Command.get_or_none(Command.id == command_id, Command.machine == machine)
+    if command is None:
+        raise NotFound(f"{machine.name} was never given a command {command_id}.")
+    return command
+
+
+def finished(machine: Machine, reported: dict[str, Any]) -> None:
+    """Keep what the agent says of a command, once. A second report of the same is no news and changes nothing.
+
+    Raises NotFound if the command is not this machine's.
+    """
+    command = get(machine, int(reported["command_id"]))
+    if command.state != "queued":
+        return
+    ok, message, result = reported["ok"], reported["message"], reported["result"]
+    complaint = _complaint(command.kind, result) if ok else None
+    if complaint is not None:
+        ok, message = False, complaint
+    with db.atomic():
+        current = Command.select(Command.state).where(Command.id == command.id).scalar()
+        if current != "queued":
+            return  # the same report was sent on two connections
+        move(
+            command,
+            leave="queued",
+            enter="done" if ok else "failed",
+            message=message,
+            result=result,
+            ended_at=utcnow(),
+            args=_without_secret(command),
+        )
+        by = of_agent(machine)
+        audit.record(f"command.{command.state}", command, by=by, kind=command.kind, message=message)
+        events.write("command.ended", machine_id=machine.id, resource_id=command.id, state=command.state)
+        events.desired_changed(machine.id)
+        _hand_over(command, machine, by=by)
+
+
+def _complaint(kind: str, result: Any) -> str | None:
+    """Why a result that claims success cannot be believed; None when it can."""
+    definition = RESULTS.get(kind)
+    if definition is None:
+        return None
+    try:
+        protocol.check(result, definition)
+    except Error as error:
+        return f"The agent's result is not a {definition}: {error.message}"
+    return None
+
+
+def _without_secret(command: Command) -> dict[str, Any]:
+    return {name: value for name, value in command.args.items() if name != "sealed"}
+
+
+def _hand_over(command: Command, machine: Machine, *, by: Actor) -> None:
+    """Tell the noun that waits for it. What it refuses is noted, and the result is kept: the agent has done its part."""
+    try:
+        with db.atomic():
+            match command.kind:
+                case "baseline" if command.state == "done":
+                    machines.baseline_taken(machine, command.result)
+                case "baseline":
+                    machines.baseline_failed(machine, command.message or "no reason was given")
+                case "clean":
+                    reclaims.cleaned(command, command.result)
+                case "rotate_credential":
+                    agents.rotation_finished(command, by=by)
+                case "thaw" if command.state == "done":
+                    sync.thawed(machine, by=by)
+    except Error as error:
+        audit.record("command.result_unused", command, by=by, outcome="refused", reason=error.message, code=error.code)

@@ -1,0 +1,148 @@
+"""The output of attempts, kept byte for byte by absolute offset. Told in order: take in, read, follow.
+
+The portal holds one contiguous piece from 0 to `Attempt.log_bytes`. A range that overlaps it is cut, one that lies
+inside it changes nothing, one that would leave a gap is refused by answering the offset we hold. Who may read is asked
+in tasks.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from portal import db
+from portal.db import utcnow
+from portal.integrations.wake import wake
+from portal.models import Attempt, LogRange
+from portal.models.states import TASK_ENDED
+from portal.services import config, events
+
+READ_BYTES = 256 * 1024  # as much as one answer carries
+SLACK_BYTES = 64 * 1024  # beyond the quota, for the agent's own note that it cut the output
+LOST_AFTER = timedelta(minutes=1)  # the end of a lost attempt's output is no longer waited for
+GIVEN_UP_AFTER = timedelta(minutes=10)  # nor, after this, that of any other
+LOOK_AGAIN_S = 5.0  # that time has passed wakes nobody
+
+
+@dataclass(frozen=True)
+class Held:
+    """Up to where the portal holds everything, and whether that is all there will be."""
+
+    offset: int
+    complete: bool
+
+
+def append(attempt_id: int, *, offset: int, data: bytes, end: bool) -> Held:
+    """Take a range of output. The same range twice, in parallel or in any order, never doubles or loses a byte.
+
+    The answer is committed when the caller's transaction is. Nobody is woken: call `announce` once all ranges are in.
+    """
+    with db.atomic():
+        while True:
+            held = of(attempt_id)
+            if held.complete or offset > held.offset:
+                return held
+            fresh = data[held.offset - offset :]
+            taken = Held(held.offset + len(fresh), end or held.offset + len(fresh) >= _most_bytes())
+            if taken == held:
+                return held
+            # The row is the lock: who comes second finds another offset than the one just read, and looks again.
+            condition = (Attempt.id == attempt_id) & (Attempt.log_bytes == held.offset) & ~Attempt.log_complete
+            changes = {"log_bytes": taken.offset, "log_complete": taken.complete}
+            if taken.complete and not end:
+                changes["log_truncated"] = True
+            if Attempt.update(**changes).where(condition).execute() == 1:
+                if fresh:
+                    LogRange.insert(attempt=attempt_id, offset=held.offset, data=fresh).execute()
+                return taken
+
+
+def _most_bytes() -> int:
+    return config.current().log_quota_bytes + SLACK_BYTES
+
+
+def announce(attempt_id: int, *, task_id: int, tenant_id: int) -> None:
+    """Wake those who follow this log. Inside the transaction that appended."""
+    events.write("task.log", tenant_id=tenant_id, resource_id=task_id, attempt_id=attempt_id)
+
+
+def of(attempt_id: int) -> Held:
+    row = Attempt.select(Attempt.log_bytes, Attempt.log_complete).where(Attempt.id == attempt_id).tuples().get()
+    return Held(*row)
+
+
+def read(attempt_id: int, *, offset: int, most_bytes: int = READ_BYTES) -> bytes:
+    """The bytes from `offset` on, at most `most_bytes`; empty when there are none (yet)."""
+    first = (
+        LogRange.select(LogRange.offset)
+        .where(LogRange.attempt == attempt_id, LogRange.offset <= offset)
+        .order_by(LogRange.offset.desc())
+        .limit(1)
+    )
+    ranges = (
+        LogRange.select(LogRange.offset, LogRange.data)
+        .where(LogRange.attempt == attempt_id, LogRange.offset >= first, LogRange.offset < offset + most_bytes)
+        .order_by(LogRange.offset)
+        .tuples()
+    )
+    return b"".join(bytes(data)[max(0, offset - at) :] for at, data in ranges)[:most_bytes]
+
+
+def read_all(attempt_id: int) -> Iterator[bytes]:
+    """Everything held now, piece by piece; a database connection is used for each piece, not between them."""
+    offset = 0
+    while True:
+        with db.connection():
+            piece = read(attempt_id, offset=offset)
+        if not piece:
+            return
+        yield piece
+        offset += len(piece)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an output. `complete`: nothing comes after it. `truncated`: something is missing, here or on the host."""
+
+    data: bytes
+    offset: int
+    complete: bool
+    truncated: bool
+
+    @property
+    def next_offset(self) -> int:
+        return self.offset + len(self.data)
+
+
+def look(attempt_id: int, *, offset: int, now: datetime | None = None) -> Piece:
+    """What there is from `offset` on."""
+    attempt: Attempt = Attempt.get_by_id(attempt_id)  # before the bytes: what it calls complete is there
+    data = read(attempt_id, offset=offset)
+    no_more = attempt.log_complete or _is_given_up(attempt, now or utcnow())
+    complete = no_more and offset + len(data) >= attempt.log_bytes
+    return Piece(data, offset, complete, attempt.log_truncated or (no_more and not attempt.log_complete))
+
+
+def _is_given_up(attempt: Attempt, now: datetime) -> bool:
+    """It has ended, and the rest of its output will not come: then nobody waits for it for ever."""
+    if attempt.state not in TASK_ENDED or attempt.ended_at is None:
+        return False
+    if attempt.started_at is None and attempt.boot_id is None:
+        return True  # it never began
+    return bool(attempt.ended_at < now - (LOST_AFTER if attempt.state == "lost" else GIVEN_UP_AFTER))
+
+
+def wait_for(attempt: Attempt, *, offset: int, wait_s: float) -> Piece:
+    """The next piece, as soon as there is one, at the latest after `wait_s`. Holds no connection while it waits."""
+    give_up_at = time.monotonic() + wait_s
+    ends = [(f"task.{state}", attempt.task_id) for state in TASK_ENDED]
+    with wake.listen(("task.log", attempt.task_id), *ends) as ear:
+        while True:
+            with db.connection():
+                piece = look(attempt.id, offset=offset)
+            remaining_s = give_up_at - time.monotonic()
+            if piece.data or piece.complete or remaining_s <= 0:
+                return piece
+            ear.wait(min(remaining_s, LOOK_AGAIN_S))

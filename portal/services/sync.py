@@ -1,0 +1,387 @@
+"""Sync: what the agent of a machine is told, and what it says. One call, two uses.
+
+`hold` brings the desired state down the moment it changes; `report` takes what the host observed and answers what is
+kept. Both may be repeated. A report that has nothing new but its heartbeat touches no table here: the process remembers
+what it needs (memory.py) and writes heartbeats together (heartbeats.py). Everything else is committed, then answered.
+
+Who may call is asked in agents.py. What observed leases, attempts and results mean is told in their own modules.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import peewee
+
+from portal import db
+from portal.db import utcnow
+from portal.errors import Conflict, Invalid
+from portal.integrations import protocol
+from portal.integrations.wake import Heard, wake
+from portal.models import Attempt, Command, JournalRecord, Lease, Machine, Task
+from portal.services import audit, commands, desired, events, heartbeats, leases, logs, machines, tasks
+from portal.services.actors import Actor, of_agent
+from portal.services.heartbeats import Heartbeat
+from portal.services.memory import Memory
+
+if TYPE_CHECKING:  # agents.py hands results over to commands.py, which comes back here: the import would be a circle
+    from portal.services.agents import Agent
+
+Message = Mapping[str, Any]
+NOTHING: dict[str, list[Any]] = {"attempts": [], "command_results": [], "journal": []}
+
+
+class NotYours(Conflict):
+    """The report speaks of something that is not this machine's. Nothing of it was kept."""
+
+    code = "not_yours"
+
+
+@dataclass(slots=True)
+class Known:
+    """What the process remembers of a machine. The last fields are what was taken in already from its reports."""
+
+    epoch: str
+    generation: int
+    applied_generation: int | None
+    frozen_reason: str | None
+    is_thawing: bool
+    leases: Any = None
+    gpu_uuids: list[str] | None = None
+    facts: Any = field(default=None)
+
+    def is_current(self, request: Message) -> bool:
+        """Whether the agent holds what we would send."""
+        return bool(request["epoch"] == self.epoch and request["generation"] == self.generation)
+
+    def may_be_told(self) -> bool:
+        """A frozen host gets no orders, but the one that ends it."""
+        return self.frozen_reason is None or self.is_thawing
+
+
+_known: Memory[int, Known] = Memory()
+
+
+def _on_event(heard: Heard) -> None:
+    if heard.machine_id is not None:
+        _known.drop(heard.machine_id)
+
+
+wake.on_event(_on_event)
+
+
+def _know(machine_id: int) -> Known:
+    """From memory, or from the database."""
+    known = _known.find(machine_id)
+    if known is None:
+        with db.connection():
+            known = _known.read(machine_id, lambda: _load(machine_id))
+    return known
+
+
+def _load(machine_id: int) -> Known:
+    columns = (Machine.epoch, Machine.generation, Machine.applied_generation, Machine.frozen_reason)
+    row = Machine.select(*columns).where(Machine.id == machine_id).tuples().get()
+    return Known(*row, is_thawing=row[3] is not None and _is_thawing(machine_id))
+
+
+def _is_thawing(machine_id: int) -> bool:
+    queued = Command.select().where(Command.machine == machine_id, Command.kind == "thaw", Command.state == "queued")
+    return bool(queued.exists())
+
+
+# The held call
+
+
+def hold(agent: Agent, request: Message, *, check: Callable[[], Agent]) -> dict[str, Any]:
+    """Answer as soon as the machine is wanted otherwise than the agent knows, at the latest after `wait_s`.
+
+    No database connection is held meanwhile. `check` authenticates again after waiting: a credential that has ended
+    is told nothing more.
+    """
+    give_up_at = time.monotonic() + request["wait_s"]
+    machine_id = agent.machine_id
+    _freeze_if_ahead(machine_id, request)
+    with wake.listen(("machine.generation", machine_id), ("credential.ended", machine_id)) as ear:
+        while True:
+            known = _know(machine_id)
+            remaining_s = give_up_at - time.monotonic()
+            if remaining_s <= 0 or (known.may_be_told() and not known.is_current(request)):
+                return _answer(machine_id, request, known, NOTHING)
+            ear.wait(remaining_s)
+            check()
+
+
+def _answer(machine_id: int, request: Message, known: Known, acks: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = None
+    epoch, generation = known.epoch, known.generation
+    if known.may_be_told() and not known.is_current(request):
+        with db.connection():
+            machine = machines.get(machine_id)
+            if not _is_behind(machine.epoch, machine.generation, request):
+                wanted = desired.desired_of(machine)
+        epoch, generation = machine.epoch, machine.generation
+    return {
+        "protocol": protocol.VERSION,
+        "now": protocol.format_time(utcnow()),
+        "epoch": epoch,
+        "generation": generation,
+        "desired": wanted,
+        "acks": acks,
+    }
+
+
+# Frozen: the portal and the host disagree about the past
+
+
+def _is_behind(epoch: str, generation: int, request: Message) -> bool:
+    """Whether the host has seen a later state of the same epoch than ours: we come from an older backup."""
+    return bool(request["epoch"] == epoch and request["generation"] > generation)
+
+
+def _freeze_if_ahead(machine_id: int, request: Message) -> None:
+    """Nothing is sent to a host that knows more than we do, until an operator has compared the two."""
+    known = _know(machine_id)
+    if known.frozen_reason is not None or not _is_behind(known.epoch, known.generation, request):
+        return
+    with db.connection():
+        machine = machines.get(machine_id)  # what is remembered may be older than what the agent was told elsewhere
+        if _is_behind(machine.epoch, machine.generation, request):
+            host, ours = request["generation"], machine.generation
+            _freeze(machine, f"The host holds generation {host}, the portal only {ours}: was an older backup restored?")
+    _known.drop(machine_id)
+
+
+def _freeze(machine: Machine, reason: str) -> None:
+    with db.atomic():
+        changed = Machine.update(frozen_reason=reason).where(Machine.id == machine.id, Machine.frozen_reason.is_null())
+        if changed.execute() == 1:
+            audit.record("machine.frozen", machine, by=of_agent(machine), outcome="failed", reason=reason)
+            events.write("machine.frozen", machine_id=machine.id)
+
+
+def thawed(machine: Machine, *, by: Actor) -> None:
+    """The host has taken the operator's word: it goes on from the portal's state."""
+    Machine.update(frozen_reason=None).where(Machine.id == machine.id).execute()
+    audit.record("machine.frozen_ended", machine, by=by)
+    events.write("machine.thawed", machine_id=machine.id)
+
+
+# The report
+
+
+def report(agent: Agent, request: Message) -> dict[str, Any]:
+    """Take in what the host observed; the answer says what is kept, and may be dropped there.
+
+    Raises NotYours for a report that names another machine's lease, attempt or command: nothing of it is kept.
+    """
+    told = request["report"]
+    received_at = utcnow()
+    heartbeat = _heartbeat(agent.machine_id, told, received_at)
+    _freeze_if_ahead(agent.machine_id, request)
+    known = _know(agent.machine_id)
+    acks: Mapping[str, Any] = NOTHING
+    if not _is_news(told, known):
+        pass
+    elif _is_deaf(request, told, known):
+        with db.connection():
+            _note_frozen(agent.machine_id, told)
+    else:
+        with db.connection():
+            acks = _take_in(agent.machine_id, request, told, known)
+    heartbeats.note(heartbeat)
+    return _answer(agent.machine_id, request, _know(agent.machine_id), acks)
+
+
+def _heartbeat(machine_id: int, told: Message, received_at: datetime) -> Heartbeat:
+    sent_at = protocol.parse_time(told["sent_at"])
+    return Heartbeat(
+        machine_id=machine_id,
+        received_at=received_at,
+        clock_offset_s=round((sent_at - received_at).total_seconds(), 3),
+        agent_version=told["agent_version"],
+        boot_id=told["boot_id"],
+        seq=int(told["seq"]),
+        frozen=told["frozen"],
+        metrics=told["metrics"],
+        gpu=told["gpu"],
+        leases=told["leases"],
+    )
+
+
+def _is_news(told: Message, known: Known) -> bool:
+    """Whether there is more in it than a heartbeat."""
+    if told["attempts"] or told["logs"] or told["command_results"] or told["journal"]:
+        return True
+    if told["frozen"] or known.frozen_reason is not None or told["applied_generation"] != known.applied_generation:
+        return True
+    if told["facts"] is not None and told["facts"] != known.facts:
+        return True
+    return bool(told["leases"] != known.leases or _uuids(told) not in (None, known.gpu_uuids))
+
+
+def _uuids(told: Message) -> list[str] | None:
+    gpu = told["gpu"]
+    return None if gpu is None else [each["uuid"] for each in gpu["gpus"]]
+
+
+def _is_deaf(request: Message, told: Message, known: Known) -> bool:
+    """A host that is frozen, or lives in another past, is heard to be there; what it says of leases and tasks is not."""
+    other_epoch = request["epoch"] not in (None, known.epoch)
+    return bool(told["frozen"] or other_epoch or _is_behind(known.epoch, known.generation, request))
+
+
+def _note_frozen(machine_id: int, told: Message) -> None:
+    if told["frozen"] and _know(machine_id).frozen_reason is None:
+        _freeze(
+            machines.get(machine_id), "The host has frozen itself: what the portal said did not follow what it knew."
+        )
+        _known.drop(machine_id)
+
+
+def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> dict[str, Any]:
+    """Each kind in a transaction of its own, and attempts before leases: a lease has ended when nothing of it runs."""
+    machine = machines.get(machine_id)
+    _refuse_foreign(machine, told)
+    _note_applied(machine, request, told)
+    acks = {
+        "attempts": _take_attempts(machine, told),
+        "command_results": _take_results(machine, told["command_results"]),
+        "journal": _take_journal(machine, told["journal"]),
+    }
+    leases.observed(machine, told["leases"])
+    _take_hardware(machine, told, known)
+    if not (told["attempts"] or told["command_results"]):
+        # Taken in, and the same again is no news, until an event of this machine drops what is remembered.
+        known.leases, known.applied_generation = told["leases"], machine.applied_generation
+    return acks
+
+
+def _refuse_foreign(machine: Machine, told: Message) -> None:
+    """Look at every id that the report carries before anything of it is used."""
+    leases_named = {entry["lease_id"] for entry in told["leases"]}
+    attempts_named = {entry["attempt_id"] for part in ("attempts", "logs") for entry in told[part]}
+    results_named = {entry["command_id"] for entry in told["command_results"]}
+    own_leases = _own_leases(machine, leases_named | {record["lease_id"] for record in told["journal"]})
+    own_attempts = _own_attempts(machine, attempts_named | {record["attempt_id"] for record in told["journal"]})
+    own_commands = _own_commands(machine, results_named)
+    logins = {entry["lease_id"] for entry in told["leases"] if entry["login"] != f"lease{entry['lease_id']}"}
+    foreign = {
+        "leases": sorted((leases_named - own_leases) | logins),
+        "attempts": sorted(attempts_named - own_attempts),
+        "command_results": sorted(results_named - own_commands),
+        "journal": sorted(
+            record["id"]
+            for record in told["journal"]
+            if record["lease_id"] not in own_leases | {None} or record["attempt_id"] not in own_attempts | {None}
+        ),
+    }
+    if any(foreign.values()):
+        with db.atomic():
+            audit.record("report.refused", machine, by=of_agent(machine), outcome="refused", **foreign)
+        raise NotYours(f"The report names what was never {machine.name}'s. Nothing of it was kept.", items=foreign)
+
+
+def _own_leases(machine: Machine, ids: Iterable[int | None]) -> set[int]:
+    return _found(Lease.select(Lease.id).where(Lease.machine == machine), Lease.id, ids)
+
+
+def _own_attempts(machine: Machine, ids: Iterable[int | None]) -> set[int]:
+    return _found(Attempt.select(Attempt.id).join(Task).join(Lease).where(Lease.machine == machine), Attempt.id, ids)
+
+
+def _own_commands(machine: Machine, ids: Iterable[int | None]) -> set[int]:
+    return _found(Command.select(Command.id).where(Command.machine == machine), Command.id, ids)
+
+
+def _found(own: peewee.ModelSelect, column: Any, ids: Iterable[int | None]) -> set[int]:
+    wanted = [each for each in ids if each is not None]
+    return {row[0] for row in own.where(column << wanted).tuples()} if wanted else set()
+
+
+def _note_applied(machine: Machine, request: Message, told: Message) -> None:
+    applied = int(told["applied_generation"])
+    if request["epoch"] == machine.epoch and applied != machine.applied_generation:
+        Machine.update(applied_generation=applied).where(Machine.id == machine.id).execute()
+        machine.applied_generation = applied
+
+
+def _take_attempts(machine: Machine, told: Message) -> list[dict[str, Any]]:
+    held: dict[int, logs.Held] = {}
+    for entry in told["attempts"]:
+        tasks.attempt_reported(machine, entry)
+    by_attempt: dict[int, list[Message]] = {}
+    for entry in told["logs"]:
+        by_attempt.setdefault(int(entry["attempt_id"]), []).append(entry)
+    for attempt_id, ranges in by_attempt.items():
+        held[attempt_id] = _take_log(attempt_id, ranges)
+    reported = {int(entry["attempt_id"]): entry["state"] for entry in told["attempts"]}
+    return [_attempt_ack(attempt_id, reported, held) for attempt_id in sorted(reported.keys() | held.keys())]
+
+
+def _take_log(attempt_id: int, ranges: list[Message]) -> logs.Held:
+    before = logs.of(attempt_id)
+    with db.atomic():
+        for entry in ranges:
+            held = logs.append(attempt_id, offset=int(entry["offset"]), data=_bytes(entry["data"]), end=entry["end"])
+        if held != before:
+            attempt = tasks.get_any_attempt(attempt_id)
+            logs.announce(attempt_id, task_id=attempt.task_id, tenant_id=attempt.task.lease.tenant_id)
+    return held
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise Invalid({"report.logs.data": [f"is not base64: {error}"]}) from None
+
+
+def _attempt_ack(attempt_id: int, reported: Mapping[int, str], held: Mapping[int, logs.Held]) -> dict[str, Any]:
+    log = held.get(attempt_id) or logs.of(attempt_id)
+    state = reported.get(attempt_id) or Attempt.select(Attempt.state).where(Attempt.id == attempt_id).scalar()
+    return {"attempt_id": attempt_id, "state": state, "log_offset": log.offset, "log_complete": log.complete}
+
+
+def _take_results(machine: Machine, results: list[Message]) -> list[int]:
+    for result in results:
+        commands.finished(machine, result)
+    return [int(result["command_id"]) for result in results]
+
+
+def _take_journal(machine: Machine, records: list[Message]) -> list[str]:
+    """Each record once, by the agent's own id."""
+    if records:
+        rows = [_journal_row(machine, record) for record in records]
+        with db.atomic():
+            JournalRecord.insert_many(rows).on_conflict_ignore().execute()
+    return [record["id"] for record in records]
+
+
+def _journal_row(machine: Machine, record: Message) -> dict[str, Any]:
+    return {
+        "machine": machine.id,
+        "record_id": record["id"],
+        "at": protocol.parse_time(record["at"]),
+        "event": record["event"],
+        "lease_id": record["lease_id"],
+        "attempt_id": record["attempt_id"],
+        "detail": record["detail"],
+    }
+
+
+def _take_hardware(machine: Machine, told: Message, known: Known) -> None:
+    facts, uuids = told["facts"], _uuids(told)
+    if facts is not None and facts != known.facts:
+        if facts != machine.facts:
+            Machine.update(facts=facts).where(Machine.id == machine.id).execute()
+        known.facts = facts
+    if uuids is not None and uuids != known.gpu_uuids:
+        machines.seen_gpus(machine, told["gpu"]["gpus"])
+        known.gpu_uuids = uuids
