@@ -22,9 +22,10 @@ from werkzeug.test import TestResponse
 from portal import db as database_module
 from portal.api import auth
 from portal.app import create_app
+from portal.integrations.wake import wake
 from portal.migrate import migrate
 from portal.models import Tenant, User
-from portal.services import config, sessions, vault
+from portal.services import config, heartbeats, sessions, vault
 from portal.services.sessions import Caller
 from portal.settings import Settings
 from tests import postgresql
@@ -94,6 +95,8 @@ def database(database_url: str, settings: Settings) -> Iterator[Any]:
     config.use(settings)
     vault.unlock(settings)
     yield database
+    wake.stop()  # what waits or writes in the background belongs to this database
+    heartbeats.buffer.stop()
     close_database(database_module.db.obj)
 
 

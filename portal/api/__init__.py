@@ -5,7 +5,23 @@ No rule lives here. A new module adds its import and its line to BLUEPRINTS.
 
 from __future__ import annotations
 
-from portal.api import audit, auth, customers, keys, staff, tenants, tokens
+from portal.api import (
+    agents,
+    audit,
+    auth,
+    customer_machines,
+    customers,
+    inventory,
+    keys,
+    leases,
+    machines,
+    runs,
+    staff,
+    streams,
+    tasks,
+    tenants,
+    tokens,
+)
 from portal.api.blueprint import Blueprint
 
 BLUEPRINTS: tuple[Blueprint, ...] = (
@@ -17,4 +33,14 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     tenants.customer_bp,
     keys.bp,
     audit.bp,
+    machines.bp,
+    leases.bp,
+    leases.reclaims_bp,
+    customer_machines.bp,
+    runs.bp,
+    inventory.bp,
+    agents.bp,
+    tasks.customer_bp,
+    tasks.admin_bp,
+    streams.bp,
 )  # fmt: skip

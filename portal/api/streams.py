@@ -120,8 +120,10 @@ def _missed(keys: tuple[Key, ...], last: int | None) -> list[Heard]:
         if seen_at is None:
             return []
         since = seen_at - timedelta(seconds=WINDOW_S)
-        rows = Event.select(*columns).where(Event.at > since, Event.id != last).order_by(Event.id).limit(1000).tuples()
-        return [heard for heard in (Heard(*row) for row in rows) if set(keys) & set(heard.keys())]
+        rows: Any = (
+            Event.select(*columns).where(Event.at > since, Event.id != last).order_by(Event.id).limit(1000).tuples()
+        )
+        return [heard for heard in (Heard(*row) for row in rows) if set(keys) & set(heard.heard_under())]
 
 
 def _told(heard: Heard, wanted: tuple[str, ...]) -> Iterator[str]:

@@ -41,7 +41,8 @@ def read(body: bytes, definition: str) -> dict[str, Any]:
         raise Invalid({"body": [f"is not JSON in UTF-8: {error}"]}) from None
     if NUL in body or rb"\ud" in body.lower():
         message = _storable(message)
-    return check(message, definition)
+    checked: dict[str, Any] = check(message, definition)
+    return checked
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -82,7 +83,7 @@ def _validator(definition: str) -> Callable[[Any], Any]:
 
 
 def _innermost(error: fastjsonschema.JsonSchemaValueException) -> tuple[str, str]:
-    """The field and the reason. "One of these or null" hides the reason, so the part that is not null is asked again."""
+    """The field and the reason. "One of these or null" hides the reason: what is not null is asked again."""
     path = ".".join(error.path[1:])
     references = (
         [option["$ref"] for option in error.rule_definition if "$ref" in option] if error.rule == "anyOf" else []

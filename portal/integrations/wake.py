@@ -57,7 +57,7 @@ class Heard:
     resource_id: int | None
     data: dict[str, Any]
 
-    def keys(self) -> tuple[Key, ...]:
+    def heard_under(self) -> tuple[Key, ...]:
         """Under which keys one hears it: topic with resource (or machine), tenant, everything."""
         about = self.machine_id if self.resource_id is None else self.resource_id
         return ((self.topic, about), ("tenant", self.tenant_id), EVERYTHING)
@@ -217,7 +217,7 @@ class Wake:
         since = utcnow() - timedelta(seconds=WINDOW_S if far else SHORT_WINDOW_S)
         columns = (Event.id, Event.topic, Event.machine_id, Event.tenant_id, Event.resource_id, Event.data)
         with connection():
-            rows = list(Event.select(*columns).where(Event.at > since).tuples())
+            rows: list[Any] = list(Event.select(*columns).where(Event.at > since).tuples())
         self.looks += 1
         if now - self._looked_at > WINDOW_S / 2:
             self.unbroken_since = now
@@ -225,7 +225,7 @@ class Wake:
         self._looked_far_at = now if far else self._looked_far_at
         fresh = sorted((row for row in rows if row[0] not in self._delivered), key=itemgetter(0))
         self._delivered.update((row[0], now) for row in fresh)
-        # Twice the window: `at` was set by another clock, and delivering twice is worse than remembering a little longer.
+        # Twice the window: `at` was set by another clock, and what is forgotten too early is delivered twice.
         for old in [id for id, at in self._delivered.items() if now - at > 2 * WINDOW_S]:
             del self._delivered[old]
         return [Heard(*row) for row in fresh]
@@ -235,7 +235,7 @@ class Wake:
             for callback in self._callbacks:
                 callback(heard)
             with self._lock:
-                ears = {ear for key in heard.keys() for ear in self._ears.get(key, ())}
+                ears = {ear for key in heard.heard_under() for ear in self._ears.get(key, ())}
             for ear in ears:
                 ear.tell(heard)
 

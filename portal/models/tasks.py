@@ -30,6 +30,10 @@ class Task(Table):
     created_at = UtcDateTimeField(default=utcnow)
     ended_at = UtcDateTimeField(null=True)
 
+    # No columns: put in by services/tasks.py where tasks are shown with their attempts.
+    newest: Attempt
+    all_attempts: list[Attempt]
+
 
 class Attempt(Table):
     """One try. Ids come from the portal and are never used twice; the exit code is the host's word."""

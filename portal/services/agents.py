@@ -1,4 +1,4 @@
-"""Agents: how one is let in, and what its credential is worth. Told in order: token, enrolment, first use, rotation, end.
+"""Agents: how one is let in, and what its credential is worth: token, enrolment, first use, rotation, end.
 
 A credential is bound to one machine: with it one speaks for that machine and for no other. Only SHA-256 sums are kept;
 tokens and credentials are 256 random bits. What an agent says, and is told, is in sync.py.
@@ -53,7 +53,7 @@ def _sha256(secret: str) -> str:
 
 
 def new_enroll_token(machine: Machine, *, by: Actor) -> str:
-    """A token with which the agent of this machine can enrol once. Those given out before are worth nothing any more."""
+    """A token with which the agent of this machine can enrol once. It ends those that were given out before."""
     token = secrets.token_urlsafe(32)
     now = utcnow()
     with db.atomic():

@@ -6,6 +6,7 @@ means to the machine, the reclaim or the credential is told in their own modules
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from portal import db
@@ -95,7 +96,7 @@ def get(machine: Machine, command_id: int) -> Command:
     return command
 
 
-def finished(machine: Machine, reported: dict[str, Any]) -> None:
+def finished(machine: Machine, reported: Mapping[str, Any]) -> None:
     """Keep what the agent says of a command, once. A second report of the same is no news and changes nothing.
 
     Raises NotFound if the command is not this machine's.
@@ -144,7 +145,7 @@ def _without_secret(command: Command) -> dict[str, Any]:
 
 
 def _hand_over(command: Command, machine: Machine, *, by: Actor) -> None:
-    """Tell the noun that waits for it. What it refuses is noted, and the result is kept: the agent has done its part."""
+    """Tell the noun that waits for it. If it refuses, that is noted, and the result is kept all the same."""
     try:
         with db.atomic():
             match command.kind:

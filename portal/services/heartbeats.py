@@ -60,7 +60,8 @@ class Heartbeat:
 
 
 COLUMNS = (
-    "machine_id", "received_at", "clock_offset_s", "agent_version", "boot_id", "seq", "frozen", "metrics", "gpu", "leases",
+    "machine_id", "received_at", "clock_offset_s", "agent_version", "boot_id",
+    "seq", "frozen", "metrics", "gpu", "leases",
 )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ class Buffer:
 
 
 def _write(rows: list[Heartbeat]) -> None:
-    """One statement; if the database refuses it, one for each, so that a machine that is gone does not silence the rest."""
+    """One statement; if the database refuses it, one for each: a machine that is gone must not silence the rest."""
     with db.connection():
         try:
             with db.atomic():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from portal import db
 from portal.db import utcnow
@@ -69,7 +70,7 @@ def announce(attempt_id: int, *, task_id: int, tenant_id: int) -> None:
 
 
 def of(attempt_id: int) -> Held:
-    row = Attempt.select(Attempt.log_bytes, Attempt.log_complete).where(Attempt.id == attempt_id).tuples().get()
+    row: Any = Attempt.select(Attempt.log_bytes, Attempt.log_complete).where(Attempt.id == attempt_id).tuples().get()
     return Held(*row)
 
 
@@ -81,7 +82,7 @@ def read(attempt_id: int, *, offset: int, most_bytes: int = READ_BYTES) -> bytes
         .order_by(LogRange.offset.desc())
         .limit(1)
     )
-    ranges = (
+    ranges: Any = (
         LogRange.select(LogRange.offset, LogRange.data)
         .where(LogRange.attempt == attempt_id, LogRange.offset >= first, LogRange.offset < offset + most_bytes)
         .order_by(LogRange.offset)
@@ -104,7 +105,7 @@ def read_all(attempt_id: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an output. `complete`: nothing comes after it. `truncated`: something is missing, here or on the host."""
+    """A part of an output. `complete`: nothing comes after it. `truncated`: some of it is missing."""
 
     data: bytes
     offset: int

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import peewee
-
 from portal import db
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid
@@ -87,8 +85,10 @@ def _know(machine_id: int) -> Known:
 
 def _load(machine_id: int) -> Known:
     columns = (Machine.epoch, Machine.generation, Machine.applied_generation, Machine.frozen_reason)
-    row = Machine.select(*columns).where(Machine.id == machine_id).tuples().get()
-    return Known(*row, is_thawing=row[3] is not None and _is_thawing(machine_id))
+    row: Any = Machine.select(*columns).where(Machine.id == machine_id).tuples().get()
+    epoch, generation, applied_generation, frozen_reason = row
+    is_thawing = frozen_reason is not None and _is_thawing(machine_id)
+    return Known(epoch, generation, applied_generation, frozen_reason, is_thawing)
 
 
 def _is_thawing(machine_id: int) -> bool:
@@ -232,7 +232,7 @@ def _uuids(told: Message) -> list[str] | None:
 
 
 def _is_deaf(request: Message, told: Message, known: Known) -> bool:
-    """A host that is frozen, or lives in another past, is heard to be there; what it says of leases and tasks is not."""
+    """Of a host that is frozen, or lives in another past, only its heartbeat is heard."""
     other_epoch = request["epoch"] not in (None, known.epoch)
     return bool(told["frozen"] or other_epoch or _is_behind(known.epoch, known.generation, request))
 
@@ -284,7 +284,7 @@ def _refuse_foreign(machine: Machine, told: Message) -> None:
     }
     if any(foreign.values()):
         with db.atomic():
-            audit.record("report.refused", machine, by=of_agent(machine), outcome="refused", **foreign)
+            audit.record("report.refused", machine, by=of_agent(machine), outcome="refused", items=foreign)
         raise NotYours(f"The report names what was never {machine.name}'s. Nothing of it was kept.", items=foreign)
 
 
@@ -300,7 +300,7 @@ def _own_commands(machine: Machine, ids: Iterable[int | None]) -> set[int]:
     return _found(Command.select(Command.id).where(Command.machine == machine), Command.id, ids)
 
 
-def _found(own: peewee.ModelSelect, column: Any, ids: Iterable[int | None]) -> set[int]:
+def _found(own: Any, column: Any, ids: Iterable[int | None]) -> set[int]:
     wanted = [each for each in ids if each is not None]
     return {row[0] for row in own.where(column << wanted).tuples()} if wanted else set()
 

@@ -1,7 +1,8 @@
 """Tasks: a customer's work on a leased machine. Told in order: create, send, hear from the host, retry, stop, lose.
 
 A task is tried in attempts; each has an id of its own, is sent to one host and never moves backwards, whatever the host
-says later. `Task.state` is a copy of its newest attempt's. The output is in logs.py, how the host runs it is the agent's.
+says later. `Task.state` is a copy of its newest attempt's. The output is in logs.py; how the host runs it is the
+agent's.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ STOP_REPEATED = timedelta(hours=1)  # how long a stop is repeated to a host that
 AWAY = timedelta(minutes=5)
 SILENT = timedelta(minutes=10)
 
+Found = Any  # a query of tasks; peewee's own type names a column's model differently in each of its methods
+
 
 # Look
 
 
-def of(user: User) -> peewee.ModelSelect:
+def of(user: User) -> Found:
     """The tasks of all tenants this person belongs to, newest first: the one place that says so."""
     return every().where(Lease.tenant << tenants.ids_of(user))
 
 
-def every() -> peewee.ModelSelect:
+def every() -> Found:
     """All tasks with their lease, machine, tenant and creator, newest first."""
     return (
         Task.select(Task, Lease, Machine, Tenant, User)
@@ -60,14 +63,14 @@ def every() -> peewee.ModelSelect:
 
 
 def matching(
-    tasks: peewee.ModelSelect,
+    tasks: Found,
     *,
     state: str | None = None,
     machine_id: int | None = None,
     tenant_id: int | None = None,
     lease_id: int | None = None,
     keyword: str | None = None,
-) -> peewee.ModelSelect:
+) -> Found:
     """Those of `tasks` that match every filter given. The keyword is looked for in name and command."""
     if state is not None:
         tasks = tasks.where(Task.state == state)
@@ -82,13 +85,13 @@ def matching(
     return tasks
 
 
-def figures(tasks: peewee.ModelSelect) -> dict[str, int]:
+def figures(tasks: Found) -> dict[str, int]:
     """How many of `tasks` are in each state: over all of them, not over a page."""
-    counted = tasks.select(Task.state, peewee.fn.COUNT(Task.id)).order_by().group_by(Task.state).tuples()
+    counted: Any = tasks.select(Task.state, peewee.fn.COUNT(Task.id)).order_by().group_by(Task.state).tuples()
     return dict.fromkeys(TASK, 0) | dict(counted)
 
 
-def get(tasks: peewee.ModelSelect, task_id: int) -> Task:
+def get(tasks: Found, task_id: int) -> Task:
     """The task with this id among `tasks`. Raises NotFound: it does not exist, or it is somebody else's."""
     task: Task | None = tasks.where(Task.id == task_id).first()
     if task is None:
@@ -111,7 +114,7 @@ def with_newest_attempts(page: list[Task]) -> list[Task]:
     last = Attempt.select(peewee.fn.MAX(Attempt.id)).where(Attempt.task << page).group_by(Attempt.task)
     newest = {attempt.task_id: attempt for attempt in Attempt.select().where(Attempt.id << last)} if page else {}
     for task in page:
-        task.newest = newest.get(task.id)
+        task.newest = newest[task.id]
     return page
 
 
@@ -404,7 +407,7 @@ def _is_running(lease: Lease) -> bool:
 
 
 def _answer_late(attempt: Attempt, reported: Mapping[str, Any]) -> None:
-    """It has ended here. If the host runs it all the same it is told to stop it; `boot_id` says that it has confirmed."""
+    """It has ended here. A host that runs it all the same is told to stop it, until it has confirmed (`boot_id`)."""
     if reported["state"] in TASK_ENDED:
         if attempt.boot_id is None:
             Attempt.update(boot_id=reported["boot_id"]).where(Attempt.id == attempt.id).execute()
@@ -498,7 +501,8 @@ def lose_gone(now: datetime | None = None) -> int:
     """End what cannot come back; returns how many. Idempotent, for the sweep.
 
     An attempt is lost when its host has booted since it began (the agent's first report after a boot brings what it
-    still knows, and is taken before its boot id is written), or when its lease has ended and the host is away or silent.
+    still knows, and is taken before its boot id is written), or when its lease has ended and the host is away or
+    silent.
     """
     now = now or utcnow()
     lost = 0
