@@ -38,6 +38,7 @@ from remotegpu_agent.observe.tools import ToolFailed, run
 from remotegpu_agent.plan import HostAttempt
 from remotegpu_agent.protocol import DesiredAttempt, format_time, now, parse_time
 
+EXIT_CHDIR = 200  # as systemd has it
 RECORDER = "record-exit.sh"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LOG_BYTES_PER_REPORT = 2 * logs.WINDOW_BYTES
@@ -164,7 +165,7 @@ def _failure(result: str, exit_code: int | None, number: int | None, record: dic
         return "the host ran out of memory"
     if number is not None:
         return f"killed by signal {number}"
-    if exit_code == 200 and record.get("workdir"):
+    if exit_code == EXIT_CHDIR and record.get("workdir"):
         return f"cannot change to the working directory {record['workdir']}"
     return None
 
@@ -232,9 +233,9 @@ class Tasks:
 
     def start(self, order: DesiredAttempt, login: str, home: Path) -> None:
         """Start the attempt's unit as the lease's user. Raises CannotStart; the attempt has then ended as failed."""
-        attempt = self._prepare(order, login)
+        attempt = self._prepare(order, login, home)
         try:
-            run(self._unit_argv(order, attempt, login, home), timeout_s=60)
+            run(self._unit_argv(order, attempt, login), timeout_s=60)
         except ToolFailed as error:
             if attempt.exit_record() is None and not attempt.log_file.exists():
                 self._conclude(attempt, "failed", f"it could not be started: {error}")
@@ -247,7 +248,7 @@ class Tasks:
         attempt = self._note(order)
         self._conclude(attempt, state, reason)
 
-    def _prepare(self, order: DesiredAttempt, login: str) -> Attempt:
+    def _prepare(self, order: DesiredAttempt, login: str, home: Path) -> Attempt:
         gid = grp.getgrnam(login).gr_gid
         directory = self._config.tasks_dir / str(order.attempt_id)
         directory.mkdir(exist_ok=True)
@@ -255,7 +256,7 @@ class Tasks:
         shutil.chown(directory, 0, gid)
         script, launch = directory / "script", directory / "launch"
         write_atomic(script, order.command.encode(), mode=0o640, gid=gid)
-        write_atomic(launch, render_launch(order, script).encode(), mode=0o640, gid=gid)
+        write_atomic(launch, render_launch(order, script, workdir_of(order, home)).encode(), mode=0o640, gid=gid)
         write_atomic(self._recorder, resources.files(__package__).joinpath(RECORDER).read_bytes(), mode=0o700)
         return self._note(order)
 
@@ -281,11 +282,10 @@ class Tasks:
             self._admit(attempt)
         return attempt
 
-    def _unit_argv(self, order: DesiredAttempt, attempt: Attempt, login: str, home: Path) -> list[str]:
+    def _unit_argv(self, order: DesiredAttempt, attempt: Attempt, login: str) -> list[str]:
         properties = [
             "Type=exec",
             f"User={login}",
-            f"WorkingDirectory={workdir_of(order, home)}",
             f"StandardOutput=append:{attempt.log_file}",
             f"StandardError=append:{attempt.log_file}",
             "KillMode=control-group",
@@ -405,7 +405,7 @@ class Tasks:
                 attempt.keep(log=asdict(after), acked_state=ack["state"])
                 if _is_silent(attempt):
                     self._talking.pop(attempt.attempt_id, None)
-            if after.acked > before.acked:
+            if after != before:
                 logs.punch(attempt.log_file, before, after)
 
     # Forget
@@ -472,8 +472,8 @@ def workdir_of(order: DesiredAttempt, home: Path) -> str:
     return os.path.normpath(home / wanted)
 
 
-def render_launch(order: DesiredAttempt, script: Path) -> str:
-    """The environment, quoted for bash, then the script in the same process. Raises CannotStart for what no environment can hold."""
+def render_launch(order: DesiredAttempt, script: Path, workdir: str) -> str:
+    """Environment and directory, quoted for bash, then the script in the same process. Raises CannotStart for a NUL byte."""
     env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PATH": DEFAULT_PATH}
     if order.gpu_uuids is not None:
         visible = ",".join(order.gpu_uuids)
@@ -483,4 +483,5 @@ def render_launch(order: DesiredAttempt, script: Path) -> str:
     if "\0" in order.command or any("\0" in text for text in env.values()):
         raise CannotStart("a command or variable holds a NUL byte, which no process can be given")
     exports = "".join(f"export {name}={shlex.quote(text)}\n" for name, text in env.items())
-    return f"{exports}exec /bin/bash {shlex.quote(str(script))}\n"
+    # Not systemd's WorkingDirectory=: that holds for the recorder too, and a directory that is gone would cost us the exit code.
+    return f"{exports}cd -- {shlex.quote(workdir)} || exit {EXIT_CHDIR}\nexec /bin/bash {shlex.quote(str(script))}\n"
