@@ -15,8 +15,10 @@ from werkzeug.routing import IntegerConverter
 from portal import api, web
 from portal.api import auth, docs, health, problems
 from portal.db import connect, db
+from portal.integrations import queue
 from portal.services import config, users, vault
 from portal.settings import Settings
+from portal.web import frame
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_AGENT_BODY_BYTES = 16 * 1024 * 1024  # log ranges and baselines
@@ -42,6 +44,7 @@ def create_app(settings: Settings) -> Flask:
     connect(settings.database_url)
     config.use(settings)
     vault.unlock(settings)
+    queue.use(settings)
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]  # Flask's documented way
@@ -70,6 +73,8 @@ def _config(settings: Settings) -> dict[str, Any]:
     return {
         "SETTINGS": settings,
         "SECRET_KEY": settings.secret_key,
+        "SESSION_COOKIE_SECURE": settings.is_secure,
+        "SESSION_COOKIE_SAMESITE": "Lax",
         "MAX_CONTENT_LENGTH": MAX_BODY_BYTES,
         "JWT_SECRET_KEY": settings.jwt_secret_key,
         "JWT_ALGORITHM": "HS256",
@@ -103,6 +108,7 @@ def _register(app: Flask) -> None:
     app.register_blueprint(health.bp)
     for pages in web.BLUEPRINTS:
         app.register_blueprint(pages)
+    frame.install(app)
 
 
 def locale() -> str:

@@ -1,14 +1,15 @@
 """The pages: Jinja2, htmx and server-sent events over the same services as the API.
 
-`frame.py` is what every page shares, `forms.py` a form that came back; the other modules are named after what they show.
+`frame.py` is what every page shares, `forms.py` a form that came back, `acting.py` one action from a page; the other
+modules are named after what they show.
 """
 
 from __future__ import annotations
 
 from flask import Blueprint
 
-from portal.web import auth
+from portal.web import audit, auth, customers, keys, leases, machines, my_machines, runs, tasks
 from portal.web.blueprint import bp
 
 BLUEPRINTS: tuple[Blueprint, ...] = (bp,)
-VIEWS = (auth,)  # importing a module adds its views
+VIEWS = (audit, auth, customers, keys, leases, machines, my_machines, runs, tasks)  # importing one adds its views

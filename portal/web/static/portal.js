@@ -34,6 +34,10 @@ document.addEventListener("click", async (event) => {
   if (closer) closer.closest("dialog").close();
 });
 
+document.addEventListener("change", (event) => {
+  if (event.target.matches("[data-autosubmit]")) event.target.form.submit();
+});
+
 document.addEventListener("submit", (event) => {
   const question = event.target.dataset.confirm;
   if (question && !window.confirm(question)) event.preventDefault();
@@ -53,17 +57,35 @@ const follow = (output) => {
 document.querySelectorAll(".output").forEach(follow);
 document.addEventListener("htmx:load", (event) => event.target.querySelectorAll?.(".output").forEach(follow));
 
-// A live log: bytes by offset over server-sent events; EventSource itself resumes with Last-Event-ID.
-document.querySelectorAll("[data-stream]").forEach((output) => {
-  const decoder = new TextDecoder();
-  const source = new EventSource(output.dataset.stream);
-  source.addEventListener("output", (event) => {
-    const bytes = Uint8Array.from(atob(event.data), (char) => char.charCodeAt(0));
-    output.append(decoder.decode(bytes, { stream: true }));
-  });
+// Output that comes as server-sent events; EventSource itself resumes with Last-Event-ID.
+const stream = (output, address, textOf) => {
+  const source = new EventSource(address);
+  source.addEventListener("output", (event) => output.append(textOf(event.data)));
   source.addEventListener("end", () => {
     source.close();
     document.body.dispatchEvent(new CustomEvent("stream-ended"));
+  });
+};
+document.querySelectorAll("[data-stream]").forEach((output) => {
+  const decoder = new TextDecoder(); // a character may be cut between two events
+  const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  stream(output, output.dataset.stream, (data) => decoder.decode(bytes(data), { stream: true }));
+});
+document.querySelectorAll("[data-lines]").forEach((output) => {
+  const colours = /\u001b\[[0-9;]*m/g;
+  stream(output, output.dataset.lines, (data) => {
+    const line = JSON.parse(data).stdout.replace(colours, "");
+    return line ? `${line}\n` : "";
+  });
+});
+
+// When a machine's state or run changes, what may be done to it changes as well: the whole page comes again.
+document.querySelectorAll("[data-reload-on-change]").forEach((live) => {
+  const version = () => live.querySelector("[data-version]")?.dataset.version;
+  const before = version();
+  live.addEventListener("htmx:afterSwap", () => {
+    const isBusy = document.querySelector("dialog[open]");
+    if (version() && version() !== before && !isBusy) window.location.reload();
   });
 });
 

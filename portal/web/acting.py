@@ -1,0 +1,47 @@
+"""One action from a page: done and said, or refused and said why. Where it leads afterwards is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flask import flash, request
+from peewee import ModelSelect
+
+from portal.api.paging import MAX_PAGE, page_of
+from portal.errors import Error
+
+PAGE_SIZE = 20
+
+
+@contextmanager
+def acting(done: str) -> Iterator[None]:
+    """Say `done` when the block ends well, or the reason when a rule refuses it."""
+    try:
+        yield
+    except Error as error:
+        flash(error.message, "danger")
+    else:
+        flash(done, "success")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a list with the filters it was asked with, for the links to its neighbours."""
+
+    items: list[Any]
+    page: int
+    page_size: int
+    total: int
+    filters: dict[str, str]
+
+
+def page_asked(query: ModelSelect, *filters: str) -> Page:
+    """The page of `query` that the address asks for; nonsense in `page` is the first one."""
+    asked = request.args.get("page", "1")
+    number = min(max(int(asked), 1), MAX_PAGE) if asked.isascii() and asked.isdigit() else 1
+    found = page_of(query, {"page": number, "page_size": PAGE_SIZE})
+    kept = {name: request.args[name] for name in filters if request.args.get(name)}
+    return Page(**found, filters=kept)

@@ -1,0 +1,20 @@
+"""The audit trail, for staff."""
+
+from __future__ import annotations
+
+from flask import render_template, request
+from flask.typing import ResponseReturnValue
+
+from portal.api.guard import requires
+from portal.services import audit as trail
+from portal.web.acting import page_asked
+from portal.web.blueprint import bp
+
+FILTERS = ("action", "actor", "outcome")
+
+
+@bp.get("/audit")
+@requires("admin", "operator")
+def audit() -> ResponseReturnValue:
+    wanted = {name: request.args[name] for name in FILTERS if request.args.get(name)}
+    return render_template("audit/list.html", page=page_asked(trail.search(**wanted), *FILTERS))

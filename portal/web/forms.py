@@ -1,0 +1,65 @@
+"""A form that came back: what was typed, and what is wrong with it, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from flask import request
+
+from portal.errors import Error, Invalid
+
+
+@dataclass(frozen=True)
+class Form:
+    """`values` are shown again; secrets are never among them."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, list[str]] = field(default_factory=dict)
+    message: str | None = None
+    _sent: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_request(cls, *, keep: Sequence[str]) -> Form:
+        """The form that was posted; only the fields in `keep` are shown again after a refusal."""
+        sent = {name: value for name, value in request.form.items() if name != "csrf_token"}
+        return cls({name: sent[name] for name in keep if name in sent}, {}, None, sent)
+
+    def refused(self, error: Error) -> Form:
+        """The same form with the reason; a fault of a field stands at the field."""
+        if isinstance(error, Invalid):
+            elsewhere = [text for name, texts in error.fields.items() if name not in self._sent for text in texts]
+            return replace(self, faults=error.fields, message=" ".join(elsewhere) or None)
+        return replace(self, message=error.message)
+
+    def raw(self, name: str) -> str:
+        """As typed: for secrets, whose spaces count."""
+        return self._sent.get(name, "")
+
+    def text(self, name: str) -> str:
+        return self.raw(name).strip()
+
+    def optional(self, name: str) -> str | None:
+        return self.text(name) or None
+
+    def number(self, name: str, *, default: int | None = None) -> int:
+        """A whole number; raises Invalid that names the field."""
+        text = self.text(name)
+        if not text and default is not None:
+            return default
+        try:
+            return int(text)
+        except ValueError:
+            raise Invalid({name: [f"{text!r} is not a whole number."]}) from None
+
+    def moment(self, name: str) -> datetime:
+        """A time as `<input type="datetime-local">` sends it, taken as UTC; raises Invalid that names the field."""
+        text = self.text(name)
+        try:
+            return datetime.fromisoformat(text).replace(tzinfo=UTC)
+        except ValueError:
+            raise Invalid({name: [f"{text!r} is not a time such as 2026-12-31T18:00."]}) from None
+
+    def is_checked(self, name: str) -> bool:
+        return name in self._sent

@@ -1,0 +1,167 @@
+"""The frame of every page: menu, words for states, language, and how a refusal looks to a person.
+
+Pages hold no rule and no query: a view is who may, one call of a service, one template. Their guard is the API's
+(`api/guard.py`), their cookies are the API's too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from flask import Flask, current_app, g, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import format_timedelta, get_locale, gettext, lazy_gettext
+from flask_jwt_extended import get_csrf_token
+
+from portal.api.problems import Problem
+from portal.models import User
+
+STATE_WORDS = {
+    "registered": lazy_gettext("registered"),
+    "provisioning": lazy_gettext("provisioning"),
+    "ready": lazy_gettext("ready"),
+    "leased": lazy_gettext("leased"),
+    "reclaiming": lazy_gettext("reclaiming"),
+    "quarantined": lazy_gettext("quarantined"),
+    "retired": lazy_gettext("retired"),
+    "failed": lazy_gettext("failed"),
+    "scheduled": lazy_gettext("scheduled"),
+    "active": lazy_gettext("active"),
+    "ending": lazy_gettext("ending"),
+    "ended": lazy_gettext("ended"),
+    "waiting": lazy_gettext("waiting"),
+    "cleaning": lazy_gettext("cleaning"),
+    "verifying": lazy_gettext("verifying"),
+    "passed": lazy_gettext("passed"),
+    "cancelled": lazy_gettext("cancelled"),
+    "queued": lazy_gettext("queued"),
+    "starting": lazy_gettext("starting"),
+    "running": lazy_gettext("running"),
+    "succeeded": lazy_gettext("succeeded"),
+    "stopped": lazy_gettext("stopped"),
+    "timed_out": lazy_gettext("timed out"),
+    "lost": lazy_gettext("lost"),
+    "open": lazy_gettext("open"),
+    "closed": lazy_gettext("closed"),
+    "unknown": lazy_gettext("unknown"),
+    "online": lazy_gettext("online"),
+    "offline": lazy_gettext("offline"),
+    "never": lazy_gettext("never reported"),
+}
+
+ROLE_WORDS = {"owner": lazy_gettext("owner"), "member": lazy_gettext("member"), "viewer": lazy_gettext("viewer")}
+OUTCOME_WORDS = {"done": lazy_gettext("done"), "refused": lazy_gettext("refused"), "failed": lazy_gettext("failed")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the menu."""
+
+    label: str
+    href: str
+    icon: str
+    is_current: bool
+
+
+MENU = {
+    "staff": (
+        ("web.machines", lazy_gettext("Machines"), "server-2"),
+        ("web.leases", lazy_gettext("Leases"), "clock"),
+        ("web.customers", lazy_gettext("Customers"), "users"),
+        ("web.runs", lazy_gettext("Runs"), "list-check"),
+        ("web.audit", lazy_gettext("Audit"), "file-certificate"),
+    ),
+    "customer": (
+        ("web.my_machines", lazy_gettext("My machines"), "server-2"),
+        ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
+        ("web.keys", lazy_gettext("SSH keys"), "key"),
+    ),
+}
+
+
+def install(app: Flask) -> None:
+    """Give `app` the frame: what templates may call, and pages for errors."""
+    app.context_processor(_context)
+    app.jinja_env.filters["duration"] = _duration
+    app.extensions["error_page"] = error_page
+
+
+def home_of(user: User) -> str:
+    return url_for("web.my_machines" if user.role == "customer" else "web.machines")
+
+
+def is_fragment() -> bool:
+    """Whether htmx asks, and a fragment is to be answered instead of a page."""
+    return "HX-Request" in request.headers
+
+
+def error_page(problem: Problem) -> ResponseReturnValue:
+    """What a person sees of a refusal: sign-in first, then the change of a given password, else the reason."""
+    if problem.status == 401 and not is_fragment():
+        return _sign_in_first()
+    if problem.code == "password_change_required":
+        return redirect(url_for("web.password"))
+    if is_fragment():
+        return render_template("parts/refusal.html", problem=problem), problem.status
+    page = render_template(
+        "error.html", title=title_of(problem.status), detail=problem.detail, reference=problem.info.get("incident")
+    )
+    return page, problem.status, dict(problem.headers)
+
+
+def title_of(status: int) -> str:
+    return {
+        403: gettext("Not for you"),
+        404: gettext("Not found"),
+        409: gettext("Not now"),
+        429: gettext("Too many requests"),
+        500: gettext("Something went wrong here"),
+    }.get(status, gettext("That did not work"))
+
+
+def _sign_in_first() -> ResponseReturnValue:
+    """A page asked for before sign-in is opened afterwards; a sign-in that only ran out of time renews itself."""
+    back = request.full_path.rstrip("?") if request.method == "GET" else url_for("web.home")
+    if "csrf_refresh_token" in request.cookies and request.method == "GET":
+        return render_template("auth/resume.html", next=back), 401
+    return redirect(url_for("web.sign_in", next=back))
+
+
+def _context() -> dict[str, Any]:
+    me: User | None = g.get("user")
+    settings = current_app.config["SETTINGS"]
+    return {
+        "me": me,
+        "menu": _menu(me),
+        "locale": str(get_locale()),
+        "state_word": lambda word: STATE_WORDS.get(word, word),
+        "role_word": lambda word: ROLE_WORDS.get(word, word),
+        "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),
+        "csrf_value": csrf_value,
+        "renew_s": max(30, settings.access_token_s * 2 // 3),
+    }
+
+
+def _duration(span: timedelta) -> str:
+    """`3 days`, `5 hours`: one unit is enough to know how long."""
+    return format_timedelta(span, granularity="minute", threshold=1.5)
+
+
+def csrf_value() -> str:
+    """The token that a form sends back; empty for somebody who is not signed in."""
+    cookie = request.cookies.get("access_token_cookie")
+    if not cookie or g.get("user") is None:
+        return ""
+    return str(get_csrf_token(cookie))
+
+
+def _menu(me: User | None) -> list[Entry]:
+    if me is None or me.must_change_password:
+        return []
+    lines: tuple[tuple[str, Any, str], ...] = MENU["customer" if me.role == "customer" else "staff"]
+    return [
+        Entry(str(label), url_for(endpoint), icon, request.path.startswith(url_for(endpoint)))
+        for endpoint, label, icon in lines
+    ]

@@ -1,0 +1,76 @@
+"""Leases, for staff: who has which machine until when, and how each goes on or ends."""
+
+from __future__ import annotations
+
+from flask import redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+
+from portal.api.guard import actor, requires
+from portal.db import utcnow
+from portal.errors import Error
+from portal.services import leases as lettings
+from portal.services import overviews
+from portal.web import shapes
+from portal.web.acting import acting, page_asked
+from portal.web.blueprint import bp
+from portal.web.forms import Form
+from portal.web.frame import is_fragment
+
+STAFF = ("admin", "operator")
+
+
+@bp.get("/leases")
+@requires(*STAFF)
+def leases() -> ResponseReturnValue:
+    page = page_asked(overviews.search_leases(state=request.args.get("state") or None), "state")
+    return render_template("leases/list.html", page=page, views=overviews.of_leases(page.items, utcnow()))
+
+
+@bp.get("/leases/<int:lease_id>")
+@requires(*STAFF)
+def lease(lease_id: int) -> ResponseReturnValue:
+    return _page(lease_id, None)
+
+
+@bp.post("/leases/<int:lease_id>/extend")
+@requires(*STAFF)
+def extend_lease(lease_id: int) -> ResponseReturnValue:
+    form = Form.of_request(keep=("until",))
+    try:
+        held = lettings.extend(lettings.get(lease_id), until=form.moment("until"), by=actor())
+    except Error as error:
+        return _page(lease_id, form.refused(error)), error.status
+    return redirect(url_for("web.lease", lease_id=held.id), 303)
+
+
+@bp.post("/leases/<int:lease_id>/end")
+@requires(*STAFF)
+def end_lease(lease_id: int) -> ResponseReturnValue:
+    form = Form.of_request(keep=())
+    with acting(gettext("The lease is ending: the host closes it now.")):
+        lettings.end(lettings.get(lease_id), by=actor(), reason=form.text("reason") or gettext("Ended by an operator."))
+    return redirect(url_for("web.lease", lease_id=lease_id), 303)
+
+
+@bp.post("/leases/<int:lease_id>/write-off")
+@requires(*STAFF)
+def write_off_lease(lease_id: int) -> ResponseReturnValue:
+    form = Form.of_request(keep=())
+    with acting(gettext("The lease has ended unobserved; the machine must still be proven clean.")):
+        lettings.write_off(lettings.get(lease_id), by=actor(), reason=form.text("reason"))
+    return redirect(url_for("web.lease", lease_id=lease_id), 303)
+
+
+def _page(lease_id: int, form: Form | None) -> str:
+    now = utcnow()
+    held = overviews.of_lease(lettings.get(lease_id), now)
+    facts = {
+        "held": held,
+        "lease": held.lease,
+        "left": shapes.time_left(held, now),
+        "still_open": shapes.still_open(held),
+    }
+    if is_fragment():
+        return render_template("leases/_state.html", **facts)
+    return render_template("leases/detail.html", form=form, **facts)

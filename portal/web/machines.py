@@ -1,0 +1,252 @@
+"""Machines, for staff: the list, adding one, and one machine's page with everything that can be done to it now."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+from flask import Response, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+
+from portal.api.guard import actor, requires
+from portal.db import utcnow
+from portal.errors import Error, Invalid
+from portal.integrations import host_keys
+from portal.models import Machine
+from portal.services import config, leases, overviews, reclaims, runs, tenants
+from portal.services import machines as fleet
+from portal.web import shapes
+from portal.web.acting import acting, page_asked
+from portal.web.blueprint import bp
+from portal.web.forms import Form
+from portal.web.frame import is_fragment
+
+STAFF = ("admin", "operator")
+ADD_FIELDS = ("name", "address", "ssh_port", "ssh_user", "region", "remark")
+ALLOCATE_FIELDS = ("tenant_id", "until", "retain_h", "root", "remark")
+
+
+@bp.get("/machines")
+@requires(*STAFF)
+def machines() -> ResponseReturnValue:
+    now = utcnow()
+    wanted = {name: request.args.get(name) or None for name in ("state", "keyword")}
+    page = page_asked(overviews.search(now=now, **wanted), "state", "keyword")
+    views = overviews.of_machines(page.items, now)
+    template = "machines/_rows.html" if is_fragment() else "machines/list.html"
+    return render_template(template, page=page, views=views)
+
+
+@bp.get("/machines/add")
+@requires(*STAFF)
+def add_machine() -> ResponseReturnValue:
+    return render_template("machines/add.html", form=None)
+
+
+@bp.post("/machines/add")
+@requires(*STAFF)
+def add_machine_with() -> ResponseReturnValue:
+    form = Form.of_request(keep=ADD_FIELDS)
+    try:
+        machine = fleet.register(
+            name=form.text("name"),
+            address=form.text("address"),
+            ssh_user=form.text("ssh_user"),
+            ssh_port=form.number("ssh_port", default=22),
+            credential=_credential(form),
+            by=actor(),
+            **{name: form.optional(name) for name in ("region", "remark") if form.optional(name)},
+        )
+    except Error as error:
+        return render_template("machines/add.html", form=form.refused(error)), error.status
+    _scan(machine)
+    return redirect(url_for("web.machine", machine_id=machine.id), 303)
+
+
+def _credential(form: Form) -> dict[str, str] | None:
+    """The first contact's password or key; sudo asks for the same password unless another one is given."""
+    given = {name: form.raw(name) for name in ("password", "private_key", "become_password") if form.raw(name).strip()}
+    if "password" in given:
+        given.setdefault("become_password", given["password"])
+    return given or None
+
+
+@bp.get("/machines/<int:machine_id>")
+@requires(*STAFF)
+def machine(machine_id: int) -> ResponseReturnValue:
+    found = fleet.get(machine_id)
+    if is_fragment():
+        return render_template("machines/_live.html", **_live(found))
+    return render_template("machines/detail.html", **_live(found), **_history(found))
+
+
+def _live(machine: Machine) -> dict[str, Any]:
+    """What the page asks for again every few seconds."""
+    now = utcnow()
+    view = overviews.of_machine(machine, now)
+    held = None if view.lease is None else overviews.of_lease(view.lease, now)
+    newest = next(iter(runs.list_runs(machine_id=machine.id).limit(1)), None)
+    return {
+        "view": view,
+        "machine": machine,
+        "gpus": shapes.gpu_rows(view),
+        "usage": shapes.usage(view),
+        "held": held,
+        "left": held and shapes.time_left(held, now),
+        "still_open": shapes.still_open(held) if held else [],
+        "run": newest,
+        "shows_run": newest is not None and newest.state in ("queued", "running"),
+        "version": f"{machine.state} {newest and (newest.id, newest.state)} {view.lease and view.lease.id}",
+    }
+
+
+def _history(machine: Machine) -> dict[str, Any]:
+    """What changes only when the page is opened again."""
+    return {
+        "runs": list(runs.list_runs(machine_id=machine.id).limit(10)),
+        "past": list(overviews.search_leases(machine_id=machine.id).limit(10)),
+        "reclaims": list(reclaims.search(machine_id=machine.id).limit(10)),
+        "baseline": fleet.find_baseline(machine),
+    }
+
+
+@bp.post("/machines/<int:machine_id>/scan")
+@requires(*STAFF)
+def scan_host_keys(machine_id: int) -> ResponseReturnValue:
+    found = fleet.get(machine_id)
+    _scan(found)
+    return _back(found)
+
+
+def _scan(machine: Machine) -> None:
+    """Ask the host for its keys; they are shown to be compared, nothing is trusted by it."""
+    with acting(gettext("The host answered. Compare its fingerprint before you confirm it.")):
+        fleet.offer_host_keys(machine, host_keys.scan(machine.address, machine.ssh_port), by=actor())
+
+
+@bp.post("/machines/<int:machine_id>/confirm")
+@requires(*STAFF)
+def confirm_host_key(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    with acting(gettext("The host key is pinned.")):
+        fleet.confirm_host_key(found, form.text("fingerprint"), by=actor(), reason=form.optional("reason"))
+    return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/provision")
+@requires(*STAFF)
+def provision(machine_id: int) -> ResponseReturnValue:
+    found = fleet.get(machine_id)
+    with acting(gettext("Provisioning is queued; its output follows here.")):
+        fleet.provision(found, by=actor())
+    return _back(found)
+
+
+@bp.get("/machines/<int:machine_id>/allocate")
+@requires(*STAFF)
+def allocate(machine_id: int) -> ResponseReturnValue:
+    return _allocate_page(fleet.get(machine_id), None)
+
+
+@bp.post("/machines/<int:machine_id>/allocate")
+@requires(*STAFF)
+def allocate_with(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=ALLOCATE_FIELDS)
+    try:
+        leases.allocate(
+            found,
+            to=tenants.get(form.number("tenant_id")),
+            until=form.moment("until"),
+            retain_s=form.number("retain_h") * 3600,
+            root=form.is_checked("root"),
+            remark=form.optional("remark"),
+            by=actor(),
+        )
+    except Error as error:
+        return _allocate_page(found, form.refused(error)), error.status
+    return _back(found)
+
+
+def _allocate_page(machine: Machine, form: Form | None) -> str:
+    now = utcnow()
+    return render_template(
+        "machines/allocate.html",
+        machine=machine,
+        form=form,
+        tenants=list(tenants.search()),
+        refusals=leases.start_refusals(machine, now),
+        until=(now + timedelta(days=30)).strftime("%Y-%m-%dT%H:00"),
+        retain_h=config.current().default_retain_s // 3600,
+    )
+
+
+@bp.post("/machines/<int:machine_id>/reclaim")
+@requires(*STAFF)
+def reclaim(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    with acting(gettext("The machine is being taken back.")):
+        reclaims.request(
+            found,
+            by=actor(),
+            reason=form.text("reason"),
+            force=form.is_checked("force"),
+            confirm=form.optional("confirm"),
+        )
+    return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/maintenance")
+@requires(*STAFF)
+def maintenance(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    if form.text("switch") == "off":
+        with acting(gettext("Maintenance has ended.")):
+            fleet.end_maintenance(found, by=actor())
+    else:
+        with acting(gettext("The machine is in maintenance; leases and tasks go on.")):
+            until = form.moment("until") if form.text("until") else None
+            fleet.start_maintenance(found, reason=form.text("reason"), until=until, by=actor())
+    return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/thaw")
+@requires(*STAFF)
+def thaw(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    with acting(gettext("The host follows the portal again.")):
+        fleet.thaw(found, by=actor(), reason=form.text("reason"))
+    return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/reimaged")
+@requires(*STAFF)
+def reimaged(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    with acting(gettext("Scan and confirm its new host key, then provision it.")):
+        fleet.reimaged(found, by=actor(), reason=form.text("reason"), credential=_credential(form))
+    return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/retire")
+@requires(*STAFF)
+def retire(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    if form.text("confirm") != found.name:
+        raise Invalid({"confirm": [gettext("Type the machine's name to retire it.")]})
+    with acting(gettext("The machine is retired; its history stays.")):
+        fleet.retire(found, by=actor(), reason=form.text("reason"))
+    return _back(found)
+
+
+def _back(machine: Machine) -> Response:
+    return redirect(url_for("web.machine", machine_id=machine.id), 303)  # type: ignore[return-value]  # one class, two names
+
+
+@bp.get("/reclaims/<int:reclaim_id>/report")
+@requires(*STAFF)
+def report(reclaim_id: int) -> ResponseReturnValue:
+    found = reclaims.get(reclaim_id)
+    content = json.loads(reclaims.report_file(found))["report"]
+    return render_template("machines/report.html", reclaim=found, report=content, **shapes.report_parts(content))

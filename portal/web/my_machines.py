@@ -1,0 +1,43 @@
+"""A customer's machines: what is leased until when, what the GPUs do, and how to connect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import render_template
+from flask.typing import ResponseReturnValue
+
+from portal.api.guard import current_user, requires
+from portal.db import utcnow
+from portal.services import connections, leases, overviews
+from portal.services.overviews import HeldView
+from portal.web import shapes
+from portal.web.blueprint import bp
+from portal.web.frame import is_fragment
+
+
+@bp.get("/my/machines")
+@requires("customer")
+def my_machines() -> ResponseReturnValue:
+    me, now = current_user(), utcnow()
+    items = [_facts(held, now) for held in overviews.held(list(leases.open_of_user(me)), me, now)]
+    return render_template("my/_machines.html" if is_fragment() else "my/machines.html", items=items)
+
+
+@bp.get("/my/machines/<int:machine_id>/connection")
+@requires("customer")
+def my_connection(machine_id: int) -> ResponseReturnValue:
+    me = current_user()
+    lease = leases.get_open_of_user(me, machine_id)
+    return render_template("my/_connection.html", machine=lease.machine, way=connections.of(lease, user=me))
+
+
+def _facts(held: HeldView, now: Any) -> dict[str, Any]:
+    return {
+        "view": held.machine,
+        "held": held.lease,
+        "may_connect": held.may_connect,
+        "left": shapes.time_left(held.lease, now),
+        "still_open": shapes.still_open(held.lease),
+        "gpus": shapes.gpu_rows(held.machine),
+    }

@@ -1,0 +1,94 @@
+"""What templates are given beyond the services' own views, so that no template computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from portal.models import Grant
+from portal.services.overviews import LeaseView, MachineView
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class GpuRow:
+    """A GPU that is expected, reported, or both. None is unknown."""
+
+    uuid: str
+    slot: int | None
+    name: str | None
+    state: str
+    utilization_percent: float | None
+    memory_used_gib: float | None
+    memory_total_gib: float | None
+    temperature_c: float | None
+    power_w: float | None
+
+
+def gpu_rows(view: MachineView) -> list[GpuRow]:
+    """Every expected GPU in its order, then those that nobody expected; the live values are the last report's."""
+    known = {entry.gpu.uuid for entry in view.gpus}
+    reported = (view.report.gpu or {}).get("gpus", []) if view.report else []
+    rows = [_row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}) for entry in view.gpus]
+    return rows + [_row(gpu["uuid"], {"slot": gpu["index"]}, gpu) for gpu in reported if gpu["uuid"] not in known]
+
+
+def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any]) -> GpuRow:
+    return GpuRow(
+        uuid=uuid,
+        slot=written.get("slot"),
+        name=live.get("name") or written.get("name"),
+        state=live.get("state", "unknown"),
+        utilization_percent=live.get("utilization_percent"),
+        memory_used_gib=_gib(live.get("memory_used_bytes")),
+        memory_total_gib=_gib(live.get("memory_total_bytes") or written.get("memory_bytes")),
+        temperature_c=live.get("temperature_c"),
+        power_w=live.get("power_w"),
+    )
+
+
+def _gib(size_bytes: int | None) -> float | None:
+    return None if size_bytes is None else round(size_bytes / GIB, 1)
+
+
+def time_left(view: LeaseView, now: datetime) -> timedelta | None:
+    """How long an active lease goes on."""
+    left: timedelta = view.lease.ends_at - now
+    return left if view.lease.state == "active" and left > timedelta(0) else None
+
+
+def still_open(view: LeaseView) -> list[Grant]:
+    """What should be closed and was not seen to be."""
+    return [grant for grant in view.grants if grant.desired == "closed" and grant.observed != "closed"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The few host figures that a page shows. None is unknown."""
+
+    cpu_percent: float | None = None
+    memory_used_gib: float | None = None
+    memory_total_gib: float | None = None
+    disks: tuple[tuple[str, float | None, float | None], ...] = ()
+
+
+def usage(view: MachineView) -> Usage:
+    metrics = view.report.metrics if view.report else None
+    if metrics is None:
+        return Usage()
+    return Usage(
+        cpu_percent=metrics["cpu_percent"],
+        memory_used_gib=_gib(metrics["memory_used_bytes"]),
+        memory_total_gib=_gib(metrics["memory_total_bytes"]),
+        disks=tuple((disk["mount"], _gib(disk["free_bytes"]), _gib(disk["total_bytes"])) for disk in metrics["disks"]),
+    )
+
+
+def report_parts(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The steps and checks of a reclaim report; empty lists where it did not come so far."""
+    cleaning = (report.get("cleaning") or {}).get("result") or {}
+    verification = (report.get("verification") or {}).get("verdict") or {}
+    return {"steps": list(cleaning.get("steps", [])), "checks": list(verification.get("checks", []))}

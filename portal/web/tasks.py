@@ -1,0 +1,108 @@
+"""Tasks: a customer's, or all of them for staff; one page for both, since what differs is the query."""
+
+from __future__ import annotations
+
+import peewee
+from flask import redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+
+from portal.api.guard import actor, current_user, requires
+from portal.db import utcnow
+from portal.errors import Error, Invalid
+from portal.models.states import TASK_LIVE, USER_ROLES
+from portal.services import leases
+from portal.services import tasks as work
+from portal.web.acting import acting, page_asked
+from portal.web.blueprint import bp
+from portal.web.forms import Form
+
+FIELDS = ("machine_id", "name", "command", "env", "workdir", "time_limit_s", "stop_grace_s", "retries")
+
+
+def _mine() -> peewee.ModelSelect:
+    """What this person may see."""
+    user = current_user()
+    return work.of(user) if user.role == "customer" else work.every()
+
+
+@bp.get("/tasks")
+@requires(*USER_ROLES)
+def tasks() -> ResponseReturnValue:
+    found = work.matching(_mine(), state=request.args.get("state") or None, keyword=request.args.get("keyword"))
+    template = "tasks/_rows.html" if "HX-Request" in request.headers else "tasks/list.html"
+    return render_template(template, page=page_asked(found, "state", "keyword"), figures=work.figures(_mine()))
+
+
+@bp.get("/tasks/new")
+@requires("customer")
+def new_task() -> ResponseReturnValue:
+    return _new_page(None)
+
+
+@bp.post("/tasks/new")
+@requires("customer")
+def create_task() -> ResponseReturnValue:
+    form = Form.of_request(keep=FIELDS)
+    try:
+        task = work.create(
+            form.number("machine_id"),
+            name=form.text("name"),
+            command=form.raw("command").replace("\r\n", "\n"),  # how browsers send a line's end
+            env=_env_of(form.raw("env")),
+            workdir=form.optional("workdir"),
+            time_limit_s=form.number("time_limit_s"),
+            stop_grace_s=form.number("stop_grace_s"),
+            retries=form.number("retries", default=0),
+            by=actor(),
+        )
+    except Error as error:
+        return _new_page(form.refused(error)), error.status
+    return redirect(url_for("web.task", task_id=task.id), 303)
+
+
+@bp.get("/tasks/<int:task_id>")
+@requires(*USER_ROLES)
+def task(task_id: int) -> ResponseReturnValue:
+    found = work.get(_mine(), task_id)
+    attempts = work.attempts_of(found)
+    facts = {"task": found, "attempts": attempts, "attempt": attempts[-1], "is_live": found.state in TASK_LIVE}
+    if "HX-Request" in request.headers:
+        return render_template("tasks/_state.html", **facts)
+    stream = f"/api/v1/{'customer' if current_user().role == 'customer' else 'admin'}/tasks/{task_id}/log"
+    return render_template("tasks/detail.html", log=stream, **facts)
+
+
+@bp.post("/tasks/<int:task_id>/stop")
+@requires(*USER_ROLES)
+def stop_task(task_id: int) -> ResponseReturnValue:
+    with acting(gettext("The task is being stopped, with every process of it.")):
+        work.stop(work.get(_mine(), task_id), by=actor())
+    return redirect(url_for("web.task", task_id=task_id), 303)
+
+
+@bp.post("/tasks/<int:task_id>/retry")
+@requires(*USER_ROLES)
+def retry_task(task_id: int) -> ResponseReturnValue:
+    with acting(gettext("A new attempt is queued.")):
+        work.retry(work.get(_mine(), task_id), by=actor())
+    return redirect(url_for("web.task", task_id=task_id), 303)
+
+
+def _new_page(form: Form | None) -> str:
+    now = utcnow()
+    usable = [lease for lease in leases.of_user(current_user()) if lease.state == "active" and lease.ends_at > now]
+    chosen = request.args.get("machine", type=int)
+    return render_template("tasks/new.html", form=form, machines=[lease.machine for lease in usable], chosen=chosen)
+
+
+def _env_of(text: str) -> dict[str, str]:
+    """`NAME=value` lines; raises Invalid that names the line."""
+    env = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        name, sign, value = line.partition("=")
+        if line.strip() and not sign:
+            raise Invalid({"env": [f"Line {number}: write NAME=value."]})
+        if line.strip():
+            env[name.strip()] = value
+    return env
