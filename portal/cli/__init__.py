@@ -17,10 +17,15 @@ from portal.settings import Settings, SettingsError, load
 # name → module, and what it does in one line
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("portal.cli.init", "make the secrets, the keys and the CA that are missing"),
+    "serve": ("portal.cli.serve", "migrate, start web and worker, and end them together"),
+    "web": ("portal.cli.web", "serve pages and API"),
+    "worker": ("portal.cli.worker", "execute runs and sweep"),
     "migrate": ("portal.cli.migrate", "bring the database to the schema of this version"),
     "create-admin": ("portal.cli.create_admin", "create an administrator and print the one-time password"),
     "reset-password": ("portal.cli.reset_password", "give somebody a new one-time password and end their sign-ins"),
     "verify-report": ("portal.cli.verify_report", "check a reclaim report with the public key alone"),
+    "backup": ("portal.cli.backup", "write the whole database to a file"),
+    "restore": ("portal.cli.restore", "fill an empty database from such a file"),
     "audit": ("portal.cli.audit", "verify the chain of sealed audit entries"),
 }
 

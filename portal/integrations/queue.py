@@ -16,6 +16,7 @@ from portal.settings import Settings
 LOG = logging.getLogger(__name__)
 IDLE_S = 0.1  # between two looks into SQLite; Redis blocks instead
 
+_settings: Settings | None = None
 _bell: Bell | None = None
 
 
@@ -55,18 +56,27 @@ def _nothing() -> None:
     """The message says only: look."""
 
 
-def connect(settings: Settings) -> Bell:
-    """Open the queue for this process; create_app and the worker call it once."""
+def use(settings: Settings) -> None:
+    """Which queue this process rings; create_app and the worker say it once. It is opened when it is first needed."""
+    global _settings, _bell
+    _settings, _bell = settings, None
+
+
+def bell() -> Bell:
+    """Raises RuntimeError in a process that never said which queue is its own."""
     global _bell
-    _bell = Bell(settings)
+    if _settings is None:
+        raise RuntimeError("queue.use(settings) was not called in this process")
+    if _bell is None:
+        _bell = Bell(_settings)
     return _bell
 
 
 def ring() -> None:
     """Wake the workers. Never raises: a run that is queued must not fail because the bell does."""
-    if _bell is None:
+    if _settings is None:
         return
     try:
-        _bell.ring()
+        bell().ring()
     except Exception:
         LOG.warning("the queue does not answer; the run waits until a worker looks at the table", exc_info=True)

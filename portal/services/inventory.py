@@ -32,6 +32,11 @@ class RunFiles:
     directory: Path
 
 
+def of_all() -> dict[str, Any]:
+    """The document of every machine that is not retired, for whoever may read the inventory."""
+    return document(Machine.select().where(Machine.state != "retired"))
+
+
 def document(machines: Iterable[Machine], *, for_run: RunFiles | None = None) -> dict[str, Any]:
     """The document for these machines. `left_out` names those that cannot be in it, and why.
 

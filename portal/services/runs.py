@@ -23,7 +23,7 @@ from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
-from portal.models import Lease, Machine, Run, RunEvent, RunHost, Task
+from portal.models import Lease, Machine, Run, RunEvent, RunHost, Task, User
 from portal.models.states import LEASE_OPEN, RUN_ENDED, TASK_LIVE
 from portal.services import audit, events
 from portal.services.actors import SYSTEM, Actor
@@ -215,7 +215,7 @@ def get_run(run_id: int) -> Run:
 
 def list_runs(*, state: str | None = None, machine_id: int | None = None) -> peewee.ModelSelect[Run]:
     """Runs, newest first."""
-    query = Run.select().order_by(Run.id.desc())
+    query = Run.select(Run, User).join(User, peewee.JOIN.LEFT_OUTER).order_by(Run.id.desc())
     if state:
         query = query.where(Run.state == state)
     if machine_id is not None:
@@ -227,10 +227,25 @@ def machines_of(run: Run) -> list[Machine]:
     return list(Machine.select().join(RunHost).where(RunHost.run == run).order_by(Machine.name))
 
 
+def machines_by_run(found: Sequence[Run]) -> dict[int, list[Machine]]:
+    """Run id → its machines, for a page of runs."""
+    machines: dict[int, list[Machine]] = {run.id: [] for run in found}
+    rows = RunHost.select(RunHost, Machine).join(Machine).where(RunHost.run << list(machines)).order_by(Machine.name)
+    for row in rows:
+        machines[row.run_id].append(row.machine)
+    return machines
+
+
 def output_after(run_id: int, counter: int, *, limit: int = 500) -> list[RunEvent]:
     """The run's events after `counter`, in order. Counters of a run have no gaps: only its worker writes them."""
     query = RunEvent.select().where((RunEvent.run == run_id) & (RunEvent.counter > counter))
     return list(query.order_by(RunEvent.counter).limit(limit))
+
+
+def look_after(run_id: int, counter: int, *, limit: int = 500) -> tuple[Run, list[RunEvent]]:
+    """The run as it is, and its output after `counter`. If it has ended, no output can be missing."""
+    run = get_run(run_id)  # before the output: the last lines and the end are one transaction
+    return run, output_after(run_id, counter, limit=limit)
 
 
 def is_ended(run: Run) -> bool:

@@ -261,7 +261,7 @@ class Execution:
         if heard.exit_code == 0:
             # Ansible calls it success when no host matched: to us a host that was not reached is a failure.
             missed = [name for name in self._hosts if name not in (heard.stats or {})]
-            return f"Nothing was done on {', '.join(missed)}; the first lines of the output say why." if missed else None
+            return f"Nothing was done on {', '.join(missed)}; see the start of the output." if missed else None
         if heard.failure is None:
             return f"ansible-playbook ended with code {heard.exit_code}; see the output."
         message = (heard.failure.data or {}).get("message") or "failed"

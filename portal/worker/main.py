@@ -49,9 +49,9 @@ class Worker:
 
     def work(self) -> None:
         """Until `stop`. The database must be migrated."""
-        bell = queue.connect(self._settings)
+        queue.use(self._settings)
         helpers = [
-            threading.Thread(target=bell.listen, args=(self._heard, self._stopping), name="bell"),
+            threading.Thread(target=queue.bell().listen, args=(self._heard, self._stopping), name="bell"),
             threading.Thread(
                 target=sweep_until, args=(self._stopping, self._settings.sweep_interval_s), name="sweeper"
             ),

@@ -1,0 +1,170 @@
+"""Serve the whole portal: migrate once, start web and worker, keep them running, end them together."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from urllib.parse import urlsplit
+
+from portal.cli import open_portal
+from portal.settings import Settings
+
+PARTS = ("web", "worker")
+LEASH = ("setpriv", "--pdeathsig", "TERM", "--")  # the kernel ends a part whose supervisor was killed
+STOP_S = 12.0  # gunicorn's grace, and a run that ends its processes
+STEADY_S = 30.0  # a part that lived this long starts again at once
+LONGEST_PAUSE_S = 30.0
+MAX_FAILURES = 5  # ends in a row, each soon after its start: it will not get better by itself
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--first-run", action="store_true", help="make secrets and CA if they are missing, and a first administrator"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.first_run:
+        from portal.cli.init import init
+
+        init()
+    settings = open_portal()
+    _migrate()
+    if args.first_run:
+        _first_administrator()
+    supervisor = Supervisor([Part(name) for name in PARTS])
+    threading.Thread(target=_announce, args=(settings, supervisor), daemon=True).start()
+    return supervisor.run()
+
+
+def _migrate() -> None:
+    from portal.db import db
+    from portal.migrate import migrate
+
+    for name in migrate():
+        print(f"applied {name}")
+    if not db.is_closed():
+        db.close()  # before the parts start: no connection is shared with them
+
+
+def _first_administrator() -> None:
+    """Where nobody can sign in yet: an administrator, whose one-time password is printed now and never again."""
+    from portal.db import connection
+    from portal.models import User
+    from portal.services import users
+    from portal.services.actors import SYSTEM
+
+    with connection():
+        if User.select().exists():
+            return
+        user, password = users.create_staff("admin", "admin", by=SYSTEM)
+    print(f"user name: {user.username}\none-time password: {password}", flush=True)
+
+
+@dataclass
+class Part:
+    """One child process, and how well it keeps."""
+
+    name: str
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_again_at: float = 0.0
+    failures: int = field(default=0)
+
+    def start(self) -> None:
+        self.started_at = time.monotonic()
+        # A session of its own: Ctrl-C in a terminal reaches us alone, and we end the parts in order.
+        argv = [*LEASH, sys.executable, "-m", "portal", self.name]
+        self.process = subprocess.Popen(argv, start_new_session=True)
+
+    def look(self, now: float) -> None:
+        """Start it, if it has ended and its pause is over."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                return
+            self._note_end(now)
+        if now >= self.start_again_at:
+            self.start()
+
+    def _note_end(self, now: float) -> None:
+        assert self.process is not None  # noqa: S101 - only called for one that was started
+        code, self.process = self.process.returncode, None
+        self.failures = 1 if now - self.started_at > STEADY_S else self.failures + 1
+        pause_s = 0.0 if self.failures == 1 else min(2.0 ** (self.failures - 2), LONGEST_PAUSE_S)
+        self.start_again_at = now + pause_s
+        print(f"serve: {self.name} ended with code {code}; it starts again in {pause_s:.0f} s", file=sys.stderr)
+
+
+class Supervisor:
+    """Keeps the parts running until SIGTERM or Ctrl-C; a second one does not wait any longer."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self.stopping = threading.Event()
+        self._hurry = threading.Event()
+
+    def run(self) -> int:
+        """Returns the exit code: 0 when it was told to stop, 1 if a part does not keep running."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._told)
+        code = 0
+        try:
+            while not self.stopping.is_set():
+                for part in self._parts:
+                    part.look(time.monotonic())
+                if hopeless := [part.name for part in self._parts if part.failures >= MAX_FAILURES]:
+                    print(f"serve: {', '.join(hopeless)} does not keep running; see above", file=sys.stderr)
+                    code = 1
+                    break
+                self.stopping.wait(0.2)
+        finally:
+            self.stopping.set()
+            self._stop()
+        return code
+
+    def _told(self, _number: int, _frame: FrameType | None) -> None:
+        if self.stopping.is_set():
+            self._hurry.set()
+        self.stopping.set()
+
+    def _stop(self) -> None:
+        alive = [part.process for part in self._parts if part.process is not None]
+        for process in alive:
+            process.terminate()
+        give_up_at = time.monotonic() + STOP_S
+        while any(process.poll() is None for process in alive):
+            if self._hurry.is_set() or time.monotonic() > give_up_at:
+                break
+            time.sleep(0.05)
+        for process in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its own children, which share its session
+            process.wait()
+
+
+def _announce(settings: Settings, supervisor: Supervisor) -> None:
+    """Say where the portal answers, once it does."""
+    while not supervisor.stopping.wait(0.1):
+        if _answers(settings.bind):
+            print(f"RemoteGPU answers at {settings.public_url} (Ctrl-C ends it)", flush=True)
+            return
+
+
+def _answers(bind: str) -> bool:
+    parts = urlsplit(f"//{bind}")
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    try:
+        with socket.create_connection((host, parts.port or 8000), timeout=1):
+            return True
+    except OSError:
+        return False
