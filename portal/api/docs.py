@@ -6,7 +6,9 @@ from typing import Any
 
 import flask_smorest
 import marshmallow as ma
-from flask import Blueprint, render_template
+from apispec.ext.marshmallow import MarshmallowPlugin
+from apispec.ext.marshmallow.common import resolve_schema_instance
+from flask import Blueprint, Flask, render_template
 from flask.typing import ResponseReturnValue
 
 from portal.api.blueprint import Schema
@@ -45,8 +47,18 @@ class Api(flask_smorest.Api):
 
     ERROR_SCHEMA = ProblemOut
 
+    def __init__(self, app: Flask) -> None:
+        super().__init__(app, spec_kwargs={"marshmallow_plugin": MarshmallowPlugin(schema_name_resolver=name_of)})
+
     def _register_error_handlers(self) -> None:
         pass
+
+
+def name_of(schema: type[ma.Schema] | ma.Schema | str) -> str | None:
+    """A schema's name in the description. One that was cut (`only`, `exclude`) is another: it stands where it is used."""
+    made = resolve_schema_instance(schema)
+    is_cut = made.only is not None or set(made.exclude) - set(made.opts.exclude) or made.partial
+    return None if is_cut else type(made).__name__
 
 
 @bp.get("/docs")

@@ -195,8 +195,7 @@ def _fields(part: Any) -> list[tuple[str, Any]]:
 def _of_integrity(error: peewee.IntegrityError) -> Problem:
     """A rule that only the database can keep against a parallel request: said the same on both databases."""
     log.info("refused by the database: %s", error)
-    original: Any = error.args[0] if error.args else None
-    state = getattr(original, "pgcode", None)
+    state = getattr(error.__cause__ or error.__context__, "pgcode", None)  # psycopg2's error, which Peewee wraps
     text = str(error)
     if state == "23505" or "UNIQUE constraint failed" in text:
         return Problem(409, "already_exists", "Something with this name or value exists already.")

@@ -19,7 +19,7 @@ from portal.models import RefreshFamily, SignInFailure, User
 from portal.services import audit, passwords
 from portal.services.actors import Actor, of_user
 
-FAILURE_WINDOW = timedelta(minutes=15)
+FAILURE_WINDOW = timedelta(minutes=5)
 MAX_FAILURES_ACCOUNT = 10
 MAX_FAILURES_ADDRESS = 50  # an office behind one address mistypes more often than one person
 
@@ -49,13 +49,13 @@ def sign_in(username: str, password: str, *, caller: Caller, life_s: int) -> Ses
     user; TooMany when the account or the address has failed too often.
     """
     username = username.strip().lower()
-    _refuse_if_throttled(username, caller.address)
+    _count_attempt(username, caller.address)
     user = User.get_or_none(User.username == username)
     if user is None:
         passwords.waste_time_on(password)
     elif passwords.matches(password, user.password_hash) and user.disabled_at is None:
         return _open_family(user, caller, life_s)
-    _note_failure(username, user, caller)
+    _record_refusal(username, user, caller)
     raise NotSignedIn("User name or password is wrong.", code="wrong_credentials")
 
 
@@ -65,18 +65,21 @@ def start(user: User, *, caller: Caller, life_s: int) -> Session:
         return _create_family(user, caller, life_s)
 
 
-def _refuse_if_throttled(username: str, address: str) -> None:
+def _count_attempt(username: str, address: str) -> None:
+    """Count it as failed before the password is looked at, so that parallel guesses count each other."""
     since = utcnow() - FAILURE_WINDOW
-    for column, value, limit in (
-        (SignInFailure.username, username, MAX_FAILURES_ACCOUNT),
-        (SignInFailure.address, address, MAX_FAILURES_ADDRESS),
-    ):
-        failures = SignInFailure.select().where((column == value) & (SignInFailure.at > since))
-        if failures.count() >= limit:
-            raise TooMany(
-                "Too many failed sign-ins. Wait a few minutes and try again.",
-                retry_after_s=int(FAILURE_WINDOW.total_seconds()),
-            )
+    with atomic():
+        for column, value, limit in (
+            (SignInFailure.username, username[:64], MAX_FAILURES_ACCOUNT),
+            (SignInFailure.address, address, MAX_FAILURES_ADDRESS),
+        ):
+            failures = SignInFailure.select().where((column == value) & (SignInFailure.at > since))
+            if failures.count() >= limit:
+                raise TooMany(
+                    "Too many failed sign-ins. Wait a few minutes and try again.",
+                    retry_after_s=int(FAILURE_WINDOW.total_seconds()),
+                )
+        SignInFailure.create(username=username[:64], address=address)
 
 
 def _open_family(user: User, caller: Caller, life_s: int) -> Session:
@@ -100,10 +103,11 @@ def _create_family(user: User, caller: Caller, life_s: int) -> Session:
     return Session(user, family, jti)
 
 
-def _note_failure(username: str, user: User | None, caller: Caller) -> None:
-    by = Actor("user", username[:64], None if user is None else user.id, None, caller.address, caller.request)
+def _record_refusal(username: str, user: User | None, caller: Caller) -> None:
+    """Only the name of a user is kept: what else was typed there may be a password."""
+    name = "unknown" if user is None else username
+    by = Actor("user", name, None if user is None else user.id, None, caller.address, caller.request)
     with atomic():
-        SignInFailure.create(username=username[:64], address=caller.address)
         audit.record("user.sign_in_refused", user, by=by, outcome="refused")
 
 
@@ -112,15 +116,21 @@ def _actor(user: User, caller: Caller) -> Actor:
 
 
 def find_user(claims: dict[str, Any]) -> User | None:
-    """The user of an access token, if its family and generation are still the valid ones."""
+    """The user of a token, if its family and generation are still the valid ones. What lacks one is of no sign-in."""
+    try:
+        user_id, family_id, generation = (int(claims[name]) for name in ("sub", "family", "generation"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    if max(user_id, family_id, generation) >= 2**31:
+        return None
     return (  # type: ignore[no-any-return]  # peewee's `first` is untyped
         User.select()
         .join(RefreshFamily, on=(RefreshFamily.user == User.id))
         .where(
-            (User.id == int(claims["sub"]))
-            & (User.generation == claims["generation"])
+            (User.id == user_id)
+            & (User.generation == generation)
             & User.disabled_at.is_null()
-            & (RefreshFamily.id == claims["family"])
+            & (RefreshFamily.id == family_id)
             & RefreshFamily.ended_at.is_null()
         )
         .first()

@@ -1,0 +1,225 @@
+"""Every refusal has a real status and one form, whoever raised it: our rules, Flask, an extension or the database."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+import jwt as pyjwt
+import peewee
+import pytest
+from flask_jwt_extended import create_access_token, create_refresh_token
+
+from portal.app import create_app
+from portal.errors import Conflict
+from portal.models import Tenant, User
+from portal.services import sessions
+from portal.services.sessions import Caller
+from tests.factories import PASSWORD, make_tenant
+
+MEMBERS = {"type", "title", "status", "detail", "code"}
+
+
+def assert_problem(answer, status, code):
+    assert (answer.status_code, answer.json.get("code")) == (status, code), answer.json
+    assert answer.mimetype == "application/problem+json"
+    assert set(answer.json) >= MEMBERS
+    assert answer.json["status"] == status
+    assert answer.json["type"] == f"urn:remotegpu:problem:{code}"
+    assert answer.json["detail"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "method", "path", "how"),
+    [
+        (400, "malformed", "POST", "/auth/login", {"data": "{", "content_type": "application/json"}),
+        (401, "not_signed_in", "GET", "/admin/customers", {"headers": {"Authorization": ""}}),
+        (403, "forbidden", "GET", "/admin/staff", {}),
+        (404, "not_found", "GET", "/nowhere", {}),
+        (404, "not_found", "GET", "/admin/customers/99999", {}),
+        (404, "not_found", "GET", "/admin/customers/99999999999999999999", {}),
+        (405, "method_not_allowed", "PUT", "/auth/login", {}),
+        (409, "name_taken", "POST", "/admin/tenants", {"json": {"name": "Acme"}}),
+        (413, "too_large", "POST", "/auth/login", {"data": "x" * 2**21, "content_type": "application/json"}),
+        (415, "unsupported_media_type", "POST", "/auth/login", {"data": "a=b", "content_type": "text/plain"}),
+        (422, "invalid", "POST", "/admin/tenants", {"json": {}}),
+    ],
+)
+def test_every_status_has_one_form(sign_in, operator, tenant, status, code, method, path, how):
+    assert_problem(sign_in(operator).open(method, path, **how), status, code)
+
+
+def test_405_names_the_methods_that_are_allowed(client, app):
+    assert "POST" in client.put("/api/v1/auth/login").headers["Allow"]
+
+
+def test_429_says_when_to_come_back(database, settings):
+    app = create_app(dataclasses.replace(settings, people_limit="2 per minute"))
+    answers = [app.test_client().get("/api/v1/auth/me") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [401, 401, 429]
+    assert_problem(answers[2], 429, "too_many_requests")
+    assert 0 < int(answers[2].headers["Retry-After"]) <= 60
+
+
+def test_agents_behind_the_same_address_are_not_counted(database, settings):
+    app = create_app(dataclasses.replace(settings, people_limit="2 per minute"))
+    client = app.test_client()
+    for _ in range(5):
+        assert client.post("/api/v1/agent/unknown").status_code == 404
+        assert client.get("/healthz").status_code == 200
+    assert client.get("/api/v1/auth/me").status_code == 401
+
+
+def test_500_tells_a_number_and_nothing_else(app, client, caplog):
+    def fail():
+        raise RuntimeError("password of the database is hunter2")
+
+    app.add_url_rule("/api/v1/fail", view_func=fail)
+    answer = client.get("/api/v1/fail")
+    assert_problem(answer, 500, "internal")
+    assert "hunter2" not in answer.text
+    assert "RuntimeError" not in answer.text
+    incident = answer.json["info"]["incident"]
+    assert any(incident in record.getMessage() and record.exc_info for record in caplog.records)
+
+
+def test_a_value_that_must_be_unique_is_409_on_both_databases(app, client, tenant):
+    app.add_url_rule("/api/v1/twice", view_func=lambda: str(Tenant.create(name="Acme")))
+    answer = client.get("/api/v1/twice")
+    assert_problem(answer, 409, "already_exists")
+    assert "tenant" not in answer.json["detail"].lower()
+
+
+def test_something_still_in_use_is_409_on_both_databases(app, client, customer, tenant):
+    app.add_url_rule("/api/v1/drop", view_func=lambda: str(tenant.delete_instance()))
+    assert_problem(client.get("/api/v1/drop"), 409, "in_use")
+
+
+def test_a_broken_rule_of_the_schema_is_our_fault(app, client):
+    view = lambda: str(User.create(username="x", role="king", password_hash="-"))  # noqa: E731 - one expression
+    app.add_url_rule("/api/v1/check", view_func=view)
+    answer = client.get("/api/v1/check")
+    assert_problem(answer, 500, "internal")
+    assert "king" not in answer.text
+
+
+def test_an_unexpected_error_of_the_database_says_nothing_of_it(app, client):
+    def fail():
+        raise peewee.OperationalError("no such table: secrets")
+
+    app.add_url_rule("/api/v1/broken", view_func=fail)
+    assert "secrets" not in client.get("/api/v1/broken").text
+
+
+def test_what_a_rule_knows_is_told(app, client):
+    def fail():
+        raise Conflict("It is leased.", code="leased", state="leased")
+
+    app.add_url_rule("/api/v1/rule", view_func=fail)
+    answer = client.get("/api/v1/rule")
+    assert_problem(answer, 409, "leased")
+    assert answer.json["info"] == {"state": "leased"}
+
+
+def test_422_lists_every_field(sign_in, admin):
+    body = {"role": "king", "email": "no", "display_name": "two\nlines", "id": 1}
+    answer = sign_in(admin).post("/admin/staff", body)
+    assert_problem(answer, 422, "invalid")
+    assert set(answer.json["errors"]) == {"username", "role", "email", "display_name", "id"}
+
+
+def test_a_body_that_is_no_object_is_422(sign_in, admin):
+    answer = sign_in(admin).post("/admin/tenants", ["a"])
+    assert_problem(answer, 422, "invalid")
+
+
+@pytest.fixture
+def tokens(app, operator):
+    """Tokens that must not be taken, by what is wrong with them."""
+    session = sessions.start(operator, caller=Caller("192.0.2.1"), life_s=600)
+    claims = {"generation": operator.generation, "family": session.family.id}
+    payload = {"sub": str(operator.id), "iss": "remotegpu", "type": "access", "fresh": False, "jti": "x", "csrf": "x"}
+    with app.app_context():
+        good = create_access_token(str(operator.id), additional_claims=claims)
+        return {
+            "good": good,
+            "expired": create_access_token(
+                str(operator.id), additional_claims=claims, expires_delta=timedelta(seconds=-1)
+            ),
+            "refresh": create_refresh_token(str(operator.id), additional_claims=claims),
+            "foreign": pyjwt.encode({**payload, **claims}, "another key that is long enough, 32 bytes", "HS256"),
+            "unsigned": pyjwt.encode({**payload, **claims}, None, "none"),
+            "of another family": create_access_token(str(operator.id), additional_claims={**claims, "family": 4711}),
+            "of an older generation": create_access_token(
+                str(operator.id), additional_claims={**claims, "generation": 0}
+            ),
+            "of nobody": create_access_token("4711", additional_claims=claims),
+            "without claims": create_access_token(str(operator.id)),
+            "with a strange subject": create_access_token("admin", additional_claims=claims),
+            "with a huge subject": create_access_token("9" * 40, additional_claims=claims),
+            "changed": good[:-4] + "AAAA",
+            "nonsense": "abc",
+            "an API token": "rgt_unknown",
+        }
+
+
+def test_a_token_that_is_not_good_is_401(client, tokens):
+    good = tokens.pop("good")
+    assert client.get("/api/v1/auth/me", headers={"Authorization": f"Bearer {good}"}).status_code == 200
+    for wrong, token in tokens.items():
+        answer = client.get("/api/v1/auth/me", headers={"Authorization": f"Bearer {token}"})
+        assert answer.status_code == 401, (wrong, answer.json)
+        assert answer.mimetype == "application/problem+json", wrong
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("header", ["Bearer", "Bearer a b", "Basic YTpi", "Bearer  ", "rubbish", "Bearer \xe9"])
+def test_a_header_that_holds_no_token_is_401(client, app, header):
+    answer = client.get("/api/v1/auth/me", headers={"Authorization": header})
+    assert answer.status_code == 401
+    assert answer.mimetype == "application/problem+json"
+
+
+def test_a_cookie_alone_changes_nothing(client, operator):
+    """The CSRF extension's refusals too: a missing and a wrong token."""
+    client.post("/api/v1/auth/login", json={"username": "olga", "password": PASSWORD, "cookies": True})
+    assert client.get("/api/v1/auth/me").status_code == 200
+    assert_problem(client.post("/api/v1/admin/tenants", json={"name": "Evil"}), 403, "csrf")
+    wrong = client.post("/api/v1/admin/tenants", json={"name": "Evil"}, headers={"X-CSRF-TOKEN": "guess"})
+    assert_problem(wrong, 403, "csrf")
+    assert not Tenant.select().exists()
+    right = client.get_cookie("csrf_access_token").value
+    done = client.post("/api/v1/admin/tenants", json={"name": "Good"}, headers={"X-CSRF-TOKEN": right})
+    assert done.status_code == 201
+
+
+def test_a_token_in_an_address_is_no_token(client, tokens):
+    for name in ("jwt", "token", "access_token"):
+        assert client.get(f"/api/v1/auth/me?{name}={tokens['good']}").status_code == 401
+
+
+def test_answers_carry_the_headers_that_browsers_obey(client, app):
+    answer = client.get("/api/v1/auth/me")
+    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_a_forwarded_address_counts_only_behind_a_known_proxy(database, settings, operator):
+    from portal.models import AuditEntry
+
+    for proxies, seen in ((0, "127.0.0.1"), (1, "198.51.100.7")):
+        app = create_app(dataclasses.replace(settings, trusted_proxies=proxies))
+        app.test_client().post(
+            "/api/v1/auth/login",
+            json={"username": "olga", "password": PASSWORD},
+            headers={"X-Forwarded-For": "198.51.100.7"},
+        )
+        assert AuditEntry.select().order_by(-AuditEntry.id).first().address == seen
+
+
+def test_a_request_gives_its_connection_back(client, operator, database):
+    make_tenant()
+    client.get("/healthz")
+    assert database.is_closed()
