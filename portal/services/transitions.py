@@ -59,4 +59,5 @@ def move(row: Table, *, leave: str | list[str], enter: str, where: Any = None, *
         raise WrongState(f"The {noun} is {seen} by now, so it cannot become {enter}.", state=seen, wanted=enter)
     for name, value in changes.items():
         setattr(row, name, value)
-    row.dirty_fields.clear()
+    # A later save() must not write these again. `dirty_fields` only hands out a copy of this set.
+    row._dirty.difference_update(changes)  # type: ignore[attr-defined]  # Peewee names it in its source alone
