@@ -1,0 +1,87 @@
+"""Test hosts as pytest fixtures; a conftest takes them with `from tests.hosts.fixtures import *` or by name.
+
+`boot_host` boots hosts for one test, `prepared_host` gives one per suite for the session. What they booted is removed
+by id, whatever the test did; with REMOTEGPU_KEEP_HOSTS=1 it stays, to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.hosts.docker import Host, boot
+
+__all__ = ["boot_host", "operator_key", "prepared_host"]
+
+
+class BootHost(Protocol):
+    def __call__(
+        self, suite: str, *, prepared: bool = True, password: str | None = None, gpus: int = 2, name: str | None = None
+    ) -> Host: ...
+
+
+@pytest.fixture(scope="session")
+def operator_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The private key that `ops` on every host of these fixtures accepts; the public one lies beside it (.pub)."""
+    path = tmp_path_factory.mktemp("operator") / "id_ed25519"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "operator", "-f", path], check=True)
+    return path
+
+
+@pytest.fixture
+def boot_host(request: pytest.FixtureRequest, operator_key: Path) -> Iterator[BootHost]:
+    """Boots hosts that live as long as the test; they are named after it."""
+    with _Booted(request.node.name, operator_key) as booted:
+        yield booted.boot
+
+
+@pytest.fixture(scope="session")
+def prepared_host(operator_key: Path) -> Iterator[Callable[[str], Host]]:
+    """One prepared host of each suite for the whole session, booted when first asked for: `prepared_host("trixie")`.
+
+    It is shared: a test leaves it as it found it, or boots its own.
+    """
+    hosts: dict[str, Host] = {}
+    with _Booted("session", operator_key) as booted:
+
+        def of_suite(suite: str) -> Host:
+            if suite not in hosts:
+                hosts[suite] = booted.boot(suite)
+            return hosts[suite]
+
+        yield of_suite
+
+
+class _Booted:
+    """Hosts that end together."""
+
+    def __init__(self, what_for: str, key: Path) -> None:
+        self._prefix = re.sub(r"[^a-z0-9]+", "-", what_for.lower()).strip("-")[:40].rstrip("-")
+        self._public_key = key.with_suffix(".pub").read_text()
+        self._hosts: list[Host] = []
+
+    def __enter__(self) -> _Booted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if os.environ.get("REMOTEGPU_KEEP_HOSTS"):
+            return
+        for host in self._hosts:
+            host.destroy()
+
+    def boot(
+        self, suite: str, *, prepared: bool = True, password: str | None = None, gpus: int = 2, name: str | None = None
+    ) -> Host:
+        # The suffix keeps runs of the same test apart: on this machine there may be several at once.
+        called = name or f"{self._prefix}-{suite}-{secrets.token_hex(3)}"
+        host = boot(called, suite, prepared=prepared, password=password, gpus=gpus)
+        self._hosts.append(host)
+        host.authorize("ops", self._public_key)
+        return host

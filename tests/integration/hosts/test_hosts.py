@@ -1,0 +1,185 @@
+"""What every test on a host takes for granted: that the container is a machine, and what happens to it is real."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import SUITES, Host, HostError, attach, boot, gateway_address, list_hosts
+from tests.hosts.fixtures import BootHost
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.fixture(params=SUITES)
+def host(request: pytest.FixtureRequest, prepared_host: Callable[[str], Host]) -> Host:
+    return prepared_host(request.param)
+
+
+def test_only_the_right_key_on_the_right_host_key_signs_in(host: Host, operator_key: Path, tmp_path: Path) -> None:
+    assert host.ssh("ops", operator_key, "sudo", "-n", "id", "-u").stdout == "0\n"
+
+    other = tmp_path / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", other], check=True)
+    assert "Permission denied" in host.ssh("ops", other, "true").stderr
+
+    wrong = tmp_path / "known_hosts"
+    wrong.write_text(f"{host.address} {' '.join(other.with_suffix('.pub').read_text().split()[:2])}\n")
+    refused = host.ssh("ops", operator_key, "true", options=[f"-oUserKnownHostsFile={wrong}"])
+    assert "Host key verification failed" in refused.stderr
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_bare_host_lets_the_installer_in_by_password_and_asks_for_it_again(boot_host: BootHost, suite: str) -> None:
+    host = boot_host(suite, prepared=False, password="correct horse")
+    options = ["-oBatchMode=no", "-oPubkeyAuthentication=no", "-oNumberOfPasswordPrompts=1"]
+
+    def sign_in(password: str) -> subprocess.CompletedProcess[str]:
+        command = host.ssh_argv("installer", "/dev/null", "sudo -n true; sudo -S -p '' id -u", options=options)
+        return subprocess.run(
+            ["sshpass", "-p", password, *command], input="correct horse\n", capture_output=True, text=True, timeout=30
+        )
+
+    right = sign_in("correct horse")
+    assert right.stdout == "0\n"
+    assert "a password is required" in right.stderr
+    assert sign_in("wrong horse").returncode != 0
+
+
+def test_a_reboot_keeps_what_a_machine_keeps(host: Host, operator_key: Path) -> None:
+    before, keys = host.boot_id, host.host_keys
+    gpus = host.gpu.scenario.uuids
+    host.run("touch /var/kept /run/gone && hostnamectl set-hostname renamed")
+    host.reboot()
+    assert host.boot_id != before
+    assert host.host_keys == keys
+    assert host.gpu.scenario.uuids == gpus
+    assert host.run("ls /var/kept /run/gone", check=False).stdout == "/var/kept\n"
+    assert host.ssh("ops", operator_key, "hostname").stdout == "renamed\n"
+    assert host.run("journalctl --list-boots --no-pager | wc -l").stdout.strip() != "1"
+
+
+def test_a_cut_network_is_silent_and_comes_back_under_the_same_address(host: Host, operator_key: Path) -> None:
+    quickly = ["-oConnectTimeout=1"]
+    host.cut_network()
+    try:
+        assert host.ssh("ops", operator_key, "true", options=quickly).returncode == 255
+        assert host.run(f"timeout 2 bash -c '</dev/tcp/{gateway_address()}/22'", check=False).returncode != 0
+    finally:
+        host.restore_network()
+    assert eventually(lambda: host.ssh("ops", operator_key, "true", options=quickly).ok)
+
+
+def test_a_host_reaches_this_machine_and_answers_on_both_families(host: Host) -> None:
+    assert host.run(["ping", "-c1", "-W2", gateway_address()]).ok
+    assert host.address_v6
+    scan = subprocess.run(
+        ["ssh-keyscan", "-T", "5", "-t", "ed25519", host.address_v6], capture_output=True, text=True, check=True
+    )
+    assert " ".join(scan.stdout.split()[1:]) == host.host_keys[0]
+
+
+def test_a_firewall_of_the_hosts_own_takes_effect_from_outside(host: Host, operator_key: Path) -> None:
+    rules = """
+        table inet test {
+          chain input {
+            type filter hook input priority 0; policy drop;
+            ct state established,related accept
+            icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+          }
+        }
+    """
+    host.run(["nft", "-f", "-"], stdin=rules)
+    try:
+        assert host.ssh("ops", operator_key, "true", options=["-oConnectTimeout=1"]).returncode == 255
+    finally:
+        host.run("nft delete table inet test")
+    assert host.ssh("ops", operator_key, "true").ok
+
+
+def test_units_are_limited_and_contained(host: Host) -> None:
+    limit = "systemd-run --wait --quiet -p MemoryMax=20M -p MemorySwapMax=0 -p OOMPolicy=kill"
+    hungry = f"{limit} python3 -c 'b = bytearray(200 * 2**20)'"
+    assert host.run(hungry, check=False).returncode != 0
+    assert host.run(hungry.replace("200", "2")).ok
+    assert "0::" in host.run("systemd-run --wait --pipe --quiet cat /proc/self/cgroup").stdout
+
+
+def test_nested_containers_run(host: Host) -> None:
+    host.run("systemctl start docker")
+    try:
+        system = "bin lib lib64 usr/bin usr/lib64 usr/lib/x86_64-linux-gnu"
+        host.run(f"tar -C / -c {system} 2>/dev/null | docker import - nested:test")
+        assert host.run("docker run --rm -m 64m nested:test /usr/bin/id -u").stdout == "0\n"
+    finally:
+        host.run("docker rmi -f nested:test; systemctl stop docker.socket docker.service")
+
+
+def test_the_gpus_are_seen_by_library_and_shell_and_lost_by_both(host: Host) -> None:
+    scenario = host.gpu.scenario
+    ask = (
+        'python3 -c \'import ctypes; n = ctypes.CDLL("libnvidia-ml.so.1"); h = ctypes.c_void_p();'
+        " n.nvmlInit_v2(); print([n.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(h)) for i in (0, 1)])'"
+    )
+    assert all(uuid in host.run("nvidia-smi -L").stdout for uuid in scenario.uuids)
+    assert host.run(ask).stdout == "[0, 0]\n"
+    host.run('python3 -c \'open("/dev/nvidia1", "rb+", buffering=0)\'')
+    try:
+        host.gpu.show(scenario.lost(1))
+        assert host.run("nvidia-smi -L", check=False).returncode == 15
+        assert host.run(ask).stdout == "[0, 15]\n"
+    finally:
+        host.gpu.show(scenario)
+
+
+def test_a_machine_without_gpus_has_no_driver(boot_host: BootHost) -> None:
+    host = boot_host("trixie", prepared=False, gpus=0)
+    assert host.run("command -v nvidia-smi", check=False).returncode == 1
+    assert host.run("ls /dev/nvidia*", check=False).stdout == ""
+    assert "cannot open shared object" in host.run(
+        "python3 -c 'import ctypes; ctypes.CDLL(\"libnvidia-ml.so.1\")'", check=False
+    ).stderr  # fmt: skip
+
+
+def test_no_two_hosts_share_an_address_a_key_or_a_gpu(boot_host: BootHost) -> None:
+    one, two = boot_host("trixie", gpus=3), boot_host("trixie", gpus=3)
+    assert one.address != two.address
+    assert not set(one.host_keys) & set(two.host_keys)
+    assert not set(one.gpu.scenario.uuids) & set(two.gpu.scenario.uuids)
+    assert one.gpu.scenario.count == 3
+    assert one.run("cat /etc/machine-id").stdout != two.run("cat /etc/machine-id").stdout
+
+
+def test_a_destroyed_host_leaves_nothing_and_its_name_is_free(named: str) -> None:
+    host = boot(named, "trixie", labels={"purpose": named})
+    assert [found.name for found in list_hosts({"purpose": named})] == [named]
+    assert attach(named).address == host.address
+    with pytest.raises(HostError, match="already in use"):
+        boot(named, "trixie")
+    host.destroy()
+    host.destroy()
+    assert list_hosts({"purpose": named}) == []
+    with pytest.raises(HostError):
+        attach(named)
+
+
+@pytest.fixture
+def named(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A name of the test's own, free afterwards even when the test failed halfway."""
+    name = f"named-{abs(hash(request.node.nodeid)) % 10**8}"
+    yield name
+    for host in list_hosts({"purpose": name}):
+        host.destroy()
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
