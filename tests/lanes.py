@@ -127,11 +127,12 @@ def is_there(program: str) -> bool:
 @contextmanager
 def docker_engine() -> Iterator[None]:
     """A Docker engine for as long as the lanes run; one that was there before is left alone."""
-    subprocess.run([IMAGES / "dockerd", "start"], check=True)
+    started = subprocess.run([IMAGES / "dockerd", "start"], check=True, stdout=subprocess.PIPE, text=True).stdout
     try:
         yield
     finally:
-        subprocess.run([IMAGES / "dockerd", "stop"], check=True)
+        if started.strip() == "started":
+            subprocess.run([IMAGES / "dockerd", "stop"], check=True)
 
 
 def run(lane: Lane, also: str, scratch: Path) -> Result:
