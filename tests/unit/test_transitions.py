@@ -1,8 +1,9 @@
-"""Every pair of states of every noun: the arrows of models/states.py are the only ways, and of two who move, one wins."""
+"""Every pair of states of every noun: there is no way but the arrows of models/states.py, and of two movers one wins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -69,11 +70,8 @@ def test_a_row_moves_along_the_arrows_and_no_other_way(database: Any, table: typ
 
 def _can_move(row: Table, leave: str, enter: str) -> bool:
     """Whether it does; the row in the database must agree with the answer."""
-    try:
-        with atomic():
-            move(row, leave=leave, enter=enter)
-    except ValueError as refusal:
-        assert str(refusal) == f"{type(row).__name__} has no way from {leave} to {enter}"
+    with suppress(ValueError), atomic():
+        move(row, leave=leave, enter=enter)
     state = type(row).get_by_id(row.id).state
     assert state in (leave, enter)
     return bool(state == enter and leave != enter)
