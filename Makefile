@@ -15,6 +15,7 @@ export PYTHONDONTWRITEBYTECODE ?=
 RUNTIME := $(VENV)/.runtime
 DEVELOPMENT := $(VENV)/.development
 ASSETS := portal/web/static/vendor/icons.svg
+TEXTS := portal/web/translations/zh_Hans_CN/LC_MESSAGES/messages.mo
 AGENT := build/remotegpu-agent.pyz
 AGENT_SOURCES := $(shell find agent -name '*.py' -o -name '*.toml' -o -name 'build' -type f 2>/dev/null)
 
@@ -27,15 +28,15 @@ run: setup ## Set up and start the portal; prints where to sign in (DATABASE_URL
 	@exec $(BIN)/python -m portal serve --first-run
 
 .PHONY: test
-test: $(DEVELOPMENT) $(ASSETS) $(AGENT) ## Set up what the tests need and pass them all (root or Docker for the real hosts)
+test: setup $(DEVELOPMENT) ## Set up what the tests need and pass them all (root or Docker for the real hosts)
 	@exec $(BIN)/python -m tests.lanes test
 
 .PHONY: test-fast
-test-fast: $(DEVELOPMENT) $(ASSETS) ## Unit and API tests on SQLite; needs nothing else
+test-fast: $(DEVELOPMENT) $(ASSETS) $(TEXTS) ## Unit and API tests on SQLite; needs nothing else
 	@exec $(BIN)/python -m tests.lanes fast
 
 .PHONY: test-all
-test-all: $(DEVELOPMENT) $(ASSETS) $(AGENT) ## Everything, also what takes long
+test-all: setup $(DEVELOPMENT) ## Everything, also what takes long
 	@exec $(BIN)/python -m tests.lanes all
 
 .PHONY: check
@@ -47,7 +48,7 @@ check: $(DEVELOPMENT) ## Lint, types, import direction, dead links
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/house
 
 .PHONY: bench
-bench: $(DEVELOPMENT) $(ASSETS) $(AGENT) ## Measure; prints ratios taken side by side in one run
+bench: setup $(DEVELOPMENT) ## Measure; prints ratios taken side by side in one run
 	@exec $(BIN)/python -m bench
 
 .PHONY: demo
@@ -59,7 +60,7 @@ demo-down: $(DEVELOPMENT) ## Remove the demo
 	@exec $(BIN)/python -m tests.hosts.demo down
 
 .PHONY: setup
-setup: $(RUNTIME) $(ASSETS) $(AGENT) ## Virtual environment, browser assets, agent
+setup: $(RUNTIME) $(ASSETS) $(TEXTS) $(AGENT) ## Virtual environment, browser assets, translations, agent
 
 .PHONY: clean
 clean: ## Remove what was built; the instance folder with its data stays
@@ -80,6 +81,9 @@ node_modules/.package-lock.json: package-lock.json .npmrc
 
 $(ASSETS): node_modules/.package-lock.json portal/web/assets.mjs
 	npm run --silent build
+
+$(TEXTS): $(TEXTS:.mo=.po) $(RUNTIME)
+	$(BIN)/pybabel --quiet compile --input-file $< --output-file $@ --locale zh_Hans_CN
 
 $(AGENT): $(RUNTIME) $(AGENT_SOURCES)
 	agent/build

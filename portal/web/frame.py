@@ -135,7 +135,8 @@ def _context() -> dict[str, Any]:
     return {
         "me": me,
         "menu": _menu(me),
-        "locale": str(get_locale()),
+        "language": str(get_locale()).replace("_", "-"),
+        "is_chinese": str(get_locale()).startswith("zh"),
         "state_word": lambda word: STATE_WORDS.get(word, word),
         "role_word": lambda word: ROLE_WORDS.get(word, word),
         "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),

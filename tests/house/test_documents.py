@@ -76,7 +76,7 @@ def test_every_pin_is_exact() -> None:
 
 
 def test_no_usable_secret_is_in_the_repository() -> None:
-    private_key = "-----BEGIN " + "(?:OPENSSH |RSA |EC )?" + "PRIVATE KEY-----"
+    private_key = "-----BEGIN " + "(?:OPENSSH |RSA |EC )?" + r"PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40,}"
     found = [
         file.relative_to(ROOT).as_posix()
         for file in tracked()

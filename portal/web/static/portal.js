@@ -58,25 +58,21 @@ document.querySelectorAll(".output").forEach(follow);
 document.addEventListener("htmx:load", (event) => event.target.querySelectorAll?.(".output").forEach(follow));
 
 // Output that comes as server-sent events; EventSource itself resumes with Last-Event-ID.
-const stream = (output, address, textOf) => {
+const stream = (output, address, names, textOf) => {
   const source = new EventSource(address);
-  source.addEventListener("output", (event) => output.append(textOf(event.data)));
-  source.addEventListener("end", () => {
+  source.addEventListener(names.more, (event) => output.append(textOf(JSON.parse(event.data))));
+  source.addEventListener(names.end, () => {
     source.close();
     document.body.dispatchEvent(new CustomEvent("stream-ended"));
   });
 };
-document.querySelectorAll("[data-stream]").forEach((output) => {
-  const decoder = new TextDecoder(); // a character may be cut between two events
-  const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-  stream(output, output.dataset.stream, (data) => decoder.decode(bytes(data), { stream: true }));
+const colours = /\u001b\[[0-9;]*m/g;
+document.querySelectorAll("[data-log]").forEach((output) => {
+  stream(output, output.dataset.log, { more: "log", end: "complete" }, (data) => data.text.replace(colours, ""));
 });
-document.querySelectorAll("[data-lines]").forEach((output) => {
-  const colours = /\u001b\[[0-9;]*m/g;
-  stream(output, output.dataset.lines, (data) => {
-    const line = JSON.parse(data).stdout.replace(colours, "");
-    return line ? `${line}\n` : "";
-  });
+document.querySelectorAll("[data-run]").forEach((output) => {
+  const line = (data) => (data.stdout ? `${data.stdout.replace(colours, "")}\n` : "");
+  stream(output, output.dataset.run, { more: "output", end: "end" }, line);
 });
 
 // When a machine's state or run changes, what may be done to it changes as well: the whole page comes again.
