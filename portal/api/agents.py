@@ -68,7 +68,8 @@ def _answer(message: dict[str, Any]) -> Response:
 @bp.doc(**_documented("enroll"))
 def enroll() -> Response:
     """Enrol with the one-time token of a provisioning run; answers the agent's own credential, once"""
-    enrolled = agents.enroll(_secret(), _body("enroll_request"), address=request.remote_addr)
+    invitation = agents.invitation_of(_secret())  # before the body is read: strangers do not make us parse it
+    enrolled = agents.enroll(invitation, _body("enroll_request"), address=request.remote_addr)
     return _answer(
         {
             "protocol": protocol.VERSION,

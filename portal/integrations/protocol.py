@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -77,7 +78,8 @@ def check(message: Any, definition: str) -> Any:
 @cache
 def _validator(definition: str) -> Callable[[Any], Any]:
     # Without $id, so that the references stay inside this document. Defaults would write into the message.
-    whole = {"definitions": schema()["definitions"], "$ref": f"#/definitions/{definition}"}
+    # A copy, because fastjsonschema puts what a reference leads to in its place.
+    whole = {"definitions": deepcopy(schema()["definitions"]), "$ref": f"#/definitions/{definition}"}
     validate: Callable[[Any], Any] = fastjsonschema.compile(whole, use_default=False)
     return validate
 
@@ -85,12 +87,11 @@ def _validator(definition: str) -> Callable[[Any], Any]:
 def _innermost(error: fastjsonschema.JsonSchemaValueException) -> tuple[str, str]:
     """The field and the reason. "One of these or null" hides the reason: what is not null is asked again."""
     path = ".".join(error.path[1:])
-    references = (
-        [option["$ref"] for option in error.rule_definition if "$ref" in option] if error.rule == "anyOf" else []
-    )
-    if len(references) == 1 and error.value is not None:
+    titles = [option.get("title") for option in error.rule_definition] if error.rule == "anyOf" else []
+    definitions = [title for title in titles if title in schema()["definitions"]]
+    if len(definitions) == 1 and error.value is not None:
         try:
-            _validator(references[0].rsplit("/", 1)[-1])(error.value)
+            _validator(definitions[0])(error.value)
         except fastjsonschema.JsonSchemaValueException as inner:
             deeper, reason = _innermost(inner)
             return ".".join(part for part in (path, deeper) if part), reason

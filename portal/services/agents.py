@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -72,15 +73,20 @@ def _expire_tokens(machine: Machine) -> None:
 # Enrolment
 
 
-def enroll(token: str, request: dict[str, Any], *, address: str | None = None) -> Enrolled:
-    """Let an agent in: its token is used up, and it gets a credential of its own.
-
-    Which machine it is, the token says; nothing that the host says about itself does. Raises NotSignedIn for a token
-    that is unknown, used or over, Conflict when the machine has got a credential since the token was made.
-    """
+def invitation_of(token: str) -> EnrollToken:
+    """What a token stands for, used or not. Raises NotSignedIn if we never gave it out."""
     row: EnrollToken | None = EnrollToken.get_or_none(EnrollToken.token_sha256 == _sha256(token))
     if row is None:
         raise _refused()
+    return row
+
+
+def enroll(row: EnrollToken, request: Mapping[str, Any], *, address: str | None = None) -> Enrolled:
+    """Let an agent in: its token is used up, and it gets a credential of its own.
+
+    Which machine it is, the token says; nothing that the host says about itself does. Raises NotSignedIn for a token
+    that is used or over, Conflict when the machine has got a credential since the token was made.
+    """
     try:
         with db.atomic():
             machine = machines.lock(row.machine)
@@ -122,7 +128,7 @@ def _check_not_enrolled_since(row: EnrollToken, machine: Machine) -> None:
         )
 
 
-def _let_in(machine: Machine, request: dict[str, Any], *, address: str | None) -> Enrolled:
+def _let_in(machine: Machine, request: Mapping[str, Any], *, address: str | None) -> Enrolled:
     by = of_agent(machine, address=address)
     _cancel_rotations(machine, by=by, reason="The agent was enrolled again.")
     pending = (AgentCredential.machine == machine) & (AgentCredential.state == "pending")

@@ -109,8 +109,8 @@ def finished(machine: Machine, reported: Mapping[str, Any]) -> None:
     if complaint is not None:
         ok, message = False, complaint
     with db.atomic():
-        current = Command.select(Command.state).where(Command.id == command.id).scalar()
-        if current != "queued":
+        machine = machines.lock(machine)
+        if get(machine, command.id).state != "queued":
             return  # the same report was sent on two connections
         move(
             command,

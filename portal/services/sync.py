@@ -308,8 +308,14 @@ def _found(own: Any, column: Any, ids: Iterable[int | None]) -> set[int]:
 def _note_applied(machine: Machine, request: Message, told: Message) -> None:
     applied = int(told["applied_generation"])
     if request["epoch"] == machine.epoch and applied != machine.applied_generation:
-        Machine.update(applied_generation=applied).where(Machine.id == machine.id).execute()
+        _write(machine, applied_generation=applied)
         machine.applied_generation = applied
+
+
+def _write(machine: Machine, **columns: Any) -> None:
+    """What the host says about itself; no audit entry, since nobody decided it."""
+    with db.atomic():
+        Machine.update(**columns).where(Machine.id == machine.id).execute()
 
 
 def _take_attempts(machine: Machine, told: Message) -> list[dict[str, Any]]:
@@ -380,7 +386,7 @@ def _take_hardware(machine: Machine, told: Message, known: Known) -> None:
     facts, uuids = told["facts"], _uuids(told)
     if facts is not None and facts != known.facts:
         if facts != machine.facts:
-            Machine.update(facts=facts).where(Machine.id == machine.id).execute()
+            _write(machine, facts=facts)
         known.facts = facts
     if uuids is not None and uuids != known.gpu_uuids:
         machines.seen_gpus(machine, told["gpu"]["gpus"])
