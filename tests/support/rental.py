@@ -184,7 +184,7 @@ class Host:
         token = agents.new_enroll_token(self.machine, by=SYSTEM)
         seen = gpu_report([gpu(each, index) for index, each in enumerate(self.gpu_uuids)])
         request = {"protocol": 1, "agent_version": "0.1.0", "boot_id": BOOT, "facts": facts(), "gpu": seen}
-        agents.enroll(token, request)
+        agents.enroll(agents.invitation_of(token), request)
 
     def report(self, **changes: Any) -> None:
         """The last report is this one, just now."""
