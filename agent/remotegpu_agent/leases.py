@@ -255,6 +255,7 @@ class Leases:
         killing.end_all(entry.login, entry.uid, deadline_s=1)  # at once: Docker may take its time
         yield _attempt(lambda: stop_containers(entry.lease_id))
         left = killing.end_all(entry.login, entry.uid, deadline_s=KILL_DEADLINE_S)
+        yield _attempt(lambda: _settle_user_manager(entry.uid))
         yield f"processes {', '.join(map(str, sorted(left)[:20]))} cannot be killed; reboot the host" if left else None
 
     # After the end
@@ -287,6 +288,13 @@ def _attempt(act: Callable[[], None]) -> str | None:
     except (ToolFailed, docker.DockerFailed, OSError) as error:
         return str(error)
     return None
+
+
+def _settle_user_manager(uid: int) -> None:
+    """The user's systemd was killed with the rest: without this it stays behind as a failed unit of the host."""
+    unit = f"user@{uid}.service"
+    systemd.stop(unit, wait=True)
+    run(["systemctl", "reset-failed", unit], ok=(0, 1))
 
 
 def timer_unit(lease_id: int) -> str:

@@ -257,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
     double: Portal
     protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:  # noqa: N802 - the name is http.server's
+    def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         credential = self.headers.get("Authorization", "").removeprefix("Bearer ")
         word = self.path.rpartition("/")[2]
@@ -281,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 422, {"title": "Unprocessable", "detail": str(error)}
         return self.double.enroll(credential, body) if word == "enroll" else self.double.sync(credential, body)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is http.server's
+    def log_message(self, format: str, *args: Any) -> None:
         """Silence: pytest shows what matters."""
 
 

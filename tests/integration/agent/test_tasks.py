@@ -24,7 +24,9 @@ sleep 1004
 
 def test_a_task_runs_as_the_leases_user_with_its_gpus_and_tells_its_exit_code(site: Site) -> None:
     lease = site.open_lease()
-    command = 'id -un; pwd; echo "$CUDA_VISIBLE_DEVICES $NVIDIA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER"; echo "$HARD"; exit 3'
+    command = (
+        'id -un; pwd; echo "$CUDA_VISIBLE_DEVICES $NVIDIA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER"; echo "$HARD"; exit 3'
+    )
     hard = "a $HOME `id` \"quoted\" 'single' \\ \x1b[31m\ttab\nnew line %h €"
     attempt = site.run_task(lease, command, env={"HARD": hard})
     state, log = site.finished(attempt)
@@ -137,7 +139,9 @@ def test_a_task_stopped_before_it_started_never_runs(site: Site) -> None:
 
 def test_a_log_is_whole_byte_for_byte_though_the_agent_was_killed(site: Site) -> None:
     lease = site.open_lease()
-    command = "for i in $(seq 1 400); do head -c 5000 /dev/urandom | tee -a whole; sleep 0.02; done; printf 'no newline'"
+    command = (
+        "for i in $(seq 1 400); do head -c 5000 /dev/urandom | tee -a whole; sleep 0.02; done; printf 'no newline'"
+    )
     attempt = site.run_task(lease, command + " | tee -a whole")
     for kept in (100_000, 500_000, 1_000_000):
         until(lambda kept=kept: len(site.portal.logs.get(attempt, b"")) > kept, "some log", also=site.agent_log)
@@ -213,9 +217,13 @@ def test_results_are_sent_until_acknowledged_and_then_never_again(site: Site) ->
     site.finished(attempt)
     count = len(site.portal.reports)
     until(lambda: len(site.portal.reports) >= count + 3, "three more reports")
-    assert all(attempt not in [each["attempt_id"] for each in report["attempts"]] for report in site.portal.reports[-2:])
+    assert all(
+        attempt not in [each["attempt_id"] for each in report["attempts"]] for report in site.portal.reports[-2:]
+    )
 
 
 def _naming(site: Site, attempt_id: int, least: int) -> list[dict[str, object]] | None:
-    found = [report for report in site.portal.reports if attempt_id in [each["attempt_id"] for each in report["attempts"]]]
+    found = [
+        report for report in site.portal.reports if attempt_id in [each["attempt_id"] for each in report["attempts"]]
+    ]
     return found if len(found) >= least else None

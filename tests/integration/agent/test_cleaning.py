@@ -1,0 +1,153 @@
+"""Cleaning and verification on real hosts: a host dirtied in every way we know comes back as its baseline says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from jsonschema import Draft7Validator
+
+from tests.hosts import SUITES
+from tests.integration.agent.test_baseline import SCHEMA
+from tests.support import dirt
+from tests.support.cleaned_host import CleanedHost, findings, leased_host, result_of
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanedHost]:
+    with leased_host(request.param, tmp_path_factory.mktemp(request.param)) as leased:
+        yield leased
+
+
+@pytest.fixture
+def leased(shared: CleanedHost) -> Iterator[CleanedHost]:
+    """A host with a tenant on it; whatever the test leaves is cleaned away."""
+    shared.let_in()
+    yield shared
+    assert findings(shared.clean()["steps"]) == []
+
+
+def valid(what: str, answer: dict[str, object]) -> dict[str, object]:
+    Draft7Validator({**SCHEMA, "$ref": f"#/definitions/{what}"}).validate(answer)
+    return answer
+
+
+def test_a_host_dirtied_in_every_way_is_clean_again_and_the_operators_own_is_untouched(leased: CleanedHost) -> None:
+    host, tenant = leased.host, leased.tenant
+    his = leased.what_is_the_operators()
+    dirt.plant_all(host, tenant)
+    assert [way.name for way in dirt.WAYS if not way.seen(host, tenant)] == []
+    marks = {way.name: way.mark(host, tenant) for way in dirt.WAYS}
+    assert [name for name, mark in marks.items() if not mark] == []
+
+    without_cleaning = leased.verify()
+    cleaned = leased.clean()
+    for step in cleaned["steps"]:
+        print(f"{step['duration_s']:7.3f} s  {step['id']}")
+
+    unverified = [
+        way.name for way in dirt.WAYS if not dirt.is_named(without_cleaning["checks"], way.id, marks[way.name])
+    ]
+    assert unverified == []
+    assert [way.name for way in dirt.WAYS if result_of(without_cleaning["checks"], way.id)[0] != "failed"] == []
+    assert [way.name for way in dirt.WAYS if not dirt.is_named(cleaned["steps"], way.id, marks[way.name])] == []
+    assert findings(cleaned["steps"]) == []
+    assert findings(leased.verify()["checks"]) == []
+    assert [way.name for way in dirt.WAYS if way.seen(host, tenant)] == []
+    assert leased.what_is_the_operators() == his
+    valid("clean_result", cleaned)
+    valid("verify_response", without_cleaning)
+
+
+def test_cleaning_again_finds_nothing_and_passes(leased: CleanedHost) -> None:
+    first, second = leased.clean(), leased.clean()
+    assert (first["passed"], second["passed"]) == (True, True)
+    assert [step["id"] for step in second["steps"] if step["acted"]] == []
+
+
+def test_a_leftover_made_immutable_from_outside_fails_by_name_and_is_not_moved_away(leased: CleanedHost) -> None:
+    path = f"{leased.tenant.home}/models/kept"
+    leased.host.put(path, "weights\n", owner=leased.tenant.login)
+    with dirt.immutable(leased.host, path):
+        cleaned = leased.clean()
+        checked = leased.verify()
+        assert leased.host.read(path) == "weights\n"
+    assert not cleaned["passed"]
+    assert result_of(cleaned["steps"], "home")[0] == "failed"
+    assert path in result_of(cleaned["steps"], "owned_files")[1]
+    assert path in result_of(checked["checks"], "owned_files")[1]
+
+
+def test_a_listener_without_a_process_fails_by_its_port(leased: CleanedHost) -> None:
+    with dirt.hidden_listener(leased.host, 31340):
+        cleaned, checked = leased.clean(), leased.verify()
+    for items, name in ((cleaned["steps"], "listening_ports"), (checked["checks"], "listening_ports")):
+        result, reason = result_of(items, name)
+        assert (result, "31340" in reason, "no process that can be seen" in reason) == ("failed", True, True)
+    assert leased.clean()["passed"]
+
+
+def test_a_port_can_be_open_from_outside_while_the_host_itself_sees_nothing(leased: CleanedHost) -> None:
+    address = leased.host.address
+    assert not dirt.is_open(address, 31341)
+    with dirt.port_open_from_outside(leased.host, 31341):
+        until(lambda: dirt.is_open(address, 31341), "the port to be open from outside", timeout_s=10)
+        assert leased.clean()["passed"]
+        assert dirt.is_open(address, 31341)
+    assert not dirt.is_open(address, 31341)
+
+
+def test_a_stranger_who_holds_a_gpu_is_named_and_not_killed(leased: CleanedHost) -> None:
+    leased.host.run("touch /dev/nvidia-test; setsid -f sleep 70001 </dev/nvidia-test >/dev/null 2>&1")
+    pid = leased.host.run("pgrep -n -f 'sleep 70001'").stdout.strip()
+    cleaned, checked = leased.clean(), leased.verify()
+    for result, reason in (result_of(cleaned["steps"], "gpu_holders"), result_of(checked["checks"], "gpu_holders")):
+        assert (result, f"process {pid} " in reason) == ("failed", True)
+    leased.host.run(["kill", pid])
+    until(lambda: not leased.host.run(["test", "-d", f"/proc/{pid}"], check=False).ok, "the holder to be gone")
+
+
+def test_a_container_of_nobody_known_survives_and_is_named(leased: CleanedHost) -> None:
+    leased.host.run("docker run -d --name stranger kept:image $(command -v sleep) 70002")
+    cleaned, checked = leased.clean(), leased.verify()
+    assert leased.host.run("docker inspect --format '{{.State.Running}}' stranger").stdout.strip() == "true"
+    for result, reason in (result_of(cleaned["steps"], "containers"), result_of(checked["checks"], "containers")):
+        assert (result, "stranger" in reason) == ("failed", True)
+    leased.host.run("docker rm -f stranger")
+
+
+def test_nothing_is_touched_while_another_lease_is_open(leased: CleanedHost) -> None:
+    leased.host.put(f"{leased.tenant.home}/work", "mine\n", owner=leased.tenant.login)
+    leased.host.run("useradd --uid 20018 --create-home --groups remotegpu-leases lease18")
+    leased.host.put("/etc/remotegpu/authorized_keys/lease18", "ssh-ed25519 AAAA\n")
+    answer = leased.clean()
+    assert "lease18 is open" in answer["refused"]
+    assert leased.host.read(f"{leased.tenant.home}/work") == "mine\n"
+    leased.host.run("chage --expiredate 0 lease18")
+
+
+@pytest.mark.parametrize("changed", [{"login": "ops"}, {"login": "lease18", "uid": 1000}, {"uid": 20099}])
+def test_an_order_that_does_not_fit_the_host_is_refused(leased: CleanedHost, changed: dict[str, object]) -> None:
+    assert "refused" in leased.clean(**changed)
+    assert leased.host.run(["test", "-d", leased.tenant.home], check=False).ok
+
+
+def test_a_link_planted_by_the_tenant_is_removed_and_not_followed(leased: CleanedHost) -> None:
+    leased.host.put("/home/ops/precious", "his\n", owner="ops")
+    leased.host.run("ln -s /home/ops /tmp/door; ln -s /home/ops/precious ~/precious", user=leased.tenant.login)
+    assert findings(leased.clean()["steps"]) == []
+    assert leased.host.read("/home/ops/precious") == "his\n"
+    leased.host.run("rm /home/ops/precious")
+
+
+def test_a_fork_bomb_is_outrun(leased: CleanedHost) -> None:
+    bomb = "import os\nwhile True:\n  if os.fork(): os._exit(0)\n"
+    leased.host.put("/tmp/bomb.py", bomb)
+    leased.host.run(
+        "for i in 1 2 3 4 5; do setsid -f python3 /tmp/bomb.py >/dev/null 2>&1; done", user=leased.tenant.login
+    )
+    assert result_of(leased.clean()["steps"], "processes") == ("passed", "")
+    leased.host.run("rm /tmp/bomb.py")
