@@ -291,10 +291,10 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
     """Open again what was closed, data intact: only while the reclaim still waits, and for the same tenant."""
     if until <= now:
         raise Invalid({"until": ["Lies in the past."]})
+    reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
     refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
     if refusals:
         raise CannotAllocate(refusals)
-    reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
     following = Lease.create(
         machine=machine,
         tenant=lease.tenant_id,
@@ -366,7 +366,7 @@ def end_due(now: datetime | None = None) -> int:
 def _finish_without_tasks(now: datetime) -> None:
     """Closed on the host, but the end of a task was never told: its processes are dead, so the lease does not wait."""
     for lease in Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT):
-        if grants.get(lease, "keys").observed != "closed" or _has_live_attempts(lease):
+        if grants.get(lease, "keys").observed != "closed" or _awaits_tasks(lease, now):
             continue
         with atomic():
             grants.observe(lease, "tasks", "closed")
@@ -398,7 +398,9 @@ def _observe(lease: Lease, machine: Machine, entry: Mapping[str, Any]) -> None:
         news = grants.observe(
             lease, "keys", state, fingerprints=sorted(entry["key_fingerprints"]), message=entry["message"]
         )
-        news |= grants.observe(lease, "tasks", "open" if state == "closed" and _has_live_attempts(lease) else state)
+        news |= grants.observe(
+            lease, "tasks", "open" if state == "closed" and _awaits_tasks(lease, utcnow()) else state
+        )
         if news:
             _tell_observed(lease)
         if lease.state == "ending" and grants.are_all_closed(lease):
@@ -427,10 +429,10 @@ def _tell_observed(lease: Lease) -> None:
     events.write("lease.observed", machine_id=lease.machine_id, tenant_id=lease.tenant_id, resource_id=lease.id)
 
 
-def _has_live_attempts(lease: Lease) -> bool:
+def _awaits_tasks(lease: Lease, now: datetime) -> bool:
     """The end of its tasks is still to be told. Their processes are dead, so a host that forgot them is not awaited."""
     keys = grants.get(lease, "keys")
-    if keys.observed == "closed" and keys.observed_at is not None and keys.observed_at + TASKS_WAIT < utcnow():
+    if keys.observed == "closed" and keys.observed_at is not None and keys.observed_at + TASKS_WAIT <= now:
         return False
     attempts = Attempt.select().join(Task).where(Task.lease == lease, Attempt.state << TASK_LIVE)
     return bool(attempts.exists())
@@ -446,7 +448,7 @@ def _never_there(lease: Lease, machine: Machine) -> None:
     with atomic():
         for kind in ("keys", "tasks"):
             grants.observe(lease, kind, "closed", message="The host never opened it.")
-        if not _has_live_attempts(lease):
+        if not _awaits_tasks(lease, utcnow()):
             _finish(lease, by=of_agent(machine))
 
 

@@ -118,7 +118,9 @@ def cancel_waiting(lease: Lease, *, by: Actor, reason: str) -> None:
     """The lease goes on. Raises Conflict when its data is being wiped already, or is gone."""
     reclaim = Reclaim.get_or_none(Reclaim.lease == lease, Reclaim.state == "waiting")
     if reclaim is None:
-        raise Conflict(f"The retention of lease {lease.id} is over, its data is not there any more.", code="lease_over")
+        following = Lease.get_or_none(Lease.continues == lease)
+        why = f"it goes on as lease {following.id}" if following else "its data is not there any more"
+        raise Conflict(f"Lease {lease.id} cannot be continued: {why}.", code="lease_over")
     move(reclaim, leave="waiting", enter="cancelled", ended_at=utcnow(), failure=reason)
     _tell("reclaim.cancelled", reclaim, by=by, reason=reason)
 
