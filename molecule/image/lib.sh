@@ -27,3 +27,6 @@ lock() {
     exec 9>"$cache/$1.lock"
     flock 9
 }
+
+# Images whose name a newer one has taken; those that a host still runs from stay until a later build.
+forget_replaced() { docker image prune --force --filter label=remotegpu.inputs >/dev/null; }

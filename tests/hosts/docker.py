@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import ipaddress
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ SUITES = ("bookworm", "trixie")
 IMAGE_DIR = Path(__file__).parents[2] / "molecule" / "image"
 LABEL = "remotegpu-test"
 BOOT_TIMEOUT_S = 90.0
-ADDRESS_LOCK = Path(tempfile.gettempdir()) / "remotegpu-test-addresses.lock"
+ADDRESS_LOCK = Path(tempfile.gettempdir()) / f"remotegpu-test-addresses-{os.geteuid()}.lock"
 
 # What a container needs to be a machine; what fails without each is told in molecule/image/README.md.
 MACHINE_OPTIONS = (
@@ -251,10 +252,10 @@ class Host:
 
     def cut_network(self) -> None:
         """Pull the cable: the host keeps address and routes, and nothing comes in or goes out. A reboot plugs it in."""
-        _run_here(["ip", "link", "set", self._cable(), "down"])
+        self._set_cable("down")
 
     def restore_network(self) -> None:
-        _run_here(["ip", "link", "set", self._cable(), "up"])
+        self._set_cable("up")
 
     def destroy(self) -> None:
         """Remove the host with its volumes; gone already is fine."""
@@ -277,6 +278,13 @@ class Host:
 
     def _console(self) -> str:
         return _call(["docker", "logs", "--tail=20", self.id], timeout_s=10).stdout
+
+    def _set_cable(self, state: str) -> None:
+        command = ["ip", "link", "set", self._cable(), state]
+        if os.geteuid() != 0:  # whoever may use the engine may do it through a container
+            helper = ["--rm", "--network=host", "--cap-add=NET_ADMIN", _image(self.suite, prepared=False)]
+            command = ["docker", "run", *helper, *command]
+        _run_here(command)
 
     def _cable(self) -> str:
         """This machine's end of the host's network cable."""

@@ -74,6 +74,17 @@ def test_a_cut_network_is_silent_and_comes_back_under_the_same_address(host: Hos
     assert eventually(lambda: host.ssh("ops", operator_key, "true", options=quickly).ok)
 
 
+def test_the_engines_user_cuts_the_network_without_being_root(
+    prepared_host: Callable[[str], Host], operator_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = prepared_host("trixie")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    host.cut_network()
+    assert host.ssh("ops", operator_key, "true", options=["-oConnectTimeout=1"]).returncode == 255
+    host.restore_network()
+    assert eventually(lambda: host.ssh("ops", operator_key, "true", options=["-oConnectTimeout=1"]).ok)
+
+
 def test_a_host_reaches_this_machine_and_answers_on_both_families(host: Host) -> None:
     assert host.run(["ping", "-c1", "-W2", gateway_address()]).ok
     assert host.address_v6
@@ -134,6 +145,17 @@ def test_the_gpus_are_seen_by_library_and_shell_and_lost_by_both(host: Host) -> 
         assert host.run(ask).stdout == "[0, 15]\n"
     finally:
         host.gpu.show(scenario)
+
+
+def test_an_old_driver_takes_the_new_ones_place(host: Host) -> None:
+    ask = "python3 -c 'import ctypes; ctypes.CDLL(\"libnvidia-ml.so.1\").nvmlDeviceGetMemoryInfo_v2'"
+    assert host.run(ask).ok
+    host.gpu.plug(driver="old-driver")
+    try:
+        assert "undefined symbol: nvmlDeviceGetMemoryInfo_v2" in host.run(ask, check=False).stderr
+        assert host.run("nvidia-smi -L").ok
+    finally:
+        host.gpu.plug()
 
 
 def test_a_machine_without_gpus_has_no_driver(boot_host: BootHost) -> None:
