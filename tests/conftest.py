@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argon2 import PasswordHasher
 from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
@@ -25,7 +26,7 @@ from portal.app import create_app
 from portal.integrations.wake import wake
 from portal.migrate import migrate
 from portal.models import Tenant, User
-from portal.services import config, heartbeats, sessions, vault
+from portal.services import config, heartbeats, passwords, sessions, vault
 from portal.services.sessions import Caller
 from portal.settings import Settings
 from tests import postgresql
@@ -33,6 +34,14 @@ from tests.factories import make_tenant, make_user
 
 API = "/api/v1"
 _databases = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_hashes() -> Iterator[None]:
+    """Passwords are hashed with the least work that argon2 allows; test_passwords.py looks at the real work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passwords, "_hasher", PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
+        yield
 
 
 @pytest.fixture

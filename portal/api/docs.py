@@ -55,7 +55,7 @@ class Api(flask_smorest.Api):
 
 
 def name_of(schema: type[ma.Schema] | ma.Schema | str) -> str | None:
-    """A schema's name in the description. One that was cut (`only`, `exclude`) is another: it stands where it is used."""
+    """A schema's name in the description. One that was cut (`only`, `exclude`) has none: it stands where it is used."""
     made = resolve_schema_instance(schema)
     is_cut = made.only is not None or set(made.exclude) - set(made.opts.exclude) or made.partial
     return None if is_cut else type(made).__name__

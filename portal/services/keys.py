@@ -70,9 +70,7 @@ def parse(text: str) -> PublicKey:
         raise _refused("Paste exactly one line.")
     kind, _, rest = line.partition(" ")
     if kind not in TYPES:
-        raise _refused(
-            f"The line must start with the type of the key, one of {', '.join(TYPES)}; no options before it."
-        )
+        raise _refused(f"Begin with the type of the key, no options before it: one of {', '.join(TYPES)}.")
     encoded = rest.split(maxsplit=1)[0] if rest.strip() else ""
     blob = _decode(encoded)
     bits = _bits_of_security_key(kind, blob) if kind.startswith("sk-") else _bits_of(kind, blob)
