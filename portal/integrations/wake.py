@@ -153,13 +153,13 @@ class Wake:
             poller, self._poller = self._poller, None
             ears = {ear for group in self._ears.values() for ear in group}
             self._until = 0.0
-            self._delivered.clear()
-            self._looked_at = self._looked_far_at = float("-inf")
-            self.unbroken_since = float("inf")
         for ear in ears:
             ear._rung.set()
-        if poller is not None and poller is not threading.current_thread():
-            poller.join(5.0)
+        if poller is not None:
+            poller.join(5.0)  # before forgetting: it may be reading at this moment
+        self._delivered.clear()
+        self._looked_at = self._looked_far_at = float("-inf")
+        self.unbroken_since = float("inf")
 
     def _open(self, ear: Ear) -> None:
         self._after_fork()
