@@ -27,7 +27,14 @@ class Parser(FlaskParser):
 
 
 class Blueprint(flask_smorest.Blueprint):
+    """flask-smorest's, with our parser. A view without a docstring is described by its name: `Get machine`."""
+
     ARGUMENTS_PARSER = Parser()
+
+    def add_url_rule(self, rule: str, endpoint: str | None = None, view_func: Any = None, **options: Any) -> None:
+        if view_func is not None and view_func.__doc__ is None:
+            view_func.__doc__ = view_func.__name__.replace("_", " ").capitalize()
+        super().add_url_rule(rule, endpoint, view_func, **options)
 
 
 class Schema(ma.Schema):
