@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import os
 import signal
-import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -154,17 +155,24 @@ class Supervisor:
 def _announce(settings: Settings, supervisor: Supervisor) -> None:
     """Say where the portal answers, once it does."""
     while not supervisor.stopping.wait(0.1):
-        if _answers(settings.bind):
+        if _answers(settings):
             print(f"RemoteGPU answers at {settings.public_url} (Ctrl-C ends it)", flush=True)
             return
 
 
-def _answers(bind: str) -> bool:
-    parts = urlsplit(f"//{bind}")
-    host = parts.hostname or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+def _answers(settings: Settings) -> bool:
+    """Whether the web part is healthy, asked at the port that it binds, past any proxy."""
+    parts = urlsplit(f"//{settings.bind}")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "127.0.0.1")  # noqa: S104 - compared, not bound
+    connection = http.client.HTTPConnection(host, parts.port or 8000, timeout=2)
+    if settings.is_secure and not settings.trusted_proxies:
+        context = ssl.create_default_context(cafile=str(settings.ca_file))
+        context.check_hostname = False  # the certificate names the public address, not the one that is bound
+        connection = http.client.HTTPSConnection(host, parts.port or 8000, timeout=2, context=context)
     try:
-        with socket.create_connection((host, parts.port or 8000), timeout=1):
-            return True
-    except OSError:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()

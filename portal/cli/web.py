@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> None:  # noqa: ARG001 - it takes none
 
     monkey.patch_all()
     _patch_postgresql()
+    _bear_broken_handshakes()
     from portal.settings import load
 
     _serve(load())
@@ -30,6 +31,15 @@ def _patch_postgresql() -> None:
     from psycogreen.gevent import patch_psycopg
 
     patch_psycopg()
+
+
+def _bear_broken_handshakes() -> None:
+    """Whoever connects and hangs up, or speaks no TLS, must not fill our log with tracebacks."""
+    import ssl
+
+    from gevent.hub import Hub
+
+    Hub.NOT_ERROR = (*Hub.NOT_ERROR, ssl.SSLError)
 
 
 def _serve(settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from portal.integrations.processes import VARIABLE
@@ -82,3 +83,52 @@ def work(where: Path) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     main(load(), project=where)
+
+
+def marked(mark_of: str = "") -> dict[int, str]:
+    """Pid → mark, of every process on this machine whose mark begins with `mark_of`."""
+    wanted = f"{VARIABLE}={mark_of}".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            lines = [line for line in (entry / "environ").read_bytes().split(b"\0") if line.startswith(wanted)]
+        except OSError:
+            continue
+        if lines:
+            found[int(entry.name)] = lines[0].decode().partition("=")[2]
+    return found
+
+
+class Watch:
+    """Looks all the time which attempts have an ansible-playbook of `where`, and remembers if there were ever two."""
+
+    def __init__(self, where: Path) -> None:
+        self._where = str(where).encode()
+        self._stopping = threading.Event()
+        self.most: set[str] = set()
+        self.seen: set[str] = set()
+        self._thread = threading.Thread(target=self._look, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stopping.wait(0.02):
+            alive = {mark for pid, mark in marked().items() if self._is_playbook(pid)}
+            self.seen |= alive
+            if len(alive) > len(self.most):
+                self.most = alive
+
+    def _is_playbook(self, pid: int) -> bool:
+        try:
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return any(part.endswith(b"ansible-playbook") for part in argv) and any(self._where in part for part in argv)

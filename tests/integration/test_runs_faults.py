@@ -1,0 +1,134 @@
+"""A worker is killed at every commit and between: the run ends as lost or is taken up again, never stuck, never twice.
+
+The list of points is integrations/faults.py; the test prints each with what became of the run.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portal.integrations.faults import POINTS
+from portal.models import Run, RunEvent, RunHost
+from portal.services import runs
+from portal.services.actors import SYSTEM
+from portal.settings import Settings
+from tests.support.runs import Watch, make_machine, marked, project, start_worker
+from tests.support.waiting import until
+
+LOCK_S = 2.0
+TASKS = """
+- name: Begin
+  ansible.builtin.debug: {msg: begun}
+- name: Work for longer than a renewal takes
+  ansible.builtin.command: sleep 1
+"""
+AFTER_A_DEATH = ("take_over.", "lose.")  # passed only by a worker that picks up after another
+
+# PostgreSQL takes as long again, and differs in what a transaction is, which a few of the points show as well.
+ON_BOTH = pytest.mark.parametrize(
+    "database_url",
+    ["sqlite", pytest.param("postgresql", marks=[pytest.mark.postgresql, pytest.mark.slow])],
+    indirect=True,
+)
+
+StartWorker = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(database: Any, settings: Settings, tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts workers for the project in `tmp_path`, and ends them with the test."""
+    object.__setattr__(settings, "run_lock_s", LOCK_S)
+    where = project(tmp_path / "project", TASKS)
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def start(fault: str | None = None) -> subprocess.Popen[bytes]:
+        workers.append(start_worker(settings, where, fault=fault))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.terminate()
+        worker.wait(timeout=30)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_survives_the_death_of_its_worker(
+    start: StartWorker, settings: Settings, tmp_path: Path, point: str
+) -> None:
+    run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
+    with Watch(tmp_path) as watch:
+        if point.startswith(AFTER_A_DEATH):
+            assert start("child.committed:1").wait(timeout=60) == -signal.SIGKILL
+        assert start(f"{point}:1").wait(timeout=60) == -signal.SIGKILL, f"{point} was never passed"
+        start()
+        ended = until(lambda: _ended(run), f"run {run.id} to end", timeout_s=60, also=lambda: Run.get().__data__)
+    print(f"{point}: {ended.state} in attempt {ended.attempt}, {len(watch.seen)} ansible-playbook")
+    assert ended.state == "succeeded", ended.reason
+    assert len(watch.most) <= 1, "two of one host at the same time"
+    assert RunHost.select().where(RunHost.active).count() == 0
+    _assert_output_is_whole(ended)
+    until(lambda: not list(settings.runs_dir.glob("*")), "the private directories to go")
+    assert not [mark for mark in marked().values() if mark in watch.seen], "no process is left"
+
+
+def _ended(run: Run) -> Run | None:
+    now = runs.get_run(run.id)
+    return now if runs.is_ended(now) else None
+
+
+def _assert_output_is_whole(run: Run) -> None:
+    counters = [event.counter for event in RunEvent.select().where(RunEvent.run == run).order_by(RunEvent.counter)]
+    assert counters == list(range(1, len(counters) + 1))
+    assert run.event_count == len(counters)
+
+
+@ON_BOTH
+def test_a_killed_executor_is_a_lost_run(start: StartWorker, tmp_path: Path) -> None:
+    run = runs.queue("site", [make_machine()], by=SYSTEM)
+    (tmp_path / "project" / "playbooks" / "gpu_hosts.yml").rename(tmp_path / "project" / "playbooks" / "site.yml")
+    start()
+    child = until(lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way")
+    for pid, mark in marked(child["mark"]).items():
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if mark == child["mark"] and b"portal.worker.executor" in command and b"setpriv" not in command:
+            subprocess.run(["kill", "-9", str(pid)], check=True)
+    ended = until(lambda: _ended(run), "the run to end")
+    assert (ended.state, ended.reason) == ("lost", "The process of the run was gone without a result.")
+    assert marked(child["mark"]) == {}
+
+
+@ON_BOTH
+def test_a_stopped_worker_gives_its_run_back(start: StartWorker, settings: Settings) -> None:
+    run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
+    worker = start()
+    child = until(lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way")
+    worker.terminate()
+    assert worker.wait(timeout=15) == 0
+    assert runs.get_run(run.id).state == "queued"
+    assert marked(child["mark"]) == {}
+    assert list(settings.runs_dir.glob("*")) == []
+    start()
+    assert until(lambda: _ended(run), "the run to end").state == "succeeded"
+
+
+def test_a_worker_that_hangs_loses_its_run_and_what_it_says_later_is_void(start: StartWorker, tmp_path: Path) -> None:
+    run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
+    with Watch(tmp_path) as watch:
+        hung = start()
+        child = until(lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way")
+        hung.send_signal(signal.SIGSTOP)
+        until(lambda: not marked(child["mark"]), "the executor to end by itself", timeout_s=LOCK_S + 10)
+        start()
+        until(lambda: Run.get().attempt == 2, "another worker to take it up", timeout_s=30)
+        hung.send_signal(signal.SIGCONT)
+        ended = until(lambda: _ended(run), "the run to end", timeout_s=30)
+    assert (ended.state, ended.attempt) == ("succeeded", 2)
+    assert len(watch.most) == 1
+    _assert_output_is_whole(ended)
