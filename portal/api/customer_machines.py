@@ -42,7 +42,7 @@ class HeldOut(Schema):
     maintenance_since = ma.fields.AwareDateTime(attribute="machine.machine.maintenance_since", allow_none=True)
     maintenance_until = ma.fields.AwareDateTime(attribute="machine.machine.maintenance_until", allow_none=True)
     maintenance_reason = ma.fields.String(attribute="machine.machine.maintenance_reason", allow_none=True)
-    gpus = ma.fields.List(ma.fields.Nested(GpuOut(exclude=("serial",))), attribute="machine.gpus", required=True)
+    gpus = ma.fields.List(ma.fields.Nested(GpuOut), attribute="machine.gpus", required=True)
     metrics = ma.fields.Raw(attribute="machine.report.metrics", allow_none=True)
     may_connect = ma.fields.Boolean(required=True)
 

@@ -1,4 +1,4 @@
-"""Every pair of states of every noun: there is no way but the arrows of models/states.py, and of two movers one wins."""
+"""Every pair of states of every noun: the only ways are those of models/states.py; of two movers one wins."""
 
 from __future__ import annotations
 

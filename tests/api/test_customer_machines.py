@@ -1,0 +1,148 @@
+"""A customer's machines: what the own tenants have leased now, how to get in, and nothing of anybody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from portal.models import Lease, Tenant, User
+from portal.services import leases, machines, reclaims
+from portal.services.actors import SYSTEM
+from tests.support import rental
+from tests.support.rental import HOST_KEY, Host, allocate, ready_host, tomorrow
+
+SignIn = Callable[[User], Any]
+
+
+@pytest.fixture
+def host(database: Any) -> Host:
+    return ready_host(
+        "gpu-1", address="10.1.2.3", ssh_port=2222, remark="behind on payments", public_address="203.0.113.7"
+    )
+
+
+@pytest.fixture
+def lease(host: Host, tenant: Tenant) -> Lease:
+    lease = allocate(host, tenant, retain_s=3600)
+    host.sees(lease, "open")
+    return leases.get(lease.id)
+
+
+def test_a_customer_sees_the_machines_of_the_own_tenant(
+    host: Host, lease: Lease, other_tenant: Tenant, customer: User, sign_in: SignIn
+) -> None:
+    allocate(ready_host("gpu-2"), other_tenant)
+    host.report(gpu=rental.gpu_report([rental.gpu(host.gpu_uuids[0], utilization_percent=93)]))
+    page = sign_in(customer).get("/customer/machines").json
+    assert page["total"] == 1
+    (told,) = page["items"]
+    assert (told["id"], told["name"], told["lease_id"], told["lease_state"]) == (host.id, "gpu-1", lease.id, "active")
+    assert (told["login"], told["tenant_name"], told["reachability"]) == (lease.login, "Acme", "online")
+    assert [gpu["live"] and gpu["live"]["utilization_percent"] for gpu in told["gpus"]] == [93, None]
+    assert {grant["kind"]: grant["observed"] for grant in told["grants"]} == {"keys": "open", "tasks": "open"}
+
+
+def test_both_ends_are_shown_until_the_host_has_acknowledged(
+    host: Host, lease: Lease, customer: User, sign_in: SignIn
+) -> None:
+    person = sign_in(customer)
+    assert person.get(f"/customer/machines/{host.id}").json["is_end_acknowledged"] is True
+    leases.extend(lease, until=lease.ends_at + timedelta(days=1), by=SYSTEM)
+    told = person.get(f"/customer/machines/{host.id}").json
+    assert told["is_end_acknowledged"] is False
+    assert told["ends_at"] != told["acknowledged_ends_at"]
+    host.sees(lease, "open")
+    assert person.get(f"/customer/machines/{host.id}").json["is_end_acknowledged"] is True
+
+
+def test_nothing_that_is_the_houses_own_is_told(host: Host, lease: Lease, customer: User, sign_in: SignIn) -> None:
+    person = sign_in(customer)
+    text = person.get(f"/customer/machines/{host.id}").get_data(as_text=True)
+    text += person.get(f"/customer/machines/{host.id}/connection").get_data(as_text=True)
+    for secret in ("10.1.2.3", "behind on payments", "probe", "PRIVATE KEY", "password", str(lease.probe_key)):
+        assert secret not in text
+
+
+def test_the_connection_has_all_that_ssh_needs(host: Host, lease: Lease, customer: User, sign_in: SignIn) -> None:
+    answer = sign_in(customer).get(f"/customer/machines/{host.id}/connection")
+    assert answer.json == {
+        "login": lease.login,
+        "host": "203.0.113.7",
+        "port": 2222,
+        "command": f"ssh -p 2222 {lease.login}@203.0.113.7",
+        "ssh_config": "\n".join(
+            [
+                "Host gpu-1",
+                "    HostName 203.0.113.7",
+                "    Port 2222",
+                f"    User {lease.login}",
+                "    StrictHostKeyChecking yes",
+                "",
+            ]
+        ),
+        "host_key_type": "ssh-ed25519",
+        "host_key_fingerprint": machines.fingerprint(HOST_KEY),
+        "known_hosts_line": f"[203.0.113.7]:2222 {HOST_KEY}",
+    }
+
+
+def test_the_usual_port_is_left_out_of_the_command(tenant: Tenant, customer: User, sign_in: SignIn) -> None:
+    host = ready_host("gpu-6", address="2001:db8::7", ssh_port=22)
+    lease = allocate(host, tenant)
+    told = sign_in(customer).get(f"/customer/machines/{host.id}/connection").json
+    assert told["command"] == f"ssh {lease.login}@2001:db8::7"
+    assert told["known_hosts_line"] == f"2001:db8::7 {HOST_KEY}"
+
+
+def test_a_viewer_looks_and_does_not_connect(
+    host: Host, lease: Lease, viewer: User, member: User, sign_in: SignIn
+) -> None:
+    watcher = sign_in(viewer)
+    assert watcher.get(f"/customer/machines/{host.id}").json["may_connect"] is False
+    refused = watcher.get(f"/customer/machines/{host.id}/connection")
+    assert (refused.status_code, refused.json["code"]) == (403, "right_missing")
+    assert sign_in(member).get(f"/customer/machines/{host.id}").json["may_connect"] is True
+    assert sign_in(member).get(f"/customer/machines/{host.id}/connection").status_code == 200
+
+
+def test_a_stranger_learns_not_even_that_the_machine_exists(
+    host: Host, lease: Lease, stranger: User, sign_in: SignIn
+) -> None:
+    person = sign_in(stranger)
+    assert person.get("/customer/machines").json["total"] == 0
+    for path in (f"/customer/machines/{host.id}", f"/customer/machines/{host.id}/connection"):
+        foreign, unknown = person.get(path), person.get(path.replace(str(host.id), "999999", 1))
+        assert (foreign.status_code, foreign.json) == (404, unknown.json)
+
+
+def test_staff_are_no_customers(host: Host, lease: Lease, operator: User, sign_in: SignIn) -> None:
+    assert sign_in(operator).get("/customer/machines").status_code == 403
+
+
+def test_a_machine_is_gone_from_the_list_when_its_lease_has_ended(
+    host: Host, lease: Lease, customer: User, sign_in: SignIn
+) -> None:
+    person = sign_in(customer)
+    leases.end(lease, by=SYSTEM, reason="done")
+    told = person.get(f"/customer/machines/{host.id}").json
+    assert (told["lease_state"], told["may_connect"]) == ("ending", False)
+    refused = person.get(f"/customer/machines/{host.id}/connection")
+    assert (refused.status_code, refused.json["code"]) == (409, "lease_not_active")
+    host.sees(lease, "closed")
+    assert person.get("/customer/machines").json["total"] == 0
+    assert person.get(f"/customer/machines/{host.id}").status_code == 404
+
+
+def test_the_tenant_before_sees_nothing_of_the_one_after(
+    host: Host, lease: Lease, other_tenant: Tenant, customer: User, stranger: User, sign_in: SignIn
+) -> None:
+    rental.end(host, lease)
+    reclaims.request(host.machine, by=SYSTEM, reason="needed", force=True, confirm="gpu-1")
+    rental.reclaim(host, lease)
+    host.report()
+    allocate(host, other_tenant, until=tomorrow())
+    assert sign_in(customer).get(f"/customer/machines/{host.id}").status_code == 404
+    assert sign_in(stranger).get(f"/customer/machines/{host.id}").status_code == 200
