@@ -1,0 +1,140 @@
+"""Runs over real SSH: with the portal's key, with a password, cancelled at work, and on a host that is not itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portal.integrations import host_keys
+from portal.models import Machine, Run
+from portal.services import config, runs, vault
+from portal.services.actors import SYSTEM
+from portal.settings import Settings
+from portal.worker.main import Worker
+from tests.hosts import Host
+from tests.support.runs import make_machine, marked, project
+from tests.support.waiting import until
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.parametrize("database_url", ["sqlite"], indirect=True),
+]
+Work = Callable[[str], None]
+PASSWORD = "first Contact 1"
+
+
+@pytest.fixture
+def host(boot_host: Callable[..., Host]) -> Host:
+    return boot_host("bookworm", password=PASSWORD)
+
+
+@pytest.fixture
+def work(database: Any, settings: Settings, operator_key: Path, tmp_path: Path) -> Iterator[Work]:
+    """`work(tasks)` starts a worker in this process whose key the host accepts, for a playbook of these tasks."""
+    config.use(settings)
+    settings.ssh_key_file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(operator_key, settings.ssh_key_file)
+    settings.ssh_key_file.chmod(0o600)
+    started: list[tuple[Worker, threading.Thread]] = []
+
+    def start(tasks: str) -> None:
+        where = project(tmp_path / "project", tasks)
+        for file in (where / "playbooks").glob("*.yml"):
+            file.write_text(file.read_text().replace("  connection: local\n", ""))
+        config_file = where / "ansible.cfg"
+        lines = [line for line in config_file.read_text().splitlines() if not line.startswith("interpreter_python")]
+        config_file.write_text(
+            "\n".join(lines).replace("[inventory]", "interpreter_python = /usr/bin/python3\n[inventory]")
+        )
+        worker = Worker(settings, project=where)
+        thread = threading.Thread(target=worker.work)
+        thread.start()
+        started.append((worker, thread))
+
+    yield start
+    for worker, thread in started:
+        worker.stop()
+        thread.join()
+
+
+def machine_of(host: Host, **fields: Any) -> Machine:
+    """The record of this host, with the key pinned that a scan finds."""
+    keys = host_keys.scan(host.address, host.port)
+    assert keys[0]["line"] in host.host_keys
+    return make_machine(address=host.address, ssh_port=host.port, host_key=keys[0]["line"], **fields)
+
+
+def ended(run: Run) -> Run:
+    def look() -> Run | None:
+        now = runs.get_run(run.id)
+        return now if runs.is_ended(now) else None
+
+    return until(look, f"run {run.id} to end", timeout_s=90, also=lambda: output(run))
+
+
+def output(run: Run) -> str:
+    return "\n".join(event.stdout for event in runs.output_after(run.id, 0))
+
+
+def test_a_run_reaches_a_host_with_the_portals_key(work: Work, host: Host) -> None:
+    run = runs.queue("gpu_hosts", [machine_of(host)], by=SYSTEM)
+    work("- name: Leave a mark\n  ansible.builtin.copy: {content: here, dest: /tmp/mark, mode: '0600'}")
+    done = ended(run)
+    assert done.state == "succeeded", output(run)
+    assert host.read("/tmp/mark") == "here"
+    assert done.child["mark"] not in marked().values()
+    assert masters_of(done) == []
+
+
+def test_a_run_reaches_a_host_with_a_password_alone_and_becomes_root(work: Work, host: Host) -> None:
+    contact = vault.encrypt(json.dumps({"password": PASSWORD, "become_password": PASSWORD}))
+    run = runs.queue("gpu_hosts", [machine_of(host, ssh_user="installer", first_contact=contact)], by=SYSTEM)
+    work("- name: Say who\n  ansible.builtin.shell: id -un >/root/who\n  become: true")
+    done = ended(run)
+    assert done.state == "succeeded", output(run)
+    assert host.read("/root/who") == "root\n"
+
+
+def test_cancel_ends_everything_here_and_names_what_may_go_on_there(work: Work, host: Host) -> None:
+    run = runs.queue("gpu_hosts", [machine_of(host)], by=SYSTEM)
+    work("- name: Work long\n  ansible.builtin.command: sleep 613")
+    until(lambda: host.run(["pgrep", "-fx", "sleep 613"], check=False).ok, "the task to run on the host")
+    assert masters_of(runs.get_run(run.id)) != [], "the connection is a shared one"
+    runs.cancel(run, by=SYSTEM)
+    done = ended(run)
+    assert (done.state, done.remains) == ("cancelled", "May still run on the host: gpu-1: Work long")
+    assert done.child["mark"] not in marked().values()
+    assert masters_of(done) == []
+    host.run(["pkill", "-fx", "sleep 613"], check=False)
+
+
+def test_a_host_with_another_key_is_refused_and_nothing_is_done_on_it(work: Work, host: Host) -> None:
+    machine = machine_of(host)
+    host.run("rm /etc/ssh/ssh_host_* && ssh-keygen -A && systemctl restart ssh")
+    run = runs.queue("gpu_hosts", [machine], by=SYSTEM)
+    work("- name: Leave a mark\n  ansible.builtin.copy: {content: here, dest: /tmp/mark, mode: '0600'}")
+    done = ended(run)
+    assert done.state == "failed"
+    assert "host key" in done.reason.lower(), done.reason
+    assert not host.run(["test", "-e", "/tmp/mark"], check=False).ok
+    assert not host.run("journalctl -u ssh -o cat | grep Accepted", check=False).ok, "no sign-in was even tried"
+
+
+def masters_of(run: Run) -> list[str]:
+    """The command lines of ssh processes that use the run's private directory."""
+    place = run.child["mark"].replace(":", "-").encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes()
+        except OSError:
+            continue
+        if place in command and b"ssh" in command.split(b"\0")[0]:
+            found.append(command.decode(errors="replace"))
+    return found
