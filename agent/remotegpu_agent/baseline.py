@@ -5,7 +5,7 @@ verification names what differs. So two takes with nothing changed in between ar
 
 The sections, and what each holds:
 
-- `accounts`: lines of passwd, group, subuid and subgid by name; of shadow and gshadow only digests
+- `accounts`: lines of passwd, group, subuid, subgid, shadow and gshadow by name, with digests for passwords
 - `loader`, `cron`, `at_jobs`, `system_units`, `sudoers`, `pam`, `sshd`, `shell_profiles`, `local_programs`, `hosts`,
   `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
   back
@@ -144,7 +144,7 @@ def homes_of(sections: dict[str, Any]) -> list[str]:
 def read_accounts() -> dict[str, Any]:
     found: dict[str, Any] = {path: dict(sorted(accounts.lines(path).items())) for path in accounts.BY_NAME}
     for path in accounts.SECRET:
-        found[path] = {n: [accounts.digest(line) for line in ls] for n, ls in sorted(accounts.lines(path).items())}
+        found[path] = {n: [accounts.masked(line) for line in ls] for n, ls in sorted(accounts.lines(path).items())}
     return found
 
 
@@ -221,7 +221,7 @@ _READERS: dict[str, Callable[[], Any]] = {
     "linger": read_linger,
     "special_files": read_special,
     "firewall": firewall.look_at,
-    "listening_ports": ports.listening,
+    "listening_ports": ports.lasting,
     "docker": docker.everything,
     "mounts": mounts.lasting,
     "swaps": mounts.swaps,

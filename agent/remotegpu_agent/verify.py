@@ -186,7 +186,8 @@ def _user_units(asked: Asked) -> Iterator[str]:
     login, uid = asked.account
     yield from _find([f"/home/{login}/.config/systemd", f"/home/{login}/.local/share/systemd"], "!", "-type", "d")
     for unit, _load, active in _units(f"user@{uid}.service"):
-        yield f"{unit} is {active}"
+        if active not in ("inactive", "failed"):
+            yield f"{unit} is {active}"
 
 
 def _home(asked: Asked) -> Iterator[str]:
@@ -353,7 +354,7 @@ def _database(asked: Asked, database: str, *, secret: bool) -> Iterator[str]:
     known = asked.sections["accounts"][f"/etc/{database}"]
     now: dict[str, list[str]] = {}
     for line in _getent(database):
-        now.setdefault(line.split(":")[0], []).append(accounts.digest(line) if secret else line)
+        now.setdefault(line.split(":")[0], []).append(accounts.masked(line) if secret else line)
     for name in sorted({*known, *now}):
         if known.get(name) != now.get(name):
             how = "is not in the baseline" if name not in known else "is missing" if name not in now else "has changed"
@@ -439,6 +440,8 @@ def _firewall(asked: Asked) -> Iterator[str]:
         before, after = (collections.Counter(_rules(text)) for text in (known.get(key, {}).get("terse", ""), terse))
         yield from (f"table {key} has `{line}`, which is not in the baseline" for line in (after - before).elements())
         yield from (f"table {key} lacks `{line}`" for line in (before - after).elements())
+        if key not in known and not re.fullmatch(r"ip6? (filter|nat|mangle|raw|security)", key):
+            yield f"table {key} is not in the baseline"  # those of iptables come empty with the first question
 
 
 def _rules(text: str) -> Iterator[str]:
@@ -471,7 +474,7 @@ def _program(pid: re.Match[str] | None) -> str:
 
 def _port_key(port: dict[str, Any]) -> tuple[Any, ...]:
     first_ephemeral = int((read_text("/proc/sys/net/ipv4/ip_local_port_range") or "32768").split()[0])
-    number = "any" if port["port"] >= first_ephemeral and port["program"] != "?" else port["port"]
+    number = None if (port["port"] or 0) >= first_ephemeral and port["program"] != "?" else port["port"]
     address = ipaddress.ip_address(port["address"])
     where = str(address) if address.is_loopback or address.is_unspecified else "the host's own"
     return port["protocol"], where, number, port["program"]

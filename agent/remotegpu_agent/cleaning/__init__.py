@@ -1,9 +1,12 @@
-"""Cleaning a host after a lease, in order. Each step looks, acts, and looks again; its result is the second look.
+"""Cleaning a host after a lease, in order. Each step looks, acts, and looks again; its result is the last look.
 
-The order matters: what the loader would put into every program goes before any program is started; the door closes
-before connections end; what would start again ends before what runs; mounts go before the folders they hide; and the
-account goes last, for its name and uid tell what is the tenant's. Closing a lease at its end is elsewhere: here the
-lease is over, and its data goes for good. `verify.py` looks once more, with other eyes.
+All look once before the first of them acts: one step often takes away what another is there for, and the report shall
+say what the tenant has left. The order matters: what the loader would put into every program goes before any program is
+started; the door closes before connections end; what would start again ends before what runs; mounts go before the
+folders they hide; and the account goes last, for its name and uid tell what is the tenant's.
+
+Closing a lease at its end is elsewhere: here the lease is over, and its data goes for good. `verify.py` looks once
+more, with other eyes.
 """
 
 from __future__ import annotations
@@ -74,10 +77,13 @@ def clean(args: dict[str, Any], *, on_step: Callable[[dict[str, Any]], None] = l
     started_at = _now()
     scope = scopes.of(args)
     _ = scope.uids, scope.subordinate_uids  # as they are now: the steps remove the accounts that tell them
-    steps = []
-    for step in STEPS:
-        steps.append(step.run(scope))
+    loader, *others = STEPS  # the looks of the others start programs
+    steps = [loader.run(scope, loader.first_look(scope))]
+    before = {step.id: step.first_look(scope) for step in others}
+    for step in others:
         on_step(steps[-1])
+        steps.append(step.run(scope, before[step.id]))
+    on_step(steps[-1])
     return {
         "schema": 1,
         "passed": all(step["result"] in ("passed", "not_applicable") for step in steps),

@@ -111,9 +111,11 @@ def look_for_ports(scope: Scope) -> Iterator[Finding]:
             )
 
 
-def _key(port: dict[str, Any]) -> tuple[str, str, int | str, str]:
+def _key(port: dict[str, Any]) -> tuple[str, str, int | None, str]:
     """Programs that were given any free port before may be given another one now."""
-    number = "any" if port["port"] >= ports.first_ephemeral() and port["program"] != "?" else port["port"]
+    number = port["port"]
+    if number is not None and number >= ports.first_ephemeral() and port["program"] != "?":
+        number = None
     address = ipaddress.ip_address(port["address"])
     where = str(address) if address.is_loopback or address.is_unspecified else "the host's own"
     return port["protocol"], where, number, port["program"]

@@ -169,7 +169,7 @@ def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
     known: dict[str, list[str]] = scope.sections["accounts"][path]
     now = {name: [_without_lease(line, scope) for line in lines] for name, lines in accounts.lines(path).items()}
     if path in accounts.SECRET:
-        now = {name: [accounts.digest(line) for line in lines] for name, lines in now.items()}
+        now = {name: [accounts.masked(line) for line in lines] for name, lines in now.items()}
     for name in sorted({*known, *now} - {scope.login}):
         if known.get(name) != now.get(name):
             how = "is not in the baseline" if name not in known else "is missing" if name not in now else "has changed"
@@ -190,11 +190,16 @@ def put_back_accounts(scope: Scope, found: list[Finding]) -> Iterator[str]:
         wanted = {finding.subject[1] for finding in found if finding.subject[0] == path}
         known: dict[str, list[str]] = scope.sections["accounts"][path]
         with _accounts_locked():
+            now = _lines(path)
+            wanted_lines = [line for name in sorted(wanted & {*known}) for line in known[name]]
             if path in accounts.SECRET:
-                _write(path, _without(_lines(path), wanted - {*known}))
-            else:
-                lost = [line for name in sorted(wanted & {*known}) for line in known[name]]
-                _write(path, _without(_lines(path), wanted) + lost)
+                found_lines = [accounts.unmasked(line, now) for line in wanted_lines]
+                lost = {
+                    line.partition(":")[0] for line, found in zip(wanted_lines, found_lines, strict=True) if not found
+                }
+                wanted -= lost
+                wanted_lines = [line for line in found_lines if line and line.partition(":")[0] not in lost]
+            _write(path, _without(now, wanted) + wanted_lines)
         yield f"put back {', '.join(sorted(wanted))} in {path}"
 
 

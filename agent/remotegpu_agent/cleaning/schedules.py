@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from remotegpu_agent.cleaning.processes import stop_unit, wait_until
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
 from remotegpu_agent.observe import processes
-from remotegpu_agent.observe.tools import ToolFailed, run
+from remotegpu_agent.observe.tools import ToolFailed, read_text, run
 
 _LINGER = "/var/lib/systemd/linger"
 _USER_UNITS = (".config/systemd", ".local/share/systemd")
@@ -43,11 +44,13 @@ def look_for_user_units(scope: Scope) -> Iterator[Finding]:
         for path in sorted(Path(scope.home, folder).rglob("*")):
             yield Finding(f"{scope.home}/{folder}", str(path))
     for uid in sorted(scope.uids):
-        if os.path.lexists(f"/run/systemd/users/{uid}"):
-            yield Finding(uid, f"logind keeps user {uid} as active")
+        state = re.search(r"^STATE=(.*)$", read_text(f"/run/systemd/users/{uid}") or "", re.MULTILINE)
+        if state and state.group(1) != "closing":  # for some seconds logind remembers whom it has let go
+            yield Finding(uid, f"logind has user {uid} as {state.group(1)}")
     for process in processes.listed():
-        if any(process.in_slice_of(uid) and process.name == "systemd" for uid in scope.uids):
-            yield Finding(None, f"{process} is a user manager")
+        for uid in scope.uids:
+            if process.name == "systemd" and process.in_slice_of(uid):
+                yield Finding(uid, f"{process} is a user manager")
 
 
 def end_user_units(scope: Scope, found: list[Finding]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """One cleaning step: look, act, look again.
 
-The result comes from the second look alone. A step never reports its own return code: an act may fail half-way or claim
+The result comes from the last look alone. A step never reports its own return code: an act may fail half-way or claim
 success, and only what is still there counts. What could not be looked at is unknown, and unknown is not clean.
 """
 
@@ -44,35 +44,42 @@ class Step:
     look: Look
     act: Act
 
-    def run(self, scope: Scope) -> dict[str, Any]:
-        """The step as the protocol reports it; never raises."""
+    def first_look(self, scope: Scope) -> Any:
+        """What is there before anything is touched, as evidence; None where it cannot be seen yet."""
+        try:
+            return evidence(list(self.look(scope)))
+        except Exception:  # the second look decides, and will say why
+            return None
+
+    def run(self, scope: Scope, before: Any) -> dict[str, Any]:
+        """Act and look again; the step as the protocol reports it. Never raises."""
         began = time.monotonic()
-        step: dict[str, Any] = {"id": self.id, "result": "unknown", "reason": None, "before": None, "acted": []}
-        step["after"] = None
+        step = {"id": self.id, "result": "unknown", "reason": None, "before": before, "acted": self._act(scope)}
+        try:
+            left = list(self.look(scope))
+            step |= {"result": "failed", "reason": reason(left)} if left else {"result": "passed"}
+            step["after"] = evidence(left)
+        except NotApplicable as why:
+            step |= {"result": "not_applicable", "reason": str(why), "after": None}
+        except Exception as error:  # whatever went wrong: the host is not proven clean, and the next step still runs
+            step |= {"reason": printable(f"could not look: {_told(error)}")[:_REASON_CHARS], "after": None}
+        return step | {"duration_s": round(time.monotonic() - began, 3)}
+
+    def _act(self, scope: Scope) -> list[str]:
+        """What was done about what is there now, up to the first error: it is told, and the second look judges."""
+        done: list[str] = []
         try:
             found = list(self.look(scope))
-            step["before"] = evidence(found)
-            step["acted"] = _acted(self.act, scope, found) if found else []
-            left = list(self.look(scope))
-            step["after"] = evidence(left)
-            step["result"] = "failed" if left else "passed"
-            step["reason"] = reason(left) if left else None
-        except NotApplicable as why:
-            step.update(result="not_applicable", reason=str(why))
-        except Exception as error:  # whatever went wrong: the host is not proven clean, and the next step still runs
-            step["reason"] = printable(f"could not look: {type(error).__name__}: {error}")[:_REASON_CHARS]
-        step["duration_s"] = round(time.monotonic() - began, 3)
-        return step
+            done.extend(printable(line)[:_EVIDENCE_CHARS] for line in (self.act(scope, found) if found else ()))
+        except NotApplicable:
+            pass
+        except Exception as error:
+            done.append(printable(f"stopped by {_told(error)}")[:_EVIDENCE_CHARS])
+        return done[:_EVIDENCE_LINES]
 
 
-def _acted(act: Act, scope: Scope, found: list[Finding]) -> list[str]:
-    """What was done, up to the first error: it is told, and the second look judges."""
-    done: list[str] = []
-    try:
-        done.extend(printable(line)[:_EVIDENCE_CHARS] for line in act(scope, found))
-    except Exception as error:
-        done.append(printable(f"stopped by {type(error).__name__}: {error}")[:_EVIDENCE_CHARS])
-    return done[:_EVIDENCE_LINES]
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def evidence(found: list[Finding]) -> dict[str, Any]:

@@ -35,9 +35,24 @@ def lines(path: str) -> dict[str, list[str]]:
     return found
 
 
-def digest(line: str) -> str:
-    """Stands for a line that holds a secret: never leaves the host itself."""
-    return "sha256:" + hashlib.sha256(line.encode("utf-8", "surrogateescape")).hexdigest()
+def masked(line: str) -> str:
+    """A line of shadow or gshadow that may leave the host: a digest stands for the password, unless there is none."""
+    name, _, rest = line.partition(":")
+    password, _, tail = rest.partition(":")
+    if password.strip("!*"):
+        password = "sha256-" + hashlib.sha256(password.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name}:{password}:{tail}"
+
+
+def unmasked(line: str, now: list[str]) -> str | None:
+    """The line that a masked one stands for, with the password of one of the lines of now; None where it is lost."""
+    name, password, tail = line.split(":", 2)
+    if not password.startswith("sha256-"):
+        return line
+    for each in now:
+        if each.startswith(f"{name}:") and masked(each).split(":", 2)[1] == password:
+            return f"{name}:{each.split(':', 2)[1]}:{tail}"
+    return None
 
 
 def users(passwd: dict[str, list[str]] | None = None) -> list[User]:

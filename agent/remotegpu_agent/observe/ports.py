@@ -74,6 +74,21 @@ def listening() -> list[dict[str, str | int]]:
     return [{"protocol": p, "address": a, "port": n, "program": o} for p, a, n, o in sorted(found)]
 
 
+def lasting() -> list[dict[str, str | int | None]]:
+    """What listens, without the numbers that the kernel hands out: at the next start they are others (port None)."""
+    first = first_ephemeral()
+    found = {
+        (
+            p["protocol"],
+            p["address"],
+            None if int(p["port"]) >= first and p["program"] != "?" else p["port"],
+            p["program"],
+        )
+        for p in listening()
+    }
+    return [{"protocol": p, "address": a, "port": n, "program": o} for p, a, n, o in sorted(found, key=str)]
+
+
 def _programs_by_inode() -> dict[int, str]:
     found: dict[int, str] = {}
     for name in os.listdir("/proc"):

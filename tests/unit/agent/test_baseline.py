@@ -1,0 +1,153 @@
+"""What the baseline looks at and what it leaves out, on plain files and recorded texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from remotegpu_agent import baseline
+from remotegpu_agent.observe import files, mounts, ports, processes
+from remotegpu_agent.observe.tools import ToolFailed, printable, run
+
+
+def test_a_snapshot_says_what_is_there_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "one").write_text("1")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("s")
+    (tmp_path / "conf.d" / "link").symlink_to(tmp_path / "outside")
+    found = files.snapshot([str(tmp_path / "conf.d")], keep=lambda _path: True)
+    assert [(Path(path).name, entry["type"]) for path, entry in found.items()] == [
+        ("conf.d", "directory"),
+        ("link", "link"),
+        ("one", "file"),
+    ]
+    assert files.content_of(found[str(tmp_path / "conf.d" / "one")]) == b"1"
+
+
+def test_content_is_no_difference_but_every_fact_is(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("one")
+    bare, full = files.look_at(str(path)), files.look_at(str(path), content=True)
+    assert files.same(bare, full)
+    assert not files.same(bare, None)
+    path.write_text("two")
+    path.chmod(0o600)
+    assert files.difference(full, files.look_at(str(path))) == "has another content and mode than in the baseline"
+    assert files.difference(None, bare) == "is not in the baseline"
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_make_us_wait(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    entry = files.look_at(str(tmp_path / "pipe"), content=True)
+    assert entry is not None
+    assert (entry["type"], "content" in entry) == ("special", False)
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "left_out"),
+    [
+        ("etc", "/etc/sudoers.d", True),
+        ("etc", "/etc/rc3.d", True),
+        ("etc", "/etc/shadow", True),
+        ("etc", "/etc/shadow-", True),
+        ("etc", "/etc/resolv.conf", True),
+        ("etc", "/etc/remotegpu", True),
+        ("etc", "/etc/update-motd.d", False),
+        ("etc", "/etc/apt", False),
+        ("etc", "/etc/shadows", False),
+        ("at_jobs", "/var/spool/cron/atjobs/.SEQ", True),
+        ("at_jobs", "/var/spool/cron/atjobs/a0001", False),
+        ("ssh_keys", "/home/ops/.ssh/known_hosts", True),
+        ("ssh_keys", "/home/ops/.ssh/authorized_keys", False),
+        ("local_programs", "/usr/local/lib/systemd", True),
+    ],
+)
+def test_every_path_belongs_to_one_section_and_what_changes_by_itself_to_none(
+    section: str, path: str, left_out: bool
+) -> None:
+    assert baseline.is_left_out(section, path) is left_out
+
+
+@pytest.mark.parametrize(
+    ("path", "carried"),
+    [
+        ("/etc/ssh/ssh_host_ed25519_key", False),
+        ("/etc/ssh/ssh_host_ed25519_key.pub", True),
+        ("/home/ops/.ssh/id_ed25519", False),
+        ("/home/ops/.ssh/authorized_keys", True),
+        ("/root/.ssh/authorized_keys2", True),
+        ("/etc/sudoers", True),
+    ],
+)
+def test_the_content_of_a_private_key_is_never_carried(path: str, carried: bool) -> None:
+    assert baseline._is_no_secret(path) is carried
+
+
+def test_content_beyond_the_limit_is_kept_as_a_digest_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "CONTENT_LIMIT_BYTES", 10)
+    sections = {name: {} for name in baseline.FILE_SECTIONS}
+    sections["loader"] = {"/a": {"sha256": "1", "content": "12345678"}}
+    sections["etc"] = {"/b": {"sha256": "2", "content": "12345678"}}
+    kept = baseline._within_limit(sections)
+    assert (kept["loader"]["/a"], kept["etc"]["/b"]) == ({"sha256": "1", "content": "12345678"}, {"sha256": "2"})
+
+
+def test_homes_are_those_of_people_and_root() -> None:
+    passwd = {
+        "root": ["root:x:0:0:root:/root:/bin/bash"],
+        "daemon": ["daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin"],
+        "nobody": ["nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin"],
+        "ops": ["ops:x:1000:1000::/home/ops:/bin/bash"],
+    }
+    assert baseline.homes_of({"accounts": {"/etc/passwd": passwd}}) == ["/home/ops", "/root"]
+
+
+def test_a_mount_line_is_read_with_its_escapes() -> None:
+    line = r"36 35 98:0 /mnt1 /home/a\040b rw,noatime master:1 - ext4 /dev/root rw"
+    assert mounts.listed(line) == [mounts.Mount("/home/a b", "ext4", "/dev/root", "98:0", "/mnt1")]
+
+
+@pytest.mark.parametrize(
+    "target", ["/run/user/20017", "/var/lib/docker/overlay2/x/merged", "/run/credentials/a.service"]
+)
+def test_mounts_that_the_system_makes_as_it_runs_are_not_in_the_baseline(target: str) -> None:
+    assert mounts.comes_and_goes(target)
+    assert not mounts.comes_and_goes("/home/lease17/mount")
+
+
+def test_addresses_are_read_as_the_kernel_writes_them() -> None:
+    assert ports._endpoint("0100007F:0016") == ("127.0.0.1", 22)
+    assert ports._endpoint("00000000000000000000000001000000:0050") == ("::1", 80)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("/system.slice/ssh.service", "ssh.service"),
+        ("/system.slice/system-getty.slice/getty@tty1.service", "getty@tty1.service"),
+        ("/user.slice/user-20017.slice/session-3.scope", None),
+    ],
+)
+def test_a_process_is_known_by_its_service(cgroup: str, unit: str | None) -> None:
+    process = processes.Process(1, 1, "S", "x", frozenset({0}), frozenset({0}), None, (cgroup,))
+    assert process.unit == unit
+    assert process.in_slice_of(20017) is (unit is None)
+    assert not process.in_slice_of(2001), "user-20017.slice is not user-2001.slice"
+
+
+def test_a_missing_or_failing_program_is_said_and_never_taken_for_an_empty_answer() -> None:
+    with pytest.raises(ToolFailed, match="is not installed"):
+        run(["no-such-program-anywhere"])
+    with pytest.raises(ToolFailed, match="exited with"):
+        run(["sh", "-c", "echo broken >&2; exit 3"])
+    with pytest.raises(ToolFailed, match="no answer within"):
+        run(["sleep", "60"], timeout_s=0.05)
+
+
+def test_names_are_printable_whatever_bytes_they_have() -> None:
+    assert printable("/tmp/\udcfftab\there") == "/tmp/\\xfftab\\there"
+    assert printable("中文") == "中文"

@@ -1,0 +1,242 @@
+"""What a cleaning step may say, whom an order may touch, and which table of steps and checks there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remotegpu_agent import baseline, cleaning, verify
+from remotegpu_agent.cleaning import network, scope
+from remotegpu_agent.cleaning.scope import Refused, Scope
+from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step
+from remotegpu_agent.observe import accounts, firewall
+from tests.support.dirt import WAYS
+
+PASSWD = {"root": ["root:x:0:0:root:/root:/bin/bash"], "ops": ["ops:x:1000:1000::/home/ops:/bin/bash"]}
+SECTIONS: dict[str, Any] = {"accounts": {"/etc/passwd": PASSWD, "/etc/group": {"ops": ["ops:x:1000:"]}}}
+SCOPE = Scope(17, "lease17", 20017, 20017, "/home/lease17", SECTIONS)
+
+
+def order(**changed: Any) -> dict[str, Any]:
+    return {
+        "lease_id": 17,
+        "machine_id": 1,
+        "login": "lease17",
+        "uid": 20017,
+        "baseline": {"sections": SECTIONS},
+    } | changed
+
+
+def a_step(*looks: list[str] | Exception, act: Exception | None = None) -> Step:
+    """A step whose looks answer one after the other, and whose act claims success or fails."""
+    answers = iter(looks)
+
+    def look(_scope: Scope) -> Iterator[Finding]:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return iter([Finding(text, text) for text in answer])
+
+    def do(_scope: Scope, _found: list[Finding]) -> Iterator[str]:
+        yield "removed everything"
+        if act is not None:
+            raise act
+
+    return Step("a_step", look, do)
+
+
+# --- a step
+
+
+def test_a_step_that_claims_success_fails_by_what_is_still_there() -> None:
+    step = a_step(["/tmp/left"], ["/tmp/left"]).run(SCOPE, before=None)
+    assert (step["result"], step["reason"], step["acted"]) == ("failed", "/tmp/left", ["removed everything"])
+
+
+def test_a_step_that_broke_down_passes_when_nothing_is_left() -> None:
+    step = a_step(["/tmp/left"], [], act=OSError("half-way")).run(SCOPE, before=None)
+    assert (step["result"], step["acted"][-1]) == ("passed", "stopped by OSError: half-way")
+
+
+def test_what_could_not_be_looked_at_is_unknown_and_not_passed() -> None:
+    step = a_step(["/tmp/left"], PermissionError("no")).run(SCOPE, before=None)
+    assert (step["result"], step["reason"]) == ("unknown", "could not look: PermissionError: no")
+
+
+def test_a_step_does_not_act_when_there_is_nothing() -> None:
+    assert a_step([], []).run(SCOPE, before=None)["acted"] == []
+
+
+def test_a_step_without_its_subject_is_not_applicable() -> None:
+    step = a_step(NotApplicable("no engine"), NotApplicable("no engine")).run(SCOPE, before=None)
+    assert (step["result"], step["reason"]) == ("not_applicable", "no engine")
+
+
+def test_a_name_chosen_by_a_tenant_cannot_break_the_report() -> None:
+    step = a_step([], ["/tmp/\udcff\n; rm -rf /"]).run(SCOPE, before=None)
+    assert step["reason"] == "/tmp/\\xff\\n; rm -rf /"
+
+
+def test_a_flood_of_findings_stays_within_the_protocols_limits() -> None:
+    many = [f"/tmp/{number:05}-{'x' * 300}" for number in range(5000)]
+    step = a_step(many, many).run(SCOPE, before=None)
+    assert len(step["reason"]) <= 2000
+    assert (step["after"]["count"], len(step["after"]["found"])) == (5000, 500)
+
+
+# --- whom an order may touch
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"login": "ops", "uid": 1000}, "no login of a lease"),
+        ({"login": "lease17;id"}, "no login of a lease"),
+        ({"uid": 0}, "no login of a lease"),
+        ({"uid": 60000}, "no login of a lease"),
+        ({"baseline": {"sections": {"accounts": {"/etc/passwd": {"x": ["x:x:20017:1::/x:/x"]}}}}}, "in the baseline"),
+        ({"baseline": {"sections": {"accounts": {"/etc/passwd": {"x": ["lease17:x:9:1::/x:/x"]}}}}}, "in the baseline"),
+    ],
+)
+def test_an_order_for_somebody_else_is_refused(changed: dict[str, Any], why: str) -> None:
+    if "sections" in changed.get("baseline", {}):
+        passwd = changed["baseline"]["sections"]["accounts"]["/etc/passwd"]
+        changed["baseline"]["sections"]["accounts"]["/etc/passwd"] = {
+            line.split(":")[0]: [line] for lines in passwd.values() for line in lines
+        }
+    with pytest.raises(Refused, match=why):
+        scope.of(order(**changed))
+
+
+@pytest.mark.parametrize("home", ["/", "/home", "/home/ops", "/root", "relative"])
+def test_a_home_that_others_live_in_is_refused(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    user = accounts.User("lease17", 20017, 20017, home, "/bin/bash")
+    monkeypatch.setattr(accounts, "find_user", lambda _login: user)
+    with pytest.raises(Refused, match="not only its own"):
+        scope.of(order())
+
+
+def test_another_lease_that_is_open_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lease18").write_text("ssh-ed25519 AAAA\n")
+    monkeypatch.setattr(scope, "LEASE_KEYS", str(tmp_path))
+    monkeypatch.setattr(
+        accounts, "users", lambda _=None: [accounts.User("lease18", 20018, 20018, "/home/lease18", "/x")]
+    )
+    monkeypatch.setattr(accounts, "is_expired", lambda _login: False)
+    with pytest.raises(Refused, match="lease18 is open"):
+        scope._refuse_while_another_lease_is_open("lease17")
+    monkeypatch.setattr(accounts, "is_expired", lambda _login: True)
+    scope._refuse_while_another_lease_is_open("lease17")
+
+
+def test_the_tenants_are_the_lease_and_whoever_came_since_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = [accounts.User("mallory", 4242, 4242, "/home/m", "/x"), accounts.User("toor", 0, 0, "/root", "/x")]
+    monkeypatch.setattr(accounts, "users", lambda lines=None: accounts_of(lines) if lines else added)
+    monkeypatch.setattr(
+        accounts, "lines", lambda path: {"lease17": ["lease17:100000:65536"]} if path == "/etc/subuid" else {}
+    )
+    here = Scope(17, "lease17", 20017, 20017, "/home/lease17", SECTIONS)
+    assert [uid for uid in (0, 1000, 4242, 20017, 20018) if here.is_tenants(uid)] == [4242, 20017]
+    assert here.owns(20018, 0), "what an earlier lease left behind counts too"
+    assert not here.owns(0, 1000)
+
+
+def accounts_of(passwd: dict[str, list[str]]) -> list[accounts.User]:
+    fields = [line.split(":") for lines in passwd.values() for line in lines]
+    return [accounts.User(f[0], int(f[2]), int(f[3]), f[5], f[6]) for f in fields]
+
+
+# --- the tables
+
+
+def test_every_step_has_a_check_that_looks_with_other_eyes() -> None:
+    assert {step.id for step in cleaning.STEPS} - verify.CHECKS.keys() - {"loader"} == set()
+    assert "loader" in verify.CHECKS
+
+
+def test_every_section_of_files_is_restored_and_verified() -> None:
+    steps = {step.id for step in cleaning.STEPS}
+    assert set(baseline.FILE_SECTIONS) <= steps
+    assert set(baseline.FILE_SECTIONS) <= verify.CHECKS.keys()
+
+
+def test_nothing_is_started_before_the_loaders_settings_are_back_and_the_account_goes_last() -> None:
+    names = [step.id for step in cleaning.STEPS]
+    assert (names[0], names[-1]) == ("loader", "account")
+    assert names.index("access") < names.index("connections") < names.index("processes")
+    assert names.index("processes") < names.index("mounts") < names.index("home") < names.index("owned_files")
+
+
+def test_the_table_of_dirt_names_steps_and_checks_that_exist() -> None:
+    assert len(WAYS) == len({way.name for way in WAYS}) >= 25
+    assert {way.id for way in WAYS} <= {step.id for step in cleaning.STEPS} & verify.CHECKS.keys()
+
+
+# --- the ruleset
+
+DOCKERS = {"family": "ip", "table": "nat", "chain": "POSTROUTING", "expr": [{"match": {"right": "docker0"}}]}
+OWN = {
+    "family": "inet",
+    "table": "remotegpu",
+    "chain": "input",
+    "handle": 7,
+    "expr": [{"counter": {"packets": 3, "bytes": 9}}],
+}
+
+
+def table(*items: dict[str, Any], text: str | None = None) -> dict[str, Any]:
+    return {"items": list(items), "terse": ""} | ({"text": text} if text is not None else {})
+
+
+def test_what_docker_writes_for_its_containers_is_left_to_docker() -> None:
+    assert firewall.is_dockers({"rule": DOCKERS})
+    assert firewall.is_dockers({"chain": {"family": "ip", "table": "filter", "name": "DOCKER-USER"}})
+    assert not firewall.is_dockers({"rule": DOCKERS | {"family": "inet"}}), (
+        "our own table is ours, whatever it mentions"
+    )
+    assert not firewall.is_dockers({"rule": OWN})
+
+
+def test_counters_handles_and_openings_are_no_difference() -> None:
+    counted = OWN | {"handle": 9, "expr": [{"counter": {"packets": 4, "bytes": 10}}]}
+    assert firewall.normal({"rule": OWN}) == firewall.normal({"rule": counted})
+    openings = {"family": "inet", "table": "remotegpu", "name": "openings", "flags": ["interval", "timeout"]}
+    assert firewall.normal({"set": openings}) == firewall.normal({"set": openings | {"elem": [8888]}})
+
+
+def test_a_changed_table_is_restored_and_a_foreign_one_deleted() -> None:
+    before, now = table({"rule": {"a": 1}}, text="table inet remotegpu {}"), table({"rule": {"a": 2}}, text="")
+    assert [each.subject[0] for each in network._differences("inet remotegpu", before, now)] == ["restore"]
+    assert [each.subject[0] for each in network._differences("inet remotegpu", before, None)] == ["restore"]
+    assert [each.subject[0] for each in network._differences("inet left", None, now)] == ["delete"]
+    assert list(network._differences("inet remotegpu", before, before)) == []
+
+
+def test_a_rule_added_to_iptables_tables_is_deleted_and_a_missing_one_named() -> None:
+    before, now = table({"rule": {"a": 1}}), table({"rule": {"a": 1}}, {"rule": {"a": 1}})
+    assert [each.subject[0] for each in network._differences("ip filter", before, now)] == ["item"]
+    assert [each.subject[0] for each in network._differences("ip filter", now, before)] == ["gone"]
+
+
+def test_a_service_on_another_free_port_is_the_same_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remotegpu_agent.observe.ports.first_ephemeral", lambda: 32768)
+    port = {"protocol": "tcp", "address": "127.0.0.1", "port": 40000, "program": "/usr/bin/containerd"}
+    assert network._key(port) == network._key(port | {"port": 40001})
+    assert network._key(port) != network._key(port | {"program": "/tmp/x"})
+    assert network._key(port) != network._key(port | {"address": "0.0.0.0"})
+    assert network._key(port | {"program": "?"}) != network._key(port | {"program": "?", "port": 40001})
+
+
+# --- passwords
+
+
+def test_a_password_never_leaves_the_host_and_comes_back_to_its_line() -> None:
+    line = "ops:$y$j9T$secret:20000:0:99999:7:::"
+    masked = accounts.masked(line)
+    assert "secret" not in masked
+    assert accounts.unmasked(masked, [line.replace("99999", "1")]) == line
+    assert accounts.unmasked(masked, ["ops:$y$other:20000:0:99999:7:::"]) is None
+    assert accounts.masked("daemon:*:20000:0:99999:7:::") == "daemon:*:20000:0:99999:7:::"
