@@ -89,7 +89,14 @@ def log_range(attempt_id: int, offset: int, data: bytes, *, end: bool = False) -
 
 
 def journal_record(event: str = "lease.closed", **fields: Any) -> dict[str, Any]:
-    given = {"id": str(uuid.uuid4()), "at": time_of(), "event": event, "lease_id": None, "attempt_id": None, "detail": {}}
+    given = {
+        "id": str(uuid.uuid4()),
+        "at": time_of(),
+        "event": event,
+        "lease_id": None,
+        "attempt_id": None,
+        "detail": {},
+    }
     return given | fields
 
 
@@ -130,7 +137,9 @@ class FakeAgent:
         desired: dict[str, Any] = answer["desired"]
         return desired
 
-    def message(self, *, wait_s: float = 0, epoch: Any = ..., generation: int | None = None, **parts: Any) -> dict[str, Any]:
+    def message(
+        self, *, wait_s: float = 0, epoch: Any = ..., generation: int | None = None, **parts: Any
+    ) -> dict[str, Any]:
         told = None if parts.get("report", ...) is None else self._report(parts)
         return {
             "protocol": 1,

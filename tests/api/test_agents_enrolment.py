@@ -19,7 +19,10 @@ from tests.factories import make_machine
 
 
 def states_of(machine: Machine) -> list[str]:
-    return [row.state for row in AgentCredential.select().where(AgentCredential.machine == machine).order_by(AgentCredential.id)]
+    return [
+        row.state
+        for row in AgentCredential.select().where(AgentCredential.machine == machine).order_by(AgentCredential.id)
+    ]
 
 
 @pytest.fixture
@@ -159,7 +162,5 @@ def test_a_person_is_no_agent_and_an_agent_no_person(app: Flask, machine: Machin
     agent = agent_of(app, machine)
     person = sign_in(operator)
     assert person.post("/agent/sync", agent.message()).status_code == 401
-    response = app.test_client().get(
-        "/api/v1/admin/tasks", headers={"Authorization": f"Bearer {agent.credential}"}
-    )
+    response = app.test_client().get("/api/v1/admin/tasks", headers={"Authorization": f"Bearer {agent.credential}"})
     assert response.status_code == 401

@@ -84,7 +84,9 @@ def test_the_agent_of_a_is_refused_when_it_speaks_for_b(hosts: tuple[Host, Host]
     before = everything()
     own = {"attempts": [attempt_report(a.attempt.id, "running")], "journal": [journal_record(lease_id=a.lease.id)]}
     foreign = PARTS[field](b)
-    response = a.agent.say(a.agent.message(**{name: own.get(name, []) + foreign.get(name, []) for name in own | foreign}))
+    response = a.agent.say(
+        a.agent.message(**{name: own.get(name, []) + foreign.get(name, []) for name in own | foreign})
+    )
     _assert_refused(response, field, before)
     heartbeats.flush()
     assert MachineReport.get_or_none(MachineReport.machine == a.machine.id) is None

@@ -98,7 +98,9 @@ def test_two_answers_that_overtake_each_other_freeze_nobody(app: Flask, database
     machine = make_machine()
     agent = agent_of(app, machine)
     for _ in range(3):
-        Machine.update(generation=Machine.generation + 1).where(Machine.id == machine.id).execute()  # heard of by nobody
+        Machine.update(generation=Machine.generation + 1).where(
+            Machine.id == machine.id
+        ).execute()  # heard of by nobody
         agent.hold(generation=machines.get(machine.id).generation)  # another process told the agent already
         agent.report(generation=machines.get(machine.id).generation)
     assert machines.get(machine.id).frozen_reason is None

@@ -146,9 +146,7 @@ def test_a_report_is_kept_with_the_clock_of_its_host(agent: FakeAgent, machine: 
     assert utcnow() - kept.received_at < timedelta(seconds=30)
 
 
-def test_heartbeats_are_written_by_themselves_and_the_newest_of_each_machine_stays(
-    app: Flask, database: Any
-) -> None:
+def test_heartbeats_are_written_by_themselves_and_the_newest_of_each_machine_stays(app: Flask, database: Any) -> None:
     hosts = [make_machine() for _ in range(3)]
     for round_ in range(3):
         for host in hosts:

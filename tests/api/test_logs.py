@@ -1,0 +1,258 @@
+"""A task's output is kept byte for byte, whatever order, overlap or repetition it comes in, and can be followed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from flask import Flask
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from portal import db
+from portal.api import streams
+from portal.db import utcnow
+from portal.integrations.wake import wake
+from portal.models import Attempt, Lease, LogRange, Task, Tenant, User
+from portal.services import config, logs, tasks
+from portal.services.actors import SYSTEM
+from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, leased_machine, log_range, make_task
+from tests.api.test_agents_sync import wait_until
+from tests.factories import actor_of
+
+
+@pytest.fixture
+def lease(tenant: Tenant) -> Lease:
+    return leased_machine(tenant)[1]
+
+
+@pytest.fixture
+def attempt(lease: Lease, customer: User) -> Attempt:
+    return make_task(lease, customer)[1]
+
+
+@pytest.fixture
+def agent(app: Flask, lease: Lease) -> FakeAgent:
+    return agent_of(app, lease.machine)
+
+
+def text_of(attempt: Attempt) -> bytes:
+    return b"".join(logs.read_all(attempt.id))
+
+
+@st.composite
+def deliveries(draw: st.DrawFn) -> tuple[bytes, list[tuple[int, int, bool]]]:
+    """An output, and the ranges in which it is sent: again, cut otherwise, too early, and from the start anew."""
+    output = draw(st.binary(max_size=60))
+    size = len(output)
+    pieces = draw(st.lists(st.tuples(st.integers(0, size), st.integers(0, size)), max_size=12))
+    ranges = [(min(piece), max(piece), max(piece) == size and draw(st.booleans())) for piece in pieces]
+    return output, ranges
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(delivery=deliveries())
+def test_any_delivery_gives_the_output_byte_for_byte(
+    delivery: tuple[bytes, list[tuple[int, int, bool]]], attempt: Attempt
+) -> None:
+    output, ranges = delivery
+    LogRange.delete().where(LogRange.attempt == attempt).execute()
+    Attempt.update(log_bytes=0, log_complete=False).where(Attempt.id == attempt.id).execute()
+    model = 0
+    for start, stop, end in ranges:
+        held = logs.append(attempt.id, offset=start, data=output[start:stop], end=end)
+        if not held.complete or end:
+            model = max(model, stop) if start <= model else model
+        assert held.offset == model
+        assert text_of(attempt) == output[:model]
+    # The agent goes on from what it is answered, as after a restart of either side.
+    while not (
+        held := logs.append(attempt.id, offset=model, data=output[model : model + 7], end=model + 7 >= len(output))
+    ).complete:
+        assert held.offset > model
+        model = held.offset
+    assert text_of(attempt) == output
+    assert Attempt.get_by_id(attempt.id).log_bytes == len(output)
+
+
+def test_a_gap_is_refused_by_answering_what_is_held(agent: FakeAgent, attempt: Attempt) -> None:
+    agent.report(logs=[log_range(attempt.id, 0, b"abc")])
+    (ack,) = agent.report(logs=[log_range(attempt.id, 10, b"xyz", end=True)])["acks"]["attempts"]
+    assert (ack["log_offset"], ack["log_complete"]) == (3, False)
+    (ack,) = agent.report(logs=[log_range(attempt.id, 1, b"bcdefghij"), log_range(attempt.id, 10, b"xyz", end=True)])[
+        "acks"
+    ]["attempts"]
+    assert (ack["log_offset"], ack["log_complete"]) == (13, True)
+    assert text_of(attempt) == b"abcdefghijxyz"
+
+
+def test_parallel_deliveries_of_the_same_output_are_kept_once(attempt: Attempt) -> None:
+    output = bytes(range(256)) * 8
+
+    def deliver(size: int) -> None:
+        try:
+            for start in range(0, len(output), size):
+                logs.append(
+                    attempt.id, offset=start, data=output[start : start + size], end=start + size >= len(output)
+                )
+        finally:
+            db.db.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(deliver, [100, 170, 256, 333]))
+    assert text_of(attempt) == output
+    assert Attempt.get_by_id(attempt.id).log_complete
+
+
+def test_what_is_complete_takes_nothing_more(attempt: Attempt) -> None:
+    logs.append(attempt.id, offset=0, data=b"all", end=True)
+    assert logs.append(attempt.id, offset=3, data=b"more", end=True) == logs.Held(3, True)
+    assert text_of(attempt) == b"all"
+
+
+def test_an_output_beyond_the_quota_is_cut_and_says_so(attempt: Attempt, settings: Any) -> None:
+    object.__setattr__(settings, "log_quota_bytes", 10)
+    config.use(settings)
+    most = 10 + logs.SLACK_BYTES
+    held = logs.append(attempt.id, offset=0, data=b"x" * (most + 5), end=False)
+    assert held.complete, "the agent stops sending"
+    assert Attempt.get_by_id(attempt.id).log_truncated
+    assert logs.append(attempt.id, offset=held.offset, data=b"y", end=False) == held
+
+
+def test_what_is_not_base64_is_refused(agent: FakeAgent, attempt: Attempt) -> None:
+    response = agent.say(agent.message(logs=[{"attempt_id": attempt.id, "offset": 0, "data": "?", "end": False}]))
+    assert (response.status_code, list(response.get_json()["errors"])) == (422, ["report.logs.data"])
+
+
+# Reading
+
+
+def test_a_customer_reads_the_output_from_any_offset(sign_in: Any, customer: User, attempt: Attempt) -> None:
+    logs.append(attempt.id, offset=0, data=b"0123456789", end=False)
+    logs.append(attempt.id, offset=10, data=b"abcdef", end=True)
+    reader = sign_in(customer)
+    for offset in (0, 5, 10, 13, 16, 99):
+        response = reader.get(f"/customer/tasks/{attempt.task_id}/log?offset={offset}")
+        assert response.data == b"0123456789abcdef"[offset:]
+        assert response.headers["Log-Next-Offset"] == str(offset + len(response.data))
+        assert response.headers["Log-Complete"] == "true"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_output_comes_in_pieces_and_ends_with_complete(
+    sign_in: Any, customer: User, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = bytes(range(256)) * 5
+    monkeypatch.setattr(logs.read, "__kwdefaults__", {"most_bytes": 300})
+    for start in range(0, len(output), 77):
+        logs.append(attempt.id, offset=start, data=output[start : start + 77], end=start + 77 >= len(output))
+    reader, got, complete = sign_in(customer), b"", False
+    while not complete:
+        response = reader.get(f"/customer/tasks/{attempt.task_id}/log?offset={len(got)}")
+        got += response.data
+        complete = response.headers["Log-Complete"] == "true"
+    assert got == output
+    assert reader.get(f"/customer/tasks/{attempt.task_id}/log/download").data == output
+
+
+def test_who_waits_for_output_gets_it_when_it_comes(
+    app: Flask, sign_in: Any, customer: User, agent: FakeAgent, attempt: Attempt
+) -> None:
+    def say() -> None:
+        try:
+            wait_until(lambda: wake.waiting() == 1)
+            agent.report(logs=[log_range(attempt.id, 0, b"here it is")])
+        finally:
+            db.db.close()
+
+    other = threading.Thread(target=say)
+    other.start()
+    response = sign_in(customer).get(f"/customer/tasks/{attempt.task_id}/log?wait_s=15")
+    other.join()
+    assert (response.data, response.headers["Log-Complete"]) == (b"here it is", "false")
+
+
+def events_of(response: Any) -> Iterator[dict[str, Any]]:
+    """Server-sent events, as a browser reads them."""
+    for block in response.get_data(as_text=True).split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            yield {**fields, "data": json.loads(fields["data"])}
+
+
+def test_a_page_follows_the_output_in_whole_characters(
+    sign_in: Any, customer: User, agent: FakeAgent, attempt: Attempt
+) -> None:
+    text = "训练 épöche 1/3 ✓\n" * 3
+    output = text.encode()
+    for start in range(0, len(output), 5):
+        logs.append(attempt.id, offset=start, data=output[start : start + 5], end=start + 5 >= len(output))
+    agent.report(attempts=[attempt_report(attempt.id, "succeeded", exit_code=0)])
+    reader = sign_in(customer)
+    url = f"/customer/tasks/{attempt.task_id}/log/stream"
+    *pieces, last = events_of(reader.get(url))
+    assert "".join(piece["data"]["text"] for piece in pieces) == text
+    assert (last["event"], last["data"]) == (
+        "complete",
+        {"state": "succeeded", "exit_code": 0, "bytes": len(output), "truncated": False},
+    )
+    middle = len("训练 é".encode())
+    *pieces, _ = events_of(reader.get(url, headers={"Last-Event-ID": str(middle)}))
+    assert "".join(piece["data"]["text"] for piece in pieces) == text.removeprefix("训练 é")
+
+
+def test_bytes_that_are_no_text_end_the_stream_all_the_same(sign_in: Any, customer: User, attempt: Attempt) -> None:
+    logs.append(attempt.id, offset=0, data=b"ok \xff\xfe \xe2\x9c", end=True)
+    *pieces, last = events_of(sign_in(customer).get(f"/customer/tasks/{attempt.task_id}/log/stream"))
+    assert "".join(piece["data"]["text"] for piece in pieces) == "ok \ufffd\ufffd \ufffd"
+    assert (last["event"], last["data"]["bytes"]) == ("complete", 8)
+
+
+def test_a_stream_ends_when_its_reader_is_disabled(
+    sign_in: Any, customer: User, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "KEEP_ALIVE_S", 0.05)
+    reader = sign_in(customer)
+    response = reader.get(f"/customer/tasks/{attempt.task_id}/log/stream", buffered=False)
+    lines = iter(response.response)
+    assert next(lines).startswith(b":")
+    User.update(disabled_at=utcnow()).where(User.id == customer.id).execute()
+    assert [line for line in lines if not line.startswith(b":")] == []
+
+
+def test_an_attempt_that_never_began_has_a_complete_and_empty_output(
+    sign_in: Any, customer: User, attempt: Attempt
+) -> None:
+    tasks.stop(Task.get_by_id(attempt.task_id), by=actor_of(customer))
+    response = sign_in(customer).get(f"/customer/tasks/{attempt.task_id}/log?wait_s=5")
+    assert (response.data, response.headers["Log-Complete"]) == (b"", "true")
+
+
+def test_the_end_of_a_lost_output_is_not_waited_for_for_ever(agent: FakeAgent, attempt: Attempt) -> None:
+    agent.report(attempts=[attempt_report(attempt.id, "running")], logs=[log_range(attempt.id, 0, b"half")])
+    tasks.lose_all_of(Task.get_by_id(attempt.task_id).lease, reason="written off")
+    assert not logs.look(attempt.id, offset=0).complete, "it may still come"
+    later = logs.look(attempt.id, offset=0, now=utcnow() + timedelta(minutes=2))
+    assert (later.data, later.complete, later.truncated) == (b"half", True, True)
+    (ack,) = agent.report(logs=[log_range(attempt.id, 4, b" and half", end=True)])["acks"]["attempts"]
+    assert ack["log_complete"], "and it is taken when it comes late"
+    assert SYSTEM.is_staff
+
+
+@pytest.mark.parametrize("path", ["log", "log/stream", "log/download"])
+def test_a_stranger_reads_no_output_and_a_viewer_does(
+    sign_in: Any, stranger: User, viewer: User, operator: User, attempt: Attempt, path: str
+) -> None:
+    logs.append(attempt.id, offset=0, data=b"secret", end=True)
+    url = f"/customer/tasks/{attempt.task_id}/{path}"
+    refused = sign_in(stranger).get(url)
+    assert refused.status_code == 404
+    assert b"secret" not in refused.data
+    assert b"secret" in sign_in(viewer).get(url).data
+    assert b"secret" in sign_in(operator).get(url).data
