@@ -170,6 +170,9 @@ def _make_room(force: bool) -> None:
             code="database_not_empty",
         )
     for table in reversed(TABLES):
+        for field in table._meta.sorted_fields:
+            if isinstance(field, peewee.ForeignKeyField) and field.rel_model is table:
+                table.update({field: None}).execute()  # a row that points at another of its table holds it
         table.delete().execute()
 
 
