@@ -12,11 +12,10 @@ from flask_limiter.util import get_remote_address
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import IntegerConverter
 
-from portal import api, web
+from portal import api, start, web
 from portal.api import auth, docs, health, problems
-from portal.db import connect, db
-from portal.integrations import queue
-from portal.services import config, users, vault
+from portal.db import db
+from portal.services import users
 from portal.settings import Settings
 from portal.web import frame
 
@@ -37,14 +36,16 @@ class IdConverter(IntegerConverter):
 
 
 def create_app(settings: Settings) -> Flask:
-    """The whole portal as a WSGI application. Binds the database and unlocks the vault of this process."""
+    """The whole portal as a WSGI application, with what its services stand on bound to this process."""
+    start.bind(settings)
+    return build(settings)
+
+
+def build(settings: Settings) -> Flask:
+    """The application alone."""
     app = Flask("portal", static_folder="web/static", template_folder="web/templates")
     app.url_map.converters["int"] = IdConverter
-    app.config.from_mapping(_config(settings))
-    connect(settings.database_url)
-    config.use(settings)
-    vault.unlock(settings)
-    queue.use(settings)
+    app.config.from_mapping(config_of(settings))
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]  # Flask's documented way
@@ -69,7 +70,7 @@ def create_app(settings: Settings) -> Flask:
     return app
 
 
-def _config(settings: Settings) -> dict[str, Any]:
+def config_of(settings: Settings) -> dict[str, Any]:
     return {
         "SETTINGS": settings,
         "SECRET_KEY": settings.secret_key,

@@ -57,12 +57,9 @@ def usage() -> str:
 
 
 def open_portal() -> Settings:
-    """Load the settings, bind the database and unlock the vault: what a command needs before it calls a service."""
-    from portal import db
-    from portal.services import config, vault
+    """Load the settings and bind the services to them: what a command does before it calls one."""
+    from portal import start
 
     settings = load()
-    db.connect(settings.database_url)
-    config.use(settings)
-    vault.unlock(settings)
+    start.bind(settings)
     return settings

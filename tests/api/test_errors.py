@@ -70,12 +70,12 @@ def test_agents_behind_the_same_address_are_not_counted(database, settings):
     assert client.get("/api/v1/auth/me").status_code == 401
 
 
-def test_500_tells_a_number_and_nothing_else(app, client, caplog):
+def test_500_tells_a_number_and_nothing_else(fresh_app, caplog):
     def fail():
         raise RuntimeError("password of the database is hunter2")
 
-    app.add_url_rule("/api/v1/fail", view_func=fail)
-    answer = client.get("/api/v1/fail")
+    fresh_app.add_url_rule("/api/v1/fail", view_func=fail)
+    answer = fresh_app.test_client().get("/api/v1/fail")
     assert_problem(answer, 500, "internal")
     assert "hunter2" not in answer.text
     assert "RuntimeError" not in answer.text
@@ -83,40 +83,40 @@ def test_500_tells_a_number_and_nothing_else(app, client, caplog):
     assert any(incident in record.getMessage() and record.exc_info for record in caplog.records)
 
 
-def test_a_value_that_must_be_unique_is_409_on_both_databases(app, client, tenant):
-    app.add_url_rule("/api/v1/twice", view_func=lambda: str(Tenant.create(name="Acme")))
-    answer = client.get("/api/v1/twice")
+def test_a_value_that_must_be_unique_is_409_on_both_databases(fresh_app, tenant):
+    fresh_app.add_url_rule("/api/v1/twice", view_func=lambda: str(Tenant.create(name="Acme")))
+    answer = fresh_app.test_client().get("/api/v1/twice")
     assert_problem(answer, 409, "already_exists")
     assert "tenant" not in answer.json["detail"].lower()
 
 
-def test_something_still_in_use_is_409_on_both_databases(app, client, customer, tenant):
-    app.add_url_rule("/api/v1/drop", view_func=lambda: str(tenant.delete_instance()))
-    assert_problem(client.get("/api/v1/drop"), 409, "in_use")
+def test_something_still_in_use_is_409_on_both_databases(fresh_app, customer, tenant):
+    fresh_app.add_url_rule("/api/v1/drop", view_func=lambda: str(tenant.delete_instance()))
+    assert_problem(fresh_app.test_client().get("/api/v1/drop"), 409, "in_use")
 
 
-def test_a_broken_rule_of_the_schema_is_our_fault(app, client):
+def test_a_broken_rule_of_the_schema_is_our_fault(fresh_app):
     view = lambda: str(User.create(username="x", role="king", password_hash="-"))  # noqa: E731 - one expression
-    app.add_url_rule("/api/v1/check", view_func=view)
-    answer = client.get("/api/v1/check")
+    fresh_app.add_url_rule("/api/v1/check", view_func=view)
+    answer = fresh_app.test_client().get("/api/v1/check")
     assert_problem(answer, 500, "internal")
     assert "king" not in answer.text
 
 
-def test_an_unexpected_error_of_the_database_says_nothing_of_it(app, client):
+def test_an_unexpected_error_of_the_database_says_nothing_of_it(fresh_app):
     def fail():
         raise peewee.OperationalError("no such table: secrets")
 
-    app.add_url_rule("/api/v1/broken", view_func=fail)
-    assert "secrets" not in client.get("/api/v1/broken").text
+    fresh_app.add_url_rule("/api/v1/broken", view_func=fail)
+    assert "secrets" not in fresh_app.test_client().get("/api/v1/broken").text
 
 
-def test_what_a_rule_knows_is_told(app, client):
+def test_what_a_rule_knows_is_told(fresh_app):
     def fail():
         raise Conflict("It is leased.", code="leased", state="leased")
 
-    app.add_url_rule("/api/v1/rule", view_func=fail)
-    answer = client.get("/api/v1/rule")
+    fresh_app.add_url_rule("/api/v1/rule", view_func=fail)
+    answer = fresh_app.test_client().get("/api/v1/rule")
     assert_problem(answer, 409, "leased")
     assert answer.json["info"] == {"state": "leased"}
 
