@@ -87,7 +87,7 @@ def test_the_engines_user_cuts_the_network_without_being_root(
 
 def test_a_host_reaches_this_machine_and_answers_on_both_families(host: Host) -> None:
     assert host.run(["ping", "-c1", "-W2", gateway_address()]).ok
-    assert host.address_v6
+    assert host.address_v6, "this machine's Docker engine gives its default bridge no IPv6"
     scan = subprocess.run(
         ["ssh-keyscan", "-T", "5", "-t", "ed25519", host.address_v6], capture_output=True, text=True, check=True
     )
