@@ -24,6 +24,7 @@ from tests.support.waiting import until
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
+OWN_PASSWORD = "A horse that chose correctly 42"
 
 
 @dataclass
@@ -164,6 +165,7 @@ class Client:
     def __init__(self, portal: Portal) -> None:
         self.portal = portal
         self._session = requests.Session()
+        self._session.trust_env = False  # a CA bundle or a proxy of this machine's environment is not ours
         self._session.verify = str(portal.ca_file)
 
     def sign_in(self, username: str, password: str) -> None:
@@ -173,7 +175,7 @@ class Client:
     def sign_in_first_time(self, username: str, given: str) -> None:
         """Sign in with the password that was given, and choose another one."""
         self.sign_in(username, given)
-        self._take(self.post("auth/password", old_password=given, new_password=own_password(username)))
+        self._take(self.post("auth/password", old_password=given, new_password=OWN_PASSWORD))
 
     def _take(self, answer: Answer) -> None:
         self._session.headers["Authorization"] = f"Bearer {answer['access_token']}"
@@ -190,22 +192,26 @@ class Client:
     def delete(self, path: str) -> Answer:
         return self._needed("DELETE", path)
 
+    def download(self, path: str) -> bytes:
+        """A file, byte for byte."""
+        answer = self._send("GET", path)
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
     def ask(self, method: str, path: str, **options: Any) -> Answer:
         """Any answer, a refusal too."""
-        url = f"{self.portal.url}/api/v1/{path}"
-        answer = self._session.request(method, url, timeout=60, **options)
+        answer = self._send(method, path, **options)
         is_json = "json" in answer.headers.get("Content-Type", "")
         return Answer(answer.status_code, answer.json() if is_json and answer.content else answer.content)
+
+    def _send(self, method: str, path: str, **options: Any) -> requests.Response:
+        return self._session.request(method, f"{self.portal.url}/api/v1/{path}", timeout=60, **options)
 
     def _needed(self, method: str, path: str, **options: Any) -> Answer:
         answer = self.ask(method, path, **options)
         if answer.status >= 400:
             raise Refused(answer, f"{method} {path}")
         return answer
-
-
-def own_password(username: str) -> str:
-    return f"Correct horse of {username} 42"
 
 
 def free_port(address: str) -> int:

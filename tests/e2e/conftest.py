@@ -1,0 +1,86 @@
+"""A portal as processes, and hosts that were onboarded through it: once a module for each kind of database."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import postgresql
+from tests.e2e.world import INSTALLER_PASSWORD, World
+from tests.hosts import Host
+from tests.hosts.docker import boot, gateway_address
+from tests.hosts.fixtures import operator_key
+from tests.support.portal import Portal, free_port, running
+from tests.support.waiting import until
+
+__all__ = ["operator_key"]
+
+SUITES = ("bookworm", "trixie")
+POISON = "{{ lookup('pipe', 'touch %s') }}"
+
+
+@dataclass
+class House:
+    """A world and its two hosts, by suite."""
+
+    world: World
+    hosts: dict[str, Host]
+    poisoned: Path  # the file that exists once anything was taken for a template
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def house(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, operator_key: Path
+) -> Iterator[House]:
+    """Web and worker as separate processes, and a bare host of each suite beside them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with ExitStack() as stack:
+        environ = {"REPORT_INTERVAL_S": "1", "OFFLINE_AFTER_S": "10"}
+        if request.param == "postgresql":
+            environ["DATABASE_URL"] = stack.enter_context(a_database())
+            environ["REDIS_URL"] = stack.enter_context(redis(folder))
+        hosts = {suite: stack.enter_context(booted(suite, request.param, operator_key)) for suite in SUITES}
+        portal = Portal(folder / "instance", address=gateway_address(), environ=environ)
+        stack.enter_context(running(portal))
+        admin = portal.set_up()
+        portal.start("worker")
+        yield House(World(portal, admin, folder), hosts, folder / "poisoned")
+
+
+@contextmanager
+def booted(suite: str, kind: str, operator_key: Path) -> Iterator[Host]:
+    name = f"rental-{kind[:4]}-{suite}"
+    host = boot(name, suite, prepared=True, password=INSTALLER_PASSWORD)
+    try:
+        host.authorize("ops", operator_key.with_suffix(".pub").read_text())
+        yield host
+    finally:
+        host.destroy()
+
+
+@contextmanager
+def a_database() -> Iterator[str]:
+    """An empty PostgreSQL database of a server of its own."""
+    with postgresql.server() as url:
+        postgresql.execute(url, "CREATE DATABASE rental")
+        yield f"{url}/rental"
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    """A Redis that cannot evict, on loopback."""
+    port = free_port("127.0.0.1")
+    argv = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen([*argv, "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
+    try:
+        answers = ["redis-cli", "-p", str(port), "ping"]
+        until(lambda: subprocess.run(answers, capture_output=True).stdout == b"PONG\n", "Redis to answer", timeout_s=10)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
