@@ -1,0 +1,199 @@
+"""House rules of the roles: what nobody should have to remember in a review."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
+
+ROOT = Path(__file__).parents[2]
+ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
+GPU_HOST_ROLES = ("base", "ssh_hardening", "firewall", "docker", "node_exporter", "gpu_agent")
+TYPES: dict[str, type] = {
+    "bool": bool,
+    "dict": dict,
+    "float": float,
+    "int": int,
+    "list": list,
+    "path": str,
+    "str": str,
+}
+every_role = pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text()) if path.exists() else None
+
+
+def tasks_of(role: Path) -> Iterator[dict[str, Any]]:
+    """Every task and handler of a role, those inside blocks included."""
+    for path in sorted((*role.glob("tasks/*.yml"), *role.glob("handlers/*.yml"))):
+        yield from flatten(read(path) or [])
+
+
+def flatten(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for task in tasks:
+        yield task
+        for part in ("block", "rescue", "always"):
+            yield from flatten(task.get(part, []))
+
+
+def words(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def rendered_defaults(role: Path) -> dict[str, Any]:
+    """The defaults as a host without a portal sees them."""
+    loader = DataLoader()
+    defaults: dict[str, Any] = loader.load_from_file(str(role / "defaults/main.yml"), trusted_as_template=True)
+    variables = {**defaults, "role_path": str(role)}
+    return {name: Templar(loader, variables=variables).template(value) for name, value in defaults.items()}
+
+
+@every_role
+def test_the_specification_knows_every_default_and_no_other(role: Path) -> None:
+    specified = read(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    assert set(specified) == set(read(role / "defaults/main.yml"))
+
+
+@every_role
+def test_a_default_has_the_type_that_the_specification_says(role: Path) -> None:
+    specified = read(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    for name, value in rendered_defaults(role).items():
+        option = specified[name]
+        fits = isinstance(value, TYPES[option["type"]]) and (option["type"] == "bool") == isinstance(value, bool)
+        assert fits, f"{name} is {value!r}, and the specification says {option['type']}"
+        assert option.get("description"), f"{name} has no description"
+        assert "default" not in option, f"{name}: the value is said once, in defaults/main.yml"
+        if "choices" in option:
+            assert value in option["choices"], f"{name} is {value!r}"
+
+
+@every_role
+def test_public_names_carry_the_role_and_every_default_its_reason(role: Path) -> None:
+    lines = (role / "defaults/main.yml").read_text().splitlines()
+    for name in read(role / "defaults/main.yml"):
+        assert name.startswith(f"{role.name}_")
+        above = lines[[line.split(":")[0] for line in lines].index(name) - 1]
+        paired = above.split(":")[0] in read(role / "defaults/main.yml")
+        assert above.startswith("#") or paired, f"{name} says nothing about itself"
+
+
+@every_role
+def test_every_notify_has_its_handler(role: Path) -> None:
+    handlers = read(role / "handlers/main.yml") or []
+    topics = {topic for handler in handlers for topic in words(handler.get("listen"))}
+    notified = {topic for task in tasks_of(role) for topic in words(task.get("notify"))}
+    assert notified <= topics, "a wrong name shows only when the task first changes something"
+    assert topics <= notified, "nobody calls it"
+    title = role.name.replace("_", " ").capitalize()
+    for handler in handlers:
+        assert handler["name"].startswith(f"{title} | "), handler["name"]
+
+
+@every_role
+def test_a_role_asks_before_it_acts(role: Path) -> None:
+    first = read(role / "tasks/main.yml")[0]
+    assert first["ansible.builtin.import_tasks"] == "assert.yml"
+    assert first["tags"] == "always"
+    for task in flatten(read(role / "tasks/assert.yml")):
+        asserts = task.get("ansible.builtin.assert")
+        if asserts is not None:
+            assert len(asserts["fail_msg"]) > 60, f"{task['name']}: what is wrong, where to set it, an example"
+
+
+@every_role
+def test_packages_come_in_one_call_that_waits_for_the_lock(role: Path) -> None:
+    for task in tasks_of(role):
+        module = task.get("ansible.builtin.apt")
+        if module is None:
+            continue
+        assert "loop" not in task, task["name"]
+        assert "lock_timeout" in module, f"{task['name']}: unattended upgrades hold the lock"
+
+
+@every_role
+def test_nothing_that_debian_13_has_lost_or_that_flushes_what_is_not_ours(role: Path) -> None:
+    for path in role.rglob("*"):
+        if path.suffix in {".yml", ".j2"}:
+            code = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
+            assert not re.search(r"apt_key|apt_repository|ignore_errors|flush ruleset", code), path
+
+
+@every_role
+def test_secrets_stay_out_of_output_and_diffs(role: Path) -> None:
+    for task in tasks_of(role):
+        arguments = yaml.safe_dump([task.get(name) for name in task if name.startswith("ansible.builtin.")])
+        if re.search(r"_token\b", arguments):
+            assert task.get("no_log") is True, task["name"]
+            assert task.get("diff") is False, task["name"]
+
+
+@every_role
+def test_a_readme_can_be_read_in_a_minute(role: Path) -> None:
+    assert len((role / "README.md").read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", GPU_HOST_ROLES)
+def test_the_playbook_runs_the_role_under_its_own_tag_and_a_scenario_tries_it(name: str) -> None:
+    (play,) = read(ROOT / "playbooks/gpu_hosts.yml")
+    assert [entry["role"] for entry in play["roles"]] == list(GPU_HOST_ROLES)
+    assert [entry["tags"] for entry in play["roles"]] == list(GPU_HOST_ROLES)
+    for file in ("molecule.yml", "converge.yml", "verify.yml"):
+        assert (ROOT / "molecule" / name / file).exists()
+
+
+def test_what_disrupts_a_lease_waits_for_maintenance() -> None:
+    for name in ("docker", "firewall", "gpu_agent"):
+        loader = DataLoader()
+        path = ROOT / "roles" / name / "defaults/main.yml"
+        rule = loader.load_from_file(str(path), trusted_as_template=True)[f"{name}_disruption_allowed"]
+        answers = {
+            (leased, maintained): Templar(
+                loader, variables={"remotegpu_lease_active": leased, "remotegpu_maintenance": maintained}
+            ).template(rule)
+            for leased in (False, True)
+            for maintained in (False, True)
+        }
+        assert answers == {(False, False): True, (False, True): True, (True, False): False, (True, True): True}
+        assert Templar(loader, variables={}).template(rule) is True
+
+
+@pytest.mark.parametrize(
+    ("allow", "expected"),
+    [
+        ([], []),
+        ([{"port": 9100}], ["tcp dport 9100 accept"]),
+        (
+            [{"port": 53, "protocol": "udp", "sources": ["192.0.2.1", "2001:db8::/64"], "comment": "names"}],
+            [
+                'ip saddr { 192.0.2.1 } udp dport 53 accept comment "names"',
+                'ip6 saddr { 2001:db8::/64 } udp dport 53 accept comment "names"',
+            ],
+        ),
+    ],
+)
+def test_the_ruleset_opens_ssh_and_what_is_said(allow: list[dict[str, Any]], expected: list[str]) -> None:
+    loader = DataLoader()
+    variables = {
+        "firewall_allow": allow,
+        "firewall_container_interfaces": ["docker0"],
+        "firewall_log": False,
+        "ansible_managed": "managed",
+        "__firewall_ssh": [22, 2222],
+    }
+    template = loader.get_text_file_contents(str(ROOT / "roles/firewall/templates/firewall.nft.j2"))
+    text = str(Templar(loader, variables=variables).template(trust_as_template(template)))
+    lines = [line.strip() for line in text.splitlines()]
+    assert 'tcp dport { 22, 2222 } accept comment "SSH"' in lines
+    assert [line for line in lines if "dport 9100" in line or "dport 53" in line] == expected
+    assert [line for line in lines if "policy drop" in line] == [
+        "type filter hook input priority filter; policy drop;",
+        "type filter hook forward priority filter - 10; policy drop;",
+    ]
