@@ -5,6 +5,7 @@ with its parent. Every field is read by itself: an error is that field's null an
 oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py keeps the deadline and checks the process ids.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +24,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(user: str) -> None:
     """Answer probes until the input ends."""
+    with contextlib.suppress(ImportError):
+        import pynvml  # noqa: F401 - now: the unpacked program is out of reach for anybody but root
     drop_privileges(user)
     is_ready = False
     for _ in sys.stdin:

@@ -102,7 +102,7 @@ class Agent:
         self._looked_for_lost_at = 0.0
         self._seq = int(time.time() * 1000)
         self._facts_sent_at: float | None = None
-        self._status_written_at = 0.0
+        self._contact_written_at = -1.0
         self._clock_offset_s: float | None = None
         self._last_contact_at: str | None = (find_json(config.run_dir / STATUS_FILE) or {}).get("last_contact_at")
 
@@ -458,11 +458,10 @@ class Agent:
 
     def _write_status(self, *, contact: bool = False) -> None:
         """For `remotegpu-agent status`: what only this process knows. Once a second at most."""
-        if contact and time.monotonic() - self._status_written_at < 1:
-            return
-        self._status_written_at = time.monotonic()
         if contact:
-            self._last_contact_at = format_time(now())
+            if time.monotonic() - self._contact_written_at < 1:
+                return
+            self._contact_written_at, self._last_contact_at = time.monotonic(), format_time(now())
         status = {
             "pid": os.getpid(),
             "last_contact_at": self._last_contact_at,

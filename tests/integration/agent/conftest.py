@@ -213,7 +213,7 @@ def render(role: str, template: str) -> str:
 def session_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp(f"agent-{request.param}")
     portal = Portal(gateway_address(), directory).start()
-    host = boot(f"agent-{request.param}-{portal.port}", request.param)
+    host = boot(f"agent-{request.param}-{portal.port}", request.param, prepared=True)
     try:
         install_agent(host, portal)
         site = Site(host, portal, directory)
