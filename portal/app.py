@@ -9,6 +9,7 @@ from flask import Flask, Response, g, request
 from flask_babel import Babel
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
+from werkzeug.exceptions import LengthRequired
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import IntegerConverter
 
@@ -128,6 +129,9 @@ def _is_no_person() -> bool:
 
 
 def _limit_body() -> None:
+    if "Transfer-Encoding" in request.headers:
+        # werkzeug 3.1 cuts a chunked body at the limit without a word, and what is left might be read as a whole one.
+        raise LengthRequired("Send the body with a Content-Length.")
     if request.path.startswith(AGENT_PREFIX):
         request.max_content_length = MAX_AGENT_BODY_BYTES
 

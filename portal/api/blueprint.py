@@ -18,7 +18,7 @@ class Parser(FlaskParser):
     """A body must be JSON, and an object: webargs alone reads any other body as if it were empty."""
 
     def load_json(self, req: Request, schema: ma.Schema) -> Any:
-        if not req.is_json and (req.content_length or req.headers.get("Transfer-Encoding")):
+        if not req.is_json and req.content_length:
             raise UnsupportedMediaType("Send the body as application/json.")
         body = super().load_json(req, schema)
         if not schema.many and not isinstance(body, dict) and body is not ma.missing:

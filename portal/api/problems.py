@@ -91,7 +91,7 @@ def install(app: Flask) -> None:
 
 def _answer(error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.code is not None and error.code < 400:
-        return Response(error.get_response().get_data(), error.code, error.get_headers())  # a redirect is no problem
+        return error.get_response()  # type: ignore[return-value]  # a redirect is no problem
     problem = of(error)
     page = current_app.extensions.get("error_page")
     if page is not None and not request.path.startswith("/api/"):

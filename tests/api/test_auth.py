@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Barrier
 
+import jwt
 import pytest
 
 from portal.app import create_app
@@ -49,6 +50,12 @@ def test_whoever_knows_the_password_gets_tokens_that_work(client, operator, sett
     assert "Set-Cookie" not in answer.headers
     assert actions() == ["user.signed_in"]
     assert User.get_by_id(operator.id).last_sign_in_at is not None
+
+
+def test_a_token_lives_as_long_as_the_answer_says(client, tokens):
+    claims = jwt.decode(tokens["access_token"], options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == tokens["expires_in"]
+    assert "role" not in claims
 
 
 def test_the_name_is_read_in_any_case(client, operator):

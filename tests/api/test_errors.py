@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import timedelta
+from io import BytesIO
 
 import jwt as pyjwt
 import peewee
 import pytest
+from flask import request
 from flask_jwt_extended import create_access_token, create_refresh_token
 
 from portal.app import create_app
@@ -59,6 +61,34 @@ def test_429_says_when_to_come_back(database, settings):
     assert [answer.status_code for answer in answers] == [401, 401, 429]
     assert_problem(answers[2], 429, "too_many_requests")
     assert 0 < int(answers[2].headers["Retry-After"]) <= 60
+
+
+def test_the_limit_holds_while_redis_is_away(database, settings):
+    away = dataclasses.replace(settings, people_limit="2 per minute", redis_url="redis://127.0.0.1:1/0")
+    client = create_app(away).test_client()
+    assert [client.get("/api/v1/auth/me").status_code for _ in range(4)] == [401, 401, 429, 429]
+
+
+def test_agents_may_send_sixteen_times_as_much(fresh_app):
+    for path in ("/api/v1/echo", "/api/v1/agent/echo"):
+        fresh_app.add_url_rule(path, path, view_func=lambda: str(len(request.get_data())), methods=["POST"])
+    client, mebibyte = fresh_app.test_client(), b"x" * 2**20
+    assert client.post("/api/v1/echo", data=mebibyte).status_code == 200
+    assert_problem(client.post("/api/v1/echo", data=mebibyte + b"x"), 413, "too_large")
+    assert client.post("/api/v1/agent/echo", data=mebibyte * 16).status_code == 200
+    assert_problem(client.post("/api/v1/agent/echo", data=mebibyte * 16 + b"x"), 413, "too_large")
+
+
+def test_a_body_that_does_not_say_its_length_is_refused_rather_than_cut(client):
+    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    body = {"input_stream": BytesIO(b'{"username": "x"}'), "content_type": "application/json"}
+    answer = client.post("/api/v1/auth/login", environ_overrides=chunked, **body)
+    assert_problem(answer, 411, "length_required")
+
+
+def test_a_redirect_is_no_problem(client):
+    answer = client.get("/api//docs")
+    assert (answer.status_code, answer.headers["Location"]) == (308, "http://localhost/api/docs")
 
 
 def test_agents_behind_the_same_address_are_not_counted(database, settings):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 from argon2 import extract_parameters
@@ -53,3 +55,28 @@ def test_random_passwords_pass_the_policy_and_differ():
     assert len(made) == 200
     assert all(not passwords.problems_of(password, username="olga") for password in made)
     assert not any(set("il1o0") & set(password) for password in made)
+
+
+UNDER_GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import time
+import gevent
+from portal.services import passwords
+ticks = []
+def tick():
+    while True:
+        ticks.append(time.monotonic())
+        gevent.sleep(0.001)
+gevent.spawn(tick)
+gevent.sleep(0.01)
+before = len(ticks)
+kept = passwords.hash_of("correct horse battery")
+print(len(ticks) - before, passwords.matches("correct horse battery", kept), passwords.matches("no", kept))
+"""
+
+
+def test_under_gevent_the_other_greenlets_go_on_while_a_password_is_hashed():
+    told = subprocess.run([sys.executable, "-c", UNDER_GEVENT], capture_output=True, text=True, check=True)
+    ticks, right, wrong = told.stdout.split()
+    assert int(ticks) >= 3, told.stdout
+    assert (right, wrong) == ("True", "False")
