@@ -36,14 +36,15 @@ FACTS = {
     "openssh": "OpenSSH_9.2p1",
 }
 NO_GPUS = {
-    "state": "no_library", "message": None, "sampled_at": None, "driver_version": None, "nvml_version": None, "gpus": [],
+    "state": "no_library", "message": None, "sampled_at": None,
+    "driver_version": None, "nvml_version": None, "gpus": [],
 }  # fmt: skip
 
 
 def gpu(uid: str, index: int = 0) -> dict[str, Any]:
     unknown = (
-        "memory_used_bytes", "memory_reserved_bytes", "utilization_percent", "memory_bandwidth_percent", "temperature_c",
-        "power_w", "power_limit_w", "ecc_uncorrected", "mig", "processes", "serial", "pci_bus_id",
+        "memory_used_bytes", "memory_reserved_bytes", "utilization_percent", "memory_bandwidth_percent",
+        "temperature_c", "power_w", "power_limit_w", "ecc_uncorrected", "mig", "processes", "serial", "pci_bus_id",
     )  # fmt: skip
     known = {"index": index, "uuid": uid, "name": "NVIDIA H100", "memory_total_bytes": 80 << 30}
     return {**dict.fromkeys(unknown), **known, "errors": [], "state": "ok"}

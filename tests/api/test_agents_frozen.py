@@ -1,4 +1,4 @@
-"""A portal restored from an older backup gives no orders: the host freezes, an operator is asked, nothing is cleaned."""
+"""A portal restored from an older backup gives no orders: the host freezes, an operator is asked, nothing is lost."""
 
 from __future__ import annotations
 

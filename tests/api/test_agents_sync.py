@@ -247,7 +247,7 @@ def test_a_report_is_kept_before_it_is_acknowledged_and_once(app: Flask, custome
 
 
 def test_the_same_report_many_times_at_once_is_kept_once(app: Flask, customer: User, tenant: Any) -> None:
-    agent, parts, attempt_id, _ = full_report(app, customer, tenant)
+    agent, parts, _, _ = full_report(app, customer, tenant)
     message = agent.message(**parts)
 
     def say(_: int) -> tuple[int, Any]:

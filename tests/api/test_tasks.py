@@ -1,4 +1,4 @@
-"""The life of a task over HTTP: who may run one, what is taken from them, how it moves, ends, is tried again or lost."""
+"""The life of a task over HTTP: who may run one, what is taken from them, how it moves, ends, is tried again, lost."""
 
 from __future__ import annotations
 

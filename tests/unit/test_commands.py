@@ -8,7 +8,7 @@ import pytest
 
 from portal.db import utcnow
 from portal.errors import NotFound
-from portal.models import AuditEntry, Baseline, Command, Lease, Machine, Reclaim, Tenant
+from portal.models import AuditEntry, Baseline, Command, Lease, Machine, Reclaim, Run, RunHost, Tenant
 from portal.services import agents, commands, machines
 from portal.services.actors import SYSTEM
 from portal.services.commands import NoBaseline
@@ -20,7 +20,11 @@ from tests.unit.test_desired import BASELINE, keep_baseline
 
 @pytest.fixture
 def machine(database: Any) -> Machine:
-    return make_machine(state="provisioning")
+    """A machine whose provisioning run went well and that lacks its baseline."""
+    machine = make_machine(state="provisioning")
+    run = Run.create(playbook="gpu_hosts", purpose="provision", state="succeeded", ended_at=utcnow())
+    RunHost.create(run=run, machine=machine)
+    return machine
 
 
 def actions() -> list[str]:
