@@ -1,0 +1,185 @@
+"""The verdict on a host: what counts as a yes, and that nothing else does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROLE = Path(__file__).parents[2] / "roles/verify"
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+judge = _load("verify_verdict", ROLE / "filter_plugins/verdict.py")
+port_scan = _load("verify_port_scan", ROLE / "library/port_scan.py")
+
+
+def scanned(*ports: int, **changes: Any) -> dict[str, Any]:
+    return {"address": "192.0.2.1", "open": list(ports), "closed": 0, "unreachable": 0, "seconds": 1.0, **changes}
+
+
+def said(*checks: dict[str, Any], passed: bool | None = None, **changes: Any) -> dict[str, Any]:
+    """The registered result of a host that answers these checks."""
+    good = all(check.get("result") in ("passed", "not_applicable") for check in checks)
+    answer = {"schema": 1, "passed": good if passed is None else passed, "checks": list(checks)}
+    return {"rc": 0 if good else 1, "stdout": json.dumps(answer), "stderr": "", **changes}
+
+
+def check(result: str = "passed", **changes: Any) -> dict[str, Any]:
+    return {"id": "accounts", "result": result, "reason": None, "evidence": {"n": 1}, "duration_s": 0.5, **changes}
+
+
+# -- ports ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scan", "result", "reason"),
+    [
+        ({"scans": [scanned(22)]}, "passed", None),
+        ({"scans": [scanned(22, 9100)]}, "passed", None),
+        ({"scans": [scanned(22, 6666)]}, "failed", "not allowed: 6666"),
+        ({"scans": [scanned(22), scanned(6666, address="2001:db8::1")]}, "failed", "not allowed: 6666"),
+        ({"scans": [scanned()]}, "unknown", "not even the SSH port 22"),
+        ({"scans": [scanned(9100)]}, "unknown", "not even the SSH port 22"),
+        ({"scans": [scanned(22), scanned(unreachable=65535, address="2001:db8::1")]}, "unknown", "2001:db8::1"),
+        ({"scans": []}, "unknown", "the scan failed"),
+        ({"failed": True, "msg": "host.example has no address"}, "unknown", "has no address"),
+    ],
+)
+def test_a_port_may_be_open_only_where_it_is_allowed(scan: dict[str, Any], result: str, reason: str | None) -> None:
+    judged = judge.ports_check(scan, [22, 9100], 22)
+    assert judged["result"] == result
+    assert (reason is None and judged["reason"] is None) or reason in judged["reason"]
+    assert judge.verdict([judged], "gpu-1", "", "")["passed"] is (result == "passed")
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_the_scan_sees_the_one_open_port_among_the_closed(listener: int) -> None:
+    first = max(1, listener - 500)
+    found = port_scan.scan("127.0.0.1", range(first, listener + 1), 1.0, room=64)
+    assert listener in found.open
+    assert len(found.open) + found.closed + found.unreachable == listener + 1 - first
+
+
+def test_a_port_without_an_answer_is_closed_when_its_time_is_up() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address = full.getsockname()
+        waiting = []
+        for _ in range(4):  # a full queue drops what comes next, as a firewall does
+            each = socket.socket()
+            each.setblocking(False)
+            each.connect_ex(address)
+            waiting.append(each)
+        started = time.monotonic()
+        found = port_scan.scan("127.0.0.1", [address[1]], 0.3, room=8)
+        assert time.monotonic() - started < 5
+        for each in waiting:
+            each.close()
+    assert (found.open, found.closed) == ([], 1)
+
+
+def test_an_address_that_cannot_be_asked_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: port_scan.errno.ENETUNREACH)
+    found = port_scan.scan("192.0.2.1", range(1, 11), 0.1, room=4)
+    assert (found.open, found.closed, found.unreachable) == ([], 0, 10)
+
+
+# -- the login --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attempt", "result"),
+    [
+        ({"rc": 255, "stderr": "lease17@192.0.2.1: Permission denied (publickey)."}, "passed"),
+        ({"rc": 0, "stderr": ""}, "failed"),
+        ({"rc": 1, "stderr": "This account is currently not available."}, "failed"),
+        ({"rc": 255, "stderr": "Connection refused"}, "unknown"),
+        ({"rc": 255, "stderr": "Host key verification failed."}, "unknown"),
+        ({"rc": 255, "stderr": "Connection timed out"}, "unknown"),
+        ({"rc": 255, "stderr": ""}, "unknown"),
+        ({"msg": "no ssh here"}, "unknown"),
+    ],
+)
+def test_only_a_real_no_is_a_refused_login(attempt: dict[str, Any], result: str) -> None:
+    assert judge.login_check(attempt, "lease17")["result"] == result
+
+
+# -- the host's own answer ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_host_found_is_taken_over() -> None:
+    answer = said(check(), check("failed", id="cron", reason="a crontab of lease17"), check("not_applicable", id="gpu"))
+    judged = judge.host_checks(answer)
+    assert [(each["id"], each["result"]) for each in judged] == [
+        ("accounts", "passed"),
+        ("cron", "failed"),
+        ("gpu", "not_applicable"),
+    ]
+    assert judge.reasons(judge.verdict(judged, "gpu-1", "", "")) == "cron failed: a crontab of lease17"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"unreachable": True, "msg": "no route"},
+        {"rc": 124, "stdout": "", "stderr": ""},
+        {"rc": 127, "stdout": "", "stderr": "not found"},
+        {"msg": "no python"},
+        {"rc": 0, "stdout": ""},
+        {"rc": 0, "stdout": "ok"},
+        {"rc": 0, "stdout": "[]"},
+        {"rc": 0, "stdout": "null"},
+        {"rc": 0, "stdout": '{"passed": true}'},
+        {"rc": 0, "stdout": '{"passed": true, "checks": 7}'},
+        {"rc": 0, "stdout": '{"passed": true, "checks": "passed"}'},
+        {"rc": 0, "stdout": '{"passed": true, "checks": [null]}'},
+        {"rc": 0, "stdout": '{"passed": true, "checks": [{}]}'},
+        said(),
+        said(check("fine")),
+        said(check(id="Accounts")),
+        said(check(id=7)),
+        said(check(duration_s="long")),
+        said(check("failed"), passed=True),
+        said(check(), passed=False),
+        said(check(), passed=None, rc=2),
+    ],
+)
+def test_an_answer_that_is_none_is_never_a_yes(answer: dict[str, Any]) -> None:
+    judged = judge.host_checks(answer)
+    assert judged
+    assert not judge.verdict(judged, "gpu-1", "", "")["passed"]
+    assert "unknown" in [each["result"] for each in judged]
+
+
+def test_a_host_that_was_lost_before_the_question_is_unknown() -> None:
+    (only,) = judge.host_checks({"unreachable": True, "msg": "gone"}, {"unreachable": True, "msg": "gone"})
+    assert only["result"] == "unknown"
+    assert "cannot be reached" in only["reason"]
+
+
+def test_nothing_checked_is_nothing_proven() -> None:
+    judged = judge.verdict([], "gpu-1", "2026-11-25T12:00:00Z", "2026-11-25T12:00:09Z")
+    assert judged["passed"] is False
+    assert judge.reasons(judged) == "nothing was checked"
