@@ -317,6 +317,7 @@ class Lease(Table):
     ending_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     end_reason = pw.TextField(null=True)
+    ended_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")  # None: its agreed end
     end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
     probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
 
@@ -448,6 +449,10 @@ class Task(Table):
     state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(TASK))])
     created_at = UtcDateTimeField(default=utcnow)
     ended_at = UtcDateTimeField(null=True)
+
+    # No columns: put in by services/tasks.py where tasks are shown with their attempts.
+    newest: Attempt
+    all_attempts: list[Attempt]
 
 
 class Attempt(Table):

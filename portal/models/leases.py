@@ -37,6 +37,8 @@ class Lease(Table):
     ending_at = UtcDateTimeField(null=True)
     ended_at = UtcDateTimeField(null=True)
     end_reason = pw.TextField(null=True)
+    ended_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")  # None: its agreed end
+    ended_by_id: int | None
     end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
     probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
 

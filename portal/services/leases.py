@@ -3,11 +3,15 @@
 A lease's life is told here in order: allocate, activate, extend, end, observed closed, ended; and beside it: continue
 one whose data is still retained, write one off. What a lease opens is in grants.py, how the machine gets clean in
 reclaims.py. Here is no HTTP and no host: callers pass who, why, and where it matters the time.
+
+Every change takes the machine's row first (`machines.lock`): what was checked stays true until the commit, and no two
+transactions wait for each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -22,6 +26,7 @@ from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.health import Problem
 from portal.services.transitions import WrongState, move
 
+LAST_UID = 59999  # beyond it begin those that Debian and systemd give away by themselves
 MAX_RETAIN_S = 90 * 24 * 3600
 TASKS_WAIT = timedelta(minutes=5)  # how long a closed lease waits for the exit codes of its tasks
 
@@ -107,32 +112,28 @@ def allocate(
             # The first statement takes the machine's row, so that every check below still holds at the commit.
             uid = _take_uid(machine)
             machine = machines.get(machine.id)
-            begins = starts_at or now
-            refusals = [*_tenant_refusals(to), *_overlaps(machine, begins, until, retain_s)]
+            refusals = [*_tenant_refusals(to), *_overlaps(machine, starts_at or now, until, retain_s)]
             refusals += _plan_refusals(machine) if starts_at else start_refusals(machine, now)
             if refusals:
                 raise CannotAllocate(refusals)
-            lease = Lease.create(
-                machine=machine,
-                tenant=to,
-                state="scheduled",
-                uid=uid,
-                starts_at=begins,
-                ends_at=until,
-                retain_s=retain_s,
-                root=root,
-                remark=remark,
-                created_by=by.user,
-                probe_key=probe_key,
-            )
-            lease.login = f"lease{lease.id}"
-            lease.save()
-            _tell("lease.scheduled", lease, by=by, until=until, starts_at=starts_at, retain_s=retain_s, root=root)
+            fields = {"tenant": to, "retain_s": retain_s, "root": root, "remark": remark, "probe_key": probe_key}
+            lease = _write(machine, uid=uid, starts_at=starts_at or now, ends_at=until, by=by, **fields)
             if starts_at is None:
                 _activate(lease, machine, by=by)
     except peewee.IntegrityError:
         # The partial unique index has the last word, whatever the checks above believed.
         raise CannotAllocate([Problem("leased", f"{machine.name} was leased to somebody at this moment.")]) from None
+    return lease
+
+
+def _write(machine: Machine, *, by: Actor, **fields: Any) -> Lease:
+    """The row of a new lease, whose login is its own if it continues none."""
+    lease = Lease.create(machine=machine, state="scheduled", created_by=by.user, **fields)
+    if lease.login is None:
+        lease.login = f"lease{lease.id}"
+        lease.save()
+    told = {name: fields[name] for name in ("starts_at", "ends_at", "retain_s", "root")}
+    _tell("lease.scheduled", lease, by=by, continues=lease.continues_id, **told)
     return lease
 
 
@@ -153,6 +154,9 @@ def _take_uid(machine: Machine) -> int:
     if Machine.update(next_uid=Machine.next_uid + 1).where(Machine.id == machine.id).execute() != 1:
         raise NotFound(f"There is no machine {machine.id} any more.")
     following: int = Machine.select(Machine.next_uid).where(Machine.id == machine.id).scalar()
+    if following - 1 > LAST_UID:
+        used_up = f"{machine.name} has used up its UIDs; retire it and register the newly installed host."
+        raise CannotAllocate([Problem("no_uid_left", used_up)])
     return following - 1
 
 
@@ -295,10 +299,9 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
     refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
     if refusals:
         raise CannotAllocate(refusals)
-    following = Lease.create(
-        machine=machine,
+    following = _write(
+        machine,
         tenant=lease.tenant_id,
-        state="scheduled",
         login=lease.login,
         uid=lease.uid,
         starts_at=now,
@@ -307,10 +310,9 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
         root=lease.root,
         remark=lease.remark,
         continues=lease,
-        created_by=by.user,
         probe_key=reclaims.new_probe_key(),
+        by=by,
     )
-    _tell("lease.continued", following, by=by, continues=lease.id, until=until)
     _open(following, by=by)
     return following
 
@@ -321,9 +323,10 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
 def end(lease: Lease, *, by: Actor, reason: str, force: bool = False) -> Lease:
     """Close the door now; the host follows, then the reclaim. `force` skips the retention of the data."""
     with atomic():
-        lease = _held(lease)
+        machines.lock(lease.machine)
+        lease = get(lease.id)
         if lease.state == "scheduled":
-            move(lease, leave="scheduled", enter="ended", ended_at=utcnow(), end_reason=reason)
+            move(lease, leave="scheduled", enter="ended", ended_at=utcnow(), end_reason=reason, ended_by=by.user)
             _tell("lease.ended", lease, by=by, reason=reason)
         elif lease.state == "ending" and force and not lease.end_forced:
             Lease.update(end_forced=True).where(Lease.id == lease.id).execute()
@@ -333,14 +336,8 @@ def end(lease: Lease, *, by: Actor, reason: str, force: bool = False) -> Lease:
     return get(lease.id)
 
 
-def _held(lease: Lease) -> Lease:
-    """The lease as it is now, its row held until the transaction ends."""
-    Lease.update(uid=Lease.uid).where(Lease.id == lease.id).execute()
-    return get(lease.id)
-
-
 def _close(lease: Lease, *, by: Actor, reason: str, force: bool = False, where: Any = None) -> None:
-    changes = {"ending_at": utcnow(), "end_reason": reason, "end_forced": force}
+    changes = {"ending_at": utcnow(), "end_reason": reason, "ended_by": by.user, "end_forced": force}
     move(lease, leave="active", enter="ending", where=where, **changes)
     grants.want_all_closed(lease)
     tasks.end_all_of(lease, reason=reason)
@@ -355,6 +352,7 @@ def end_due(now: datetime | None = None) -> int:
     for lease in Lease.select().where(Lease.state == "active", Lease.ends_at <= now):
         try:
             with atomic():  # an extension that was committed meanwhile wins
+                machines.lock(lease.machine)
                 _close(lease, by=SYSTEM, reason="The agreed end has come.", where=Lease.ends_at <= now)
             closed += 1
         except WrongState:
@@ -368,7 +366,8 @@ def _finish_without_tasks(now: datetime) -> None:
     for lease in Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT):
         if grants.get(lease, "keys").observed != "closed" or _awaits_tasks(lease, now):
             continue
-        with atomic():
+        with atomic(), suppress(WrongState):  # it was closed by a report meanwhile
+            machines.lock(lease.machine)
             grants.observe(lease, "tasks", "closed")
             _finish(lease, by=SYSTEM)
 
@@ -393,6 +392,8 @@ def observed(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> None:
 
 def _observe(lease: Lease, machine: Machine, entry: Mapping[str, Any]) -> None:
     with atomic():
+        machines.lock(machine)
+        lease = get(lease.id)
         _acknowledge(lease, machine, entry)
         state = _state_of(entry)
         news = grants.observe(
@@ -446,9 +447,11 @@ def _has_applied_everything(machine: Machine) -> bool:
 def _never_there(lease: Lease, machine: Machine) -> None:
     """The host does all that we want and does not know this lease: it ended before the host had heard of it."""
     with atomic():
+        machines.lock(machine)
+        lease = get(lease.id)
         for kind in ("keys", "tasks"):
             grants.observe(lease, kind, "closed", message="The host never opened it.")
-        if not _awaits_tasks(lease, utcnow()):
+        if lease.state == "ending" and not _awaits_tasks(lease, utcnow()):
             _finish(lease, by=of_agent(machine))
 
 
@@ -462,11 +465,13 @@ def _finish(lease: Lease, *, by: Actor, **detail: Any) -> None:
 def write_off(lease: Lease, *, by: Actor, reason: str) -> Lease:
     """The host will not answer any more: the lease ends unobserved. Its machine must still be proven clean."""
     with atomic():
+        machines.lock(lease.machine)
         lease = get(lease.id)
         if lease.state == "active":
             _close(lease, by=by, reason=reason)
         if lease.state != "ending":
             raise Conflict(f"Lease {lease.id} is {lease.state}; there is nothing to write off.", code="wrong_state")
+        tasks.lose_all_of(lease, reason=reason)
         open_still = [grant.kind for grant in grants.of_lease(lease) if grant.observed != "closed"]
         _finish(lease, by=by, reason=reason, written_off=True, not_observed_closed=open_still)
     return lease

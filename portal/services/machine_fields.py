@@ -99,7 +99,7 @@ def _labels(value: Mapping[str, str] | None) -> dict[str, str]:
     return labels
 
 
-def _credential(value: Credential | None) -> str | None:
+def _credential(value: Mapping[str, str] | None) -> str | None:
     """Encrypted; an answer never contains it again."""
     kept = {key: text for key, text in (value or {}).items() if text}
     if not kept:

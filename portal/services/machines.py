@@ -73,7 +73,7 @@ def register(
     address: str,
     ssh_user: str,
     ssh_port: int = 22,
-    credential: Credential | None = None,
+    credential: Mapping[str, str] | None = None,
     by: Actor,
     **descriptive: Any,
 ) -> Machine:
@@ -162,7 +162,11 @@ def confirm_host_key(machine: Machine, wanted: str, *, by: Actor, reason: str | 
 
 
 def lock(machine: Machine) -> Machine:
-    """The machine's row as it is now, held until the transaction ends: checks made after this line stay true."""
+    """The machine's row as it is now, held until the transaction ends: checks made after this line stay true.
+
+    Whoever changes a machine, or its leases, reclaims, commands or tasks, takes it first: then no two transactions wait
+    for each other.
+    """
     if Machine.update(name=Machine.name).where(Machine.id == machine.id).execute() != 1:
         raise NotFound(f"There is no machine {machine.id} any more.")
     return get(machine.id)
@@ -199,6 +203,7 @@ def run_finished(run: Run) -> None:
             continue
         if run.state == "succeeded":
             with atomic():
+                machine = lock(machine)
                 _forget_first_contact(machine)
                 _ask_for_baseline(machine)
         else:
@@ -233,6 +238,7 @@ def _is_provisioned(machine: Machine) -> bool:
 
 def _fail(machine: Machine, reason: str) -> None:
     with atomic():
+        machine = lock(machine)
         move(machine, leave="provisioning", enter="failed", state_reason=reason)
         audit.record("machine.failed", machine, by=SYSTEM, outcome="failed", reason=reason)
         events.write("machine.failed", machine_id=machine.id)
@@ -260,8 +266,9 @@ def fail_overdue(now: datetime) -> int:
 def enrolled(machine: Machine, facts: Mapping[str, Any]) -> None:
     """The agent has its credential. Called inside the enrolment's transaction."""
     with atomic():
+        machine = lock(machine)
         Machine.update(facts=dict(facts)).where(Machine.id == machine.id).execute()
-        _ask_for_baseline(get(machine.id))
+        _ask_for_baseline(machine)
 
 
 def seen_gpus(machine: Machine, gpus: Iterable[Mapping[str, Any]]) -> None:
@@ -436,7 +443,7 @@ def is_proven_clean(machine: Machine) -> bool:
 # The end
 
 
-def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Credential | None = None) -> Machine:
+def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[str, str] | None = None) -> Machine:
     """The quarantined host was installed anew from outside: nothing of what we knew about it holds any more.
 
     Scan and confirm its new host key, then provision. Its agent gets a new identity, its desired state a new epoch.

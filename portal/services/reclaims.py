@@ -108,7 +108,12 @@ def wait_for(lease: Lease) -> Reclaim:
     now = utcnow()
     due_at = now if lease.end_forced else now + timedelta(seconds=lease.retain_s)
     reclaim: Reclaim = Reclaim.create(
-        machine=lease.machine_id, lease=lease, due_at=due_at, force=lease.end_forced, reason=lease.end_reason
+        machine=lease.machine_id,
+        lease=lease,
+        due_at=due_at,
+        force=lease.end_forced,
+        reason=lease.end_reason,
+        requested_by=lease.ended_by_id,
     )
     _tell("reclaim.waiting", reclaim, by=SYSTEM, due_at=due_at, force=reclaim.force)
     return reclaim
@@ -245,6 +250,7 @@ def _refuse_other_lease(reclaim: Reclaim) -> None:
 def _clean_overdue(reclaim: Reclaim) -> bool:
     minutes = CLEAN_DEADLINE.total_seconds() / 60
     with atomic():
+        machines.lock(reclaim.machine)
         command = Command.get_by_id(reclaim.command_id)
         if command.state == "queued":
             commands.cancel(command, by=SYSTEM, reason="It took too long.")
@@ -255,6 +261,7 @@ def _clean_overdue(reclaim: Reclaim) -> bool:
 def cleaned(command: Command, result: Mapping[str, Any] | None) -> None:
     """The agent's result of a cleaning. One that comes late or names another lease is refused and changes nothing."""
     with atomic():
+        machines.lock(command.machine)
         reclaim = Reclaim.get_or_none(Reclaim.command_id == command.id)
         if reclaim is None or reclaim.lease_id != command.lease_id:
             raise Conflict(
@@ -334,6 +341,7 @@ def run_finished(run: Run) -> None:
 def _verify_overdue(reclaim: Reclaim, run: Run) -> bool:
     runs.cancel(run, by=SYSTEM)
     with atomic():
+        machines.lock(reclaim.machine)
         hours = VERIFY_DEADLINE.total_seconds() / 3600
         _fail(reclaim, [f"The verifying run {run.id} did not end within {hours:.0f} hours."])
     return True

@@ -218,6 +218,13 @@ def test_a_uid_is_never_used_twice_on_a_machine(host: Host, tenant: Tenant) -> N
     assert len({login for login, _ in seen}) == 3
 
 
+def test_a_machine_that_has_used_up_its_uids_is_not_leased(host: Host, tenant: Tenant) -> None:
+    with atomic():
+        Machine.update(next_uid=leases.LAST_UID + 1).where(Machine.id == host.id).execute()
+    with pytest.raises(CannotAllocate, match="used up its UIDs"):
+        allocate(host, tenant)
+
+
 # Later
 
 
@@ -261,7 +268,8 @@ def test_a_lease_that_could_never_begin_ends_and_says_why(host: Host, tenant: Te
 def test_a_scheduled_lease_is_called_off(host: Host, tenant: Tenant) -> None:
     start = utcnow() + HOUR
     lease = allocate(host, tenant, starts_at=start, until=start + DAY)
-    assert leases.end(lease, by=SYSTEM, reason="not needed").state == "ended"
+    called_off = leases.end(lease, by=SYSTEM, reason="not needed")
+    assert (called_off.state, called_off.end_reason) == ("ended", "not needed")
     assert leases.activate_due(start) == 0
     assert allocate(host, tenant).state == "active"
 
@@ -515,6 +523,13 @@ def test_an_operator_writes_off_a_host_that_will_not_answer(
     reclaims.advance_due(utcnow() + 2 * HOUR)
     reclaims.advance_due(utcnow() + DAY)
     assert host.state == "quarantined"
+
+
+def test_what_runs_on_a_host_that_is_written_off_is_lost(host: Host, lease: Lease, customer: User) -> None:
+    attempt = a_running_attempt(lease, customer)
+    leases.write_off(lease, by=SYSTEM, reason="the rack burned down")
+    lost = Attempt.get_by_id(attempt.id)
+    assert (lost.state, lost.exit_code) == ("lost", None)
 
 
 def test_only_what_is_open_is_written_off(host: Host, lease: Lease) -> None:

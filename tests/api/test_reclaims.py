@@ -84,6 +84,14 @@ def test_the_report_says_who_what_and_why_and_is_signed(host: Host, ended: Lease
     assert report["previous_report_sha256"] is None
 
 
+def test_the_report_names_who_ended_the_lease_and_why(host: Host, tenant: Tenant, operator: User) -> None:
+    lease = rental.allocate(host, tenant)
+    leases.end(lease, by=actor_of(operator), reason="the customer has moved out")
+    host.sees(lease, "closed")
+    report = json.loads(str(rental.reclaim(host, lease).report))
+    assert (report["reclaim"]["requested_by"], report["reclaim"]["reason"]) == ("olga", "the customer has moved out")
+
+
 def test_each_report_carries_the_hash_of_the_one_before_it(host: Host, ended: Lease, tenant: Tenant) -> None:
     first = rental.reclaim(host, ended)
     host.report()
