@@ -10,6 +10,8 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import peewee
@@ -17,9 +19,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid, NotFound
-from portal.models import Grant, Lease, Machine, Membership, SshKey, User
+from portal.models import Grant, Lease, Machine, Membership, SshKey, Tenant, User
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, events
 from portal.services.actors import Actor
@@ -144,14 +146,13 @@ def add(user: User, *, name: str, line: str, by: Actor) -> SshKey:
     """Take a key and send it to every machine that the user may log in to. Raises Invalid, Conflict."""
     key = parse(line)
     try:
-        with atomic():
+        with carrying(of=user):
             if list_of(user).count() >= MAX_KEYS:
                 raise Conflict(f"You have {MAX_KEYS} keys; remove one first.", code="too_many_keys")
             row = SshKey.create(
                 user=user, name=name, type=key.type, bits=key.bits, line=key.line, fingerprint=key.fingerprint
             )
             audit.record("key.added", row, by=by, name=name, fingerprint=key.fingerprint)
-            carry_to_machines_of(_tenant_ids(user))
     except peewee.IntegrityError:
         raise Conflict(f"You have this key already ({key.fingerprint}).", code="key_exists") from None
     return row
@@ -171,12 +172,11 @@ def get_of(user: User, key_id: int) -> SshKey:
 
 def remove(key: SshKey, *, by: Actor) -> None:
     """Take a key away from the user and from every host. Raises NotFound if somebody was first."""
-    with atomic():
+    with carrying(of=key.user):
         removed = SshKey.update(removed_at=utcnow()).where((SshKey.id == key.id) & SshKey.removed_at.is_null())
         if not removed.execute():
             raise NotFound("You have no such key.")
         audit.record("key.removed", key, by=by, name=key.name, fingerprint=key.fingerprint)
-        carry_to_machines_of(_tenant_ids(key.user))
 
 
 def of_lease(lease: Lease) -> list[SshKey]:
@@ -196,23 +196,36 @@ def of_lease(lease: Lease) -> list[SshKey]:
     return list({row.fingerprint: row for row in reversed(list(rows))}.values())[::-1]
 
 
-def carry_changes_of(user: User) -> None:
-    """Tell the hosts that this user's keys count, or no longer do. Part of the transaction that decides it."""
-    carry_to_machines_of(_tenant_ids(user))
+@contextmanager
+def carrying(of: User | Tenant) -> Iterator[None]:
+    """A transaction that changes whose keys count: it wakes the agent of every machine that `of` has leased.
 
-
-def carry_to_machines_of(tenant_ids: list[int]) -> None:
-    """Wake the agent of every machine with an open lease of these tenants. Part of a caller's transaction.
-
-    In the order of the machines' ids: two of these at once must not wait for each other.
+    A lease that opens at the same moment is invisible from inside, as our change is to its agent; so we look again
+    after the commit, unless a caller's transaction goes on (a new user, who has no keys yet).
     """
-    leases = Lease.select(Lease.machine).where((Lease.tenant << tenant_ids) & (Lease.state << LEASE_OPEN))
-    for machine_id in sorted({lease.machine_id for lease in leases}):
+    with atomic():
+        yield
+        told = _wake(_leased_by(of))
+    if not db.in_transaction() and (late := _leased_by(of) - told):
+        with atomic():
+            _wake(late)
+
+
+def _leased_by(of: User | Tenant) -> set[int]:
+    """The machines with an open lease of the tenant, or of any of the user's tenants."""
+    leases = Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)
+    if isinstance(of, User):
+        leases = leases.join(Membership, on=(Membership.tenant == Lease.tenant)).where(Membership.user == of)
+    else:
+        leases = leases.where(Lease.tenant == of)
+    return {lease.machine_id for lease in leases}
+
+
+def _wake(machine_ids: set[int]) -> set[int]:
+    """In the order of the ids: two of these at once must not wait for each other."""
+    for machine_id in sorted(machine_ids):
         events.desired_changed(machine_id)
-
-
-def _tenant_ids(user: User) -> list[int]:
-    return [membership.tenant_id for membership in Membership.select().where(Membership.user == user)]
+    return machine_ids
 
 
 def presence_of(user: User) -> dict[str, list[Presence]]:

@@ -119,7 +119,7 @@ def add_member(tenant: Tenant, user: User, role: str, *, by: Actor) -> Membershi
     if user.role != "customer":
         raise Invalid({"user_id": [f"{user.username} is {user.role}; only customers belong to tenants."]})
     try:
-        with atomic():
+        with keys.carrying(of=tenant):
             membership = Membership.create(tenant=tenant, user=user, role=role)
             _changed("tenant.member_added", tenant, user, by, role=role)
     except peewee.IntegrityError:
@@ -130,7 +130,7 @@ def add_member(tenant: Tenant, user: User, role: str, *, by: Actor) -> Membershi
 def set_member_role(tenant: Tenant, user_id: int, role: str, *, by: Actor) -> Membership:
     _check_role(role)
     membership = get_member(tenant, user_id)
-    with atomic():
+    with keys.carrying(of=tenant):
         Membership.update(role=role).where(Membership.id == membership.id).execute()
         _changed("tenant.member_changed", tenant, membership.user, by, role=role, was=membership.role)
     membership.role = role
@@ -140,7 +140,7 @@ def set_member_role(tenant: Tenant, user_id: int, role: str, *, by: Actor) -> Me
 def remove_member(tenant: Tenant, user_id: int, *, by: Actor) -> None:
     """Take somebody out: the keys leave the tenant's machines at once."""
     membership = get_member(tenant, user_id)
-    with atomic():
+    with keys.carrying(of=tenant):
         Membership.delete().where(Membership.id == membership.id).execute()
         _changed("tenant.member_removed", tenant, membership.user, by, was=membership.role)
 
@@ -160,4 +160,3 @@ def _check_role(role: str) -> None:
 def _changed(action: str, tenant: Tenant, user: User, by: Actor, **detail: Any) -> None:
     audit.record(action, tenant, by=by, tenant_id=tenant.id, user_id=user.id, username=user.username, **detail)
     events.write(action, tenant_id=tenant.id, resource_id=user.id)
-    keys.carry_to_machines_of([tenant.id])

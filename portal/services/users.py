@@ -156,28 +156,27 @@ def disable(user: User, *, by: Actor) -> User:
     """Shut somebody out now: every sign-in ends, the keys leave every host. Raises Conflict."""
     if user.id == by.id:
         raise Conflict("You cannot disable yourself; ask another admin.", code="own_account")
-    with atomic():
+    with keys.carrying(of=user):
         if not User.update(disabled_at=utcnow()).where((User.id == user.id) & User.disabled_at.is_null()).execute():
             raise Conflict(f"{user.username} is disabled already.", code="wrong_state")
         sessions.end_all(user, "disabled")
-        _carry("user.disabled", user, by)
+        _tell("user.disabled", user, by)
     return _reload(user)
 
 
 def enable(user: User, *, by: Actor) -> User:
     """Let somebody sign in again, with the password they had. Raises Conflict."""
-    with atomic():
+    with keys.carrying(of=user):
         again = User.update(disabled_at=None).where((User.id == user.id) & User.disabled_at.is_null(False))
         if not again.execute():
             raise Conflict(f"{user.username} is not disabled.", code="wrong_state")
-        _carry("user.enabled", user, by)
+        _tell("user.enabled", user, by)
     return _reload(user)
 
 
-def _carry(action: str, user: User, by: Actor) -> None:
+def _tell(action: str, user: User, by: Actor) -> None:
     audit.record(action, user, by=by, username=user.username)
     events.write(action, resource_id=user.id)
-    keys.carry_changes_of(user)
 
 
 def _reload(user: User) -> User:

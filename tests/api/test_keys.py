@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 
-from portal.db import utcnow
+from portal.db import connection, utcnow
 from portal.models import AuditEntry, Event, Grant, Machine, SshKey
 from portal.services import keys, tenants, users
 from portal.services.actors import SYSTEM
@@ -178,6 +178,30 @@ def test_the_list_says_which_host_has_the_key(sign_in, customer, viewer, lease, 
     assert seen() == [{**told, "present": True}]
     give_key(viewer)
     assert seen(viewer) == []  # a viewer's key goes nowhere
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_lease_that_opens_while_a_key_is_added_gets_it(customer, tenant, monkeypatch):
+    """Neither transaction sees the other (on SQLite there is one writer at a time)."""
+    machine, real, opened = make_machine(), keys._leased_by, []
+
+    def open_lease():
+        with connection():
+            opened.append(make_lease(Machine.get_by_id(machine.id), tenant))
+
+    def look_just_before_it_opens(of):
+        seen = real(of)
+        if not opened:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(open_lease).result(20)
+        return seen
+
+    monkeypatch.setattr(keys, "_leased_by", look_just_before_it_opens)
+    before = generation_of(machine)
+    key = give_key(customer)
+    assert generation_of(machine) == before + 1
+    assert lines_of(opened[0]) == [key.line]
 
 
 def test_two_changes_of_many_machines_at_once_both_succeed(sign_in, tenant, customer, member):
