@@ -59,7 +59,7 @@ def build(settings: Settings) -> Flask:
         storage_uri=settings.redis_url or "memory://",
         in_memory_fallback_enabled=True,  # a Redis that is away must not lift the limit
         key_prefix="remotegpu",
-        headers_enabled=True,
+        headers_enabled=False,  # it would put its own Retry-After over ours
         app=app,
     )
     limiter.request_filter(_is_no_person)

@@ -48,7 +48,8 @@ class Api(flask_smorest.Api):
     ERROR_SCHEMA = ProblemOut
 
     def __init__(self, app: Flask) -> None:
-        super().__init__(app, spec_kwargs={"marshmallow_plugin": MarshmallowPlugin(schema_name_resolver=name_of)})
+        plugin = MarshmallowPlugin(schema_name_resolver=name_of)  # type: ignore[arg-type]  # None is allowed, its docs say
+        super().__init__(app, spec_kwargs={"marshmallow_plugin": plugin})
 
     def _register_responses(self) -> None:
         self.DEFAULT_RESPONSE_CONTENT_TYPE = "application/problem+json"  # of the error responses alone

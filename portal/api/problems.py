@@ -21,6 +21,7 @@ import peewee
 from flask import Flask, Response, current_app, request
 from flask_jwt_extended import exceptions as jwt_exceptions
 from flask_limiter import RateLimitExceeded
+from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
 from portal import errors
@@ -130,6 +131,9 @@ def of(error: Exception) -> Problem:
         return _of_http(error)
     if isinstance(error, peewee.IntegrityError):
         return _of_integrity(error)
+    if _is_busy(error):
+        log.warning("the database is busy: %s", error)
+        return Problem(503, CODES[503], "The database is busy. Try again.", headers={"Retry-After": "1"})
     return _unexpected(error)
 
 
@@ -202,6 +206,12 @@ def _of_integrity(error: peewee.IntegrityError) -> Problem:
     if state == "23503" or "FOREIGN KEY constraint failed" in text:
         return Problem(409, "in_use", "Something else still refers to this, or what it refers to is gone.")
     return _unexpected(error)
+
+
+def _is_busy(error: Exception) -> bool:
+    """Every connection of the pool is taken, or another writer held SQLite's lock for too long."""
+    is_locked = isinstance(error, peewee.OperationalError) and "database is locked" in str(error)
+    return is_locked or isinstance(error, MaxConnectionsExceeded)
 
 
 def _unexpected(error: Exception) -> Problem:

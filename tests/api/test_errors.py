@@ -11,6 +11,7 @@ import peewee
 import pytest
 from flask import request
 from flask_jwt_extended import create_access_token, create_refresh_token
+from playhouse.pool import MaxConnectionsExceeded
 
 from portal.app import create_app
 from portal.errors import Conflict
@@ -139,6 +140,19 @@ def test_an_unexpected_error_of_the_database_says_nothing_of_it(fresh_app):
 
     fresh_app.add_url_rule("/api/v1/broken", view_func=fail)
     assert "secrets" not in fresh_app.test_client().get("/api/v1/broken").text
+
+
+@pytest.mark.parametrize(
+    "error", [peewee.OperationalError("database is locked"), MaxConnectionsExceeded("Max connections exceeded")]
+)
+def test_a_busy_database_asks_to_come_back(fresh_app, error):
+    def fail():
+        raise error
+
+    fresh_app.add_url_rule("/api/v1/busy", view_func=fail)
+    answer = fresh_app.test_client().get("/api/v1/busy")
+    assert_problem(answer, 503, "unavailable")
+    assert answer.headers["Retry-After"] == "1"
 
 
 def test_what_a_rule_knows_is_told(fresh_app):
