@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, connection, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import Attempt, AuditEntry, Event, Grant, Lease, Machine, MachineReport, Task, Tenant, User
-from portal.services import desired, grants, leases, machines, reclaims
+from portal.services import agents, desired, grants, leases, machines, reclaims
 from portal.services.actors import SYSTEM
 from portal.services.leases import CannotAllocate
 from portal.services.transitions import WrongState
@@ -587,3 +590,66 @@ def test_times_are_answered_in_utc(host: Host, lease: Lease, operator: User, sig
     told = sign_in(operator).get(f"/admin/leases/{lease.id}").json["ends_at"]
     assert datetime.fromisoformat(told).tzinfo is not None
     assert datetime.fromisoformat(told).astimezone(UTC) == lease.ends_at
+
+
+# At the same moment
+
+
+def at_once(*acts: Callable[[], object]) -> list[object]:
+    """Do all of it in threads of their own; what each came to: its answer, or the refusal."""
+    gate = threading.Barrier(len(acts))
+    outcomes: list[object] = [None for _ in acts]
+
+    def do(place: int) -> None:
+        with connection():
+            gate.wait(30)
+            try:
+                outcomes[place] = acts[place]()
+            except Conflict as refusal:
+                outcomes[place] = refusal
+
+    threads = [threading.Thread(target=do, args=(place,)) for place in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return outcomes
+
+
+def test_an_extension_and_the_sweep_at_one_moment_have_one_winner(host: Host, tenant: Tenant) -> None:
+    for _ in range(5):
+        host.report()
+        lease = allocate(host, tenant)
+        over, later = lease.ends_at, lease.ends_at + DAY
+        closed, _ = at_once(partial(leases.end_due, over), partial(leases.extend, lease, until=later, by=SYSTEM))
+        now = leases.get(lease.id)
+        assert (now.state, now.ends_at) in (("active", later), ("ending", over))
+        assert closed == (1 if now.state == "ending" else 0)
+        if now.state == "active":
+            leases.end(now, by=SYSTEM, reason="done")
+        host.sees(now, "closed")
+        rental.reclaim(host, leases.get(lease.id))
+
+
+ACTS: dict[str, Callable[[Host, Lease], object]] = {
+    "extend": lambda _, lease: leases.extend(lease, until=lease.ends_at + DAY, by=SYSTEM),
+    "end": lambda _, lease: leases.end(lease, by=SYSTEM, reason="done"),
+    "end_due": lambda _, lease: leases.end_due(lease.ends_at),
+    "observed": lambda host, lease: host.sees(lease, "closed"),
+    "write_off": lambda _, lease: leases.write_off(lease, by=SYSTEM, reason="burned down"),
+    "maintenance": lambda host, _: machines.start_maintenance(host.machine, reason="fans", by=SYSTEM),
+    "credential": lambda host, _: agents.rotate(host.machine, by=SYSTEM),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_whoever_changes_something_of_a_machine_takes_its_row_first(
+    host: Host, lease: Lease, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In any other order two transactions could wait for each other for ever."""
+    with caplog.at_level(logging.DEBUG, logger="peewee"):
+        ACTS[name](host, lease)
+    statements = [record.msg[0] for record in caplog.records if record.name == "peewee"]
+    writes = [text for text in statements if text.startswith(("UPDATE", "INSERT", "DELETE"))]
+    assert writes[0].startswith('UPDATE "machine"')
+    assert len(writes) > 1
