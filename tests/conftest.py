@@ -96,7 +96,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         return
     server = request.getfixturevalue("postgresql_server")
     name = f"test_{next(_databases)}"
-    postgresql.execute(server, f"CREATE DATABASE {name} TEMPLATE template")
+    postgresql.execute(server, f"CREATE DATABASE {name} TEMPLATE template STRATEGY FILE_COPY")
     yield f"{server}/{name}"
     postgresql.execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
