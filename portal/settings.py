@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 MIN_SECRET_BYTES = 32
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SAMPLES = ("changeme", "change-me", "secret", "example", "password", "sample")
 
 
@@ -97,10 +98,17 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         given[name] = _secret(name, environ.get(name.upper()), instance / "secrets" / name)
     given.setdefault("database_url", f"sqlite:///{instance / 'remotegpu.db'}")
     given.setdefault("public_url", "https://127.0.0.1:8443")
-    given.setdefault("bind", "127.0.0.1:8443")
+    given.setdefault("bind", _bind_for(str(given["public_url"])))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
     _check_public_url(settings.public_url)
     return settings
+
+
+def _bind_for(public_url: str) -> str:
+    """Loopback for an address that only this machine has, else every interface: hosts must get in."""
+    parts = urlsplit(public_url)
+    interface = "127.0.0.1" if parts.hostname in LOOPBACK else "0.0.0.0"  # noqa: S104 - said so in the guide
+    return f"{interface}:{parts.port or 8443}"
 
 
 def _parse(name: str, kind: str, text: str) -> object:
@@ -133,5 +141,5 @@ def _check_public_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
         raise SettingsError(f"PUBLIC_URL: {url!r} is not an address such as https://portal.example.org:8443")
-    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise SettingsError(f"PUBLIC_URL: {url!r} is plain http; agents refuse that except on loopback; use https")

@@ -34,7 +34,9 @@ PACKAGES = {
     "postgresql": "pg_ctlcluster",
     "redis-server": "redis-server",
     "chromium": "chromium",
-    "nsenter": "nsenter",
+    "util-linux": "nsenter",
+    "sshpass": "sshpass",
+    "iputils-ping": "ping",
     "e2fsprogs": "chattr",
     "fonts-noto-cjk": "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
 }

@@ -178,7 +178,7 @@ def continue_shortly(world: World, host: Host, people: dict[str, Any]) -> Any:
 def survive_the_end_without_the_portal(
     world: World, hosts: list[Host], leases: dict[str, Any], people: dict[str, Any]
 ) -> None:
-    """The host by itself refuses the key and ends connection and processes: one is awake, one reboots across the end."""
+    """The host by itself refuses the key, ends connection and processes: one is awake, one reboots across the end."""
     alice = people["alice"]
     awake, rebooted = hosts
     tasks = {host.name: world.task(alice, host, "echo before; sleep 80002") for host in hosts}

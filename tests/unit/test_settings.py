@@ -1,0 +1,71 @@
+"""Settings are read once, and a wrong one is a refusal that names it, the reason and the way out."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from portal.settings import SECRET_FILES, Settings, SettingsError, load
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {"INSTANCE_DIR": str(tmp_path), **{name.upper(): secrets.token_urlsafe(48) for name in SECRET_FILES}}
+
+
+def test_the_embedded_default_needs_no_other_server(environ: dict[str, str], tmp_path: Path) -> None:
+    settings = load(environ)
+    assert settings.database_url == f"sqlite:///{tmp_path}/remotegpu.db"
+    assert (settings.redis_url, settings.bind) == (None, "127.0.0.1:8443")
+
+
+@pytest.mark.parametrize(
+    ("public_url", "bind"),
+    [
+        ("https://portal.example.org", "0.0.0.0:8443"),
+        ("https://10.0.0.5:9443", "0.0.0.0:9443"),
+        ("https://localhost:9000", "127.0.0.1:9000"),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000"),
+    ],
+)
+def test_the_web_process_listens_where_the_public_address_needs_it(
+    environ: dict[str, str], public_url: str, bind: str
+) -> None:
+    assert load({**environ, "PUBLIC_URL": public_url}).bind == bind
+    assert load({**environ, "PUBLIC_URL": public_url, "BIND": "127.0.0.1:1"}).bind == "127.0.0.1:1"
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+@pytest.mark.parametrize("value", ["", "short", "a" * 64, "please-changeme-please-changeme-please", "secret-" * 9])
+def test_a_missing_short_or_sample_secret_is_a_refusal_to_start(environ: dict[str, str], name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name.upper()}: .*portal init"):
+        load({**environ, name.upper(): value})
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, str], name: str) -> None:
+    del environ[name.upper()]
+    with pytest.raises(SettingsError, match="not set and .* does not exist; run `python -m portal init`"):
+        load(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("PUBLIC_URL", "portal.example.org", "is not an address"),
+        ("PUBLIC_URL", "http://portal.example.org", "plain http"),
+        ("PUBLIC_URL", "https://portal.example.org/path", "is not an address"),
+        ("RUN_TIMEOUT_S", "an hour", "is not a number"),
+        ("OFFLINE_AFTER_S", "soon", "is not a number"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_reason(environ: dict[str, str], name: str, value: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: .*{reason}"):
+        load({**environ, name: value})
+
+
+def test_settings_show_no_secret(environ: dict[str, str]) -> None:
+    settings: Settings = load(environ)
+    assert all(environ[name.upper()] not in repr(settings) for name in SECRET_FILES)
