@@ -71,7 +71,7 @@ def _postgresql(url: str, max_connections: int) -> peewee.Database:
         port=parts.port or 5432,
         max_connections=max_connections,
         stale_timeout=300,
-        timeout=10,
+        timeout=LOCK_WAIT_S,  # for a connection: whoever holds one may be waiting for another writer
         options="-c timezone=UTC",
         **options,
     )
