@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline
-from remotegpu_agent.observe import accounts, mounts
+from remotegpu_agent.observe import accounts, firewall, mounts
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
 _CLOSED_STORES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/remotegpu-agent", "/var/lib/remotegpu-tasks")
 _LEASE_UIDS = (20000, 59999)
-_DOCKERS = re.compile(r"\bDOCKER|\bdocker0\b|\bbr-[0-9a-f]{12}\b|\bdocker_gwbridge\b")
 
 
 class NotApplicable(Exception):
@@ -297,7 +296,7 @@ def _listed(section: str, homes: list[str]) -> dict[str, dict[str, Any]]:
     roots = [path for path in globbed if os.path.lexists(path)]
     if not roots:
         return {}
-    said = run(["find", *roots, "-printf", r"%p\0%y\0%m\0%U\0%G\0%l\0"]).split("\0")[:-1]
+    said = run(["find", *roots, "-ignore_readdir_race", "-printf", r"%p\0%y\0%m\0%U\0%G\0%l\0"]).split("\0")[:-1]
     found: dict[str, dict[str, Any]] = {}
     for path, kind, mode, uid, gid, target in zip(*(said[column::6] for column in range(6)), strict=True):
         if any(baseline.is_left_out(section, each) for each in _with_parents(path, roots)):
@@ -434,25 +433,15 @@ def _firewall(asked: Asked) -> Iterator[str]:
     if find_tool("nft") is None and asked.sections["firewall"] is None:
         raise NotApplicable("nft is not installed on this host")
     known = (asked.sections["firewall"] or {"tables": {}})["tables"]
-    now = {line.removeprefix("table "): "" for line in run(["nft", "list", "tables"]).splitlines()}
+    now = {line.removeprefix("table ") for line in run(["nft", "list", "tables"]).splitlines()}
     for key in sorted({*known, *now}):
-        terse = run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)]) if key in now else ""
-        before, after = (collections.Counter(_rules(text)) for text in (known.get(key, {}).get("terse", ""), terse))
+        text = run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)]) if key in now else ""
+        before = collections.Counter(known.get(key, {}).get("rules", []))
+        after = collections.Counter(firewall.plain_rules(text))
         yield from (f"table {key} has `{line}`, which is not in the baseline" for line in (after - before).elements())
         yield from (f"table {key} lacks `{line}`" for line in (before - after).elements())
         if key not in known and not re.fullmatch(r"ip6? (filter|nat|mangle|raw|security)", key):
             yield f"table {key} is not in the baseline"  # those of iptables come empty with the first question
-
-
-def _rules(text: str) -> Iterator[str]:
-    """The lines of a table, each with its chain; without what Docker writes for its containers, and empty frames."""
-    chain = ""
-    for line in (each.strip() for each in text.splitlines()):
-        if opened := re.fullmatch(r"(chain|set|map) (\S+) \{", line):
-            chain = opened.group(2)
-        is_frame = line in ("", "}") or line.startswith(("table ", "chain ", "#")) or line.endswith("policy accept;")
-        if not is_frame and not _DOCKERS.search(f"{chain} {line}"):
-            yield f"{chain}: {line}"
 
 
 def _listening_ports(asked: Asked) -> Iterator[str]:
@@ -491,7 +480,7 @@ def _getent(database: str, *keys: str) -> list[str]:
 def _find(roots: list[str], *words: str) -> Iterator[str]:
     there = [root for root in roots if os.path.lexists(root)]
     if there:
-        yield from run(["find", *there, *words, "-print0"], timeout_s=600).split("\0")[:-1]
+        yield from run(["find", *there, "-ignore_readdir_race", *words, "-print0"], timeout_s=600).split("\0")[:-1]
 
 
 def _find_everywhere(*words: str) -> Iterator[str]:

@@ -314,6 +314,11 @@ WAYS: tuple[Way, ...] = (
     Way("listening port", _as_tenant("setsid -f python3 -m http.server 31339 --directory /tmp/left >/dev/null 2>&1"),
         _says("timeout 10 sh -c 'until ss -Hltn | grep :31339; do sleep 0.1; done'", ":31339"),
         "listening_ports", _text("port 31339 ")),
+    Way("outgoing connection",
+        _as_tenant("setsid -f python3 -c 'import socket, time; kept = socket.create_connection((\"127.0.0.1\", 31339));"
+                   " time.sleep(90010)' >/dev/null 2>&1"),
+        _says("timeout 10 sh -c 'until ss -Htn state established | grep :31339; do sleep 0.1; done'", ":31339"),
+        "connections", _text(":31339")),
     Way("GPU held", _as_root("touch /dev/nvidia-left; chmod 666 /dev/nvidia-left;"
                              " setsid -f setpriv --reuid {uid} --regid {uid} --clear-groups"
                              " sleep 90009 </dev/nvidia-left >/dev/null 2>&1"),

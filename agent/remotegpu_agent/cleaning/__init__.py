@@ -2,8 +2,8 @@
 
 All look once before the first of them acts: one step often takes away what another is there for, and the report shall
 say what the tenant has left. The order matters: what the loader would put into every program goes before any program is
-started; the door closes before connections end; what would start again ends before what runs; mounts go before the
-folders they hide; and the account goes last, for its name and uid tell what is the tenant's.
+started; the door closes first; what would start again ends before what runs; connections end with their processes;
+mounts go before the folders they hide; and the account goes last, for its name and uid tell what is the tenant's.
 
 Closing a lease at its end is elsewhere: here the lease is over, and its data goes for good. `verify.py` looks once
 more, with other eyes.
@@ -28,7 +28,6 @@ __all__ = ["STEPS", "Refused", "clean"]
 STEPS: tuple[Step, ...] = (
     Step("loader", restored.look_for_changes("loader"), restored.put_back_and(restored.rebuild_loader_cache)),
     Step("access", access.look_for_door, access.close_door),
-    Step("connections", processes.look_for_connections, processes.end_connections),
     Step("cron", restored.look_for_changes("cron"), restored.put_back),
     Step("at_jobs", restored.look_for_changes("at_jobs"), restored.put_back),
     Step("system_units", restored.look_for_units, restored.put_back_units),
@@ -36,7 +35,8 @@ STEPS: tuple[Step, ...] = (
     Step("tasks", processes.look_for_tasks, processes.end_tasks),
     Step("user_units", schedules.look_for_user_units, schedules.end_user_units),
     Step("containers", containers.look_for("containers", docker.containers), containers.remove_those_of_the_lease),
-    Step("processes", processes.look_for_processes, processes.end_processes),
+    Step("processes", processes.look_for_processes, processes.end_processes, acts_anyway=True),
+    Step("connections", processes.look_for_connections, processes.end_connections),
     Step("gpu_holders", processes.look_for_gpu_holders, processes.end_nothing),
     Step("volumes", containers.look_for("volumes", docker.volumes), containers.remove_those_of_the_lease),
     Step("images", containers.look_for("images", docker.images), containers.remove_those_of_the_lease),
@@ -50,7 +50,7 @@ STEPS: tuple[Step, ...] = (
     Step("home", data.look_for_home, data.remove_paths),
     Step("records", data.look_for_records, data.remove_paths),
     Step("special_files", restored.look_for_special_files, restored.disarm_special_files),
-    Step("owned_files", data.look_for_files, data.remove_paths),
+    Step("owned_files", data.look_for_files, data.remove_files),
     Step("ssh_keys", restored.look_for_changes("ssh_keys"), restored.put_back),
     Step("users", restored.look_for_users, restored.put_back_accounts),
     Step("groups", restored.look_for_groups, restored.put_back_accounts),

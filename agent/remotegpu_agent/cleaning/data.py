@@ -69,9 +69,9 @@ def look_for_temporary_files(scope: Scope) -> Iterator[Finding]:
         if folder == "/dev/mqueue" or not os.path.isdir(folder):
             continue
         for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-            facts = entry.stat(follow_symlinks=False)
-            if scope.owns(facts.st_uid, facts.st_gid):
-                yield Finding(entry.path, f"{entry.path} of uid {facts.st_uid}")
+            owner = entry.stat(follow_symlinks=False).st_uid
+            if scope.owns(owner):
+                yield Finding(entry.path, f"{entry.path} of uid {owner}")
 
 
 def look_for_runtime_folder(scope: Scope) -> Iterator[Finding]:
@@ -100,10 +100,21 @@ def look_for_records(scope: Scope) -> Iterator[Finding]:
 
 
 def look_for_files(scope: Scope) -> Iterator[Finding]:
-    """Anything of the tenant's anywhere on this machine's own file systems."""
+    """Anything of the tenant's or of its group anywhere on this machine's own file systems."""
     for each in special.walk():
-        if scope.owns(each.uid, each.gid):
-            yield Finding(each.path, f"{each.path} of uid {each.uid}, gid {each.gid}")
+        if scope.owns(each.uid) or scope.is_its_group(each.gid):
+            yield Finding(each, f"{each.path} of uid {each.uid}, gid {each.gid}")
+
+
+def remove_files(scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Remove what the tenant owns; what somebody else only shared with its group stays, without the group."""
+    yield from remove_paths(scope, [Finding(f.subject.path, f.text) for f in found if scope.owns(f.subject.uid)])
+    for path in sorted(f.subject.path for f in found if not scope.owns(f.subject.uid)):
+        try:
+            os.chown(path, -1, 0, follow_symlinks=False)
+            yield f"took {path} from the group"
+        except FileNotFoundError:
+            continue  # it lay in a folder that has been removed
 
 
 def remove_paths(_scope: Scope, found: list[Finding]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def look_for_sysv(scope: Scope) -> Iterator[Finding]:
         for row in rows:
             values = dict(zip(header, row, strict=False))
             owner, maker = int(values["uid"]), int(values["cuid"])
-            if scope.owns(owner, int(values["gid"])) or scope.owns(maker, int(values["cgid"])):
+            if scope.owns(owner) or scope.owns(maker):
                 yield Finding(
                     (option, values[id_column]), f"{words} {values[id_column]} (key {values['key']}) of uid {owner}"
                 )
@@ -52,9 +52,9 @@ def look_for_queues(scope: Scope) -> Iterator[Finding]:
     """POSIX message queues of the tenant."""
     with _queues() as folder:
         for name in sorted(os.listdir(folder)):
-            facts = os.lstat(f"{folder}/{name}")
-            if scope.owns(facts.st_uid, facts.st_gid):
-                yield Finding(name, f"POSIX queue /{name} of uid {facts.st_uid}")
+            owner = os.lstat(f"{folder}/{name}").st_uid
+            if scope.owns(owner):
+                yield Finding(name, f"POSIX queue /{name} of uid {owner}")
 
 
 def remove_queues(_scope: Scope, found: list[Finding]) -> Iterator[str]:

@@ -87,23 +87,17 @@ def stop_unit(name: str) -> Iterator[str]:
 
 
 def look_for_processes(scope: Scope) -> Iterator[Finding]:
-    """By any of its uids, by the login it descends from, and by systemd's books, whatever it has become since.
-
-    A process that forks and exits without end is never where one looks: for each uid the kernel is asked as well.
-    """
+    """By any of its uids, by the login it descends from, and by systemd's books, whatever it has become since."""
     for process in processes.listed():
         why = _why_its(process, scope)
         if why:
             yield Finding(process, f"{process} {why}")
-    for uid in sorted(scope.uids):
-        if _signal_all_of(uid, "0"):
-            yield Finding(None, f"the kernel knows processes of uid {uid}")
 
 
 def _why_its(process: Process, scope: Scope) -> str | None:
     if any(scope.is_tenants(uid) for uid in process.uids):
         return "runs as the tenant"
-    if scope.gid in process.gids:
+    if any(scope.is_its_group(gid) for gid in process.gids):
         return "runs in the tenant's group"
     if process.login_uid is not None and scope.is_tenants(process.login_uid):
         return "descends from a login of the tenant"
@@ -112,26 +106,24 @@ def _why_its(process: Process, scope: Scope) -> str | None:
     return None
 
 
-def end_processes(scope: Scope, _found: list[Finding]) -> Iterator[str]:
-    """Kill until none is left. A fork bomb is outrun by the kernel's own "all of this uid", in one breath."""
+def end_processes(scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """Kill until none is left; and where none was found, too: what forks and exits without end is hard to see."""
     deadline = time.monotonic() + _DEADLINE_S
-    killed: set[int] = set()
-    while (found := list(look_for_processes(scope))) and time.monotonic() < deadline:
-        seen = [finding.subject for finding in found if finding.subject is not None]
+    seen = [finding.subject for finding in found]
+    while True:
         for uid in sorted(scope.uids | {uid for process in seen for uid in process.uids if scope.is_tenants(uid)}):
-            _signal_all_of(uid, "KILL")
-        for _line in _kill(seen):
-            pass
-        killed.update(process.pid for process in seen)
+            _kill_all_of(uid)
+        yield from _kill(seen)
+        seen = [finding.subject for finding in look_for_processes(scope)]
+        if not seen or time.monotonic() > deadline:
+            return
         time.sleep(_PAUSE_S)
-    yield f"killed {len(killed)} processes that were seen, and every other of uid {', '.join(map(str, scope.uids))}"
 
 
-def _signal_all_of(uid: int, name: str) -> bool:
-    """Signal every process of that uid at once; whether there was any. Signal 0 only asks."""
+def _kill_all_of(uid: int) -> None:
     # A shell of the system, changed to that uid: kill(-1) spares only the caller, and no fork can slip through it.
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"kill -{name} -1"],
+    subprocess.run(
+        ["/bin/sh", "-c", "kill -KILL -1"],
         user=uid,
         group=uid,
         extra_groups=[],
@@ -143,7 +135,6 @@ def _signal_all_of(uid: int, name: str) -> bool:
         timeout=_DEADLINE_S,
         check=False,
     )
-    return done.returncode == 0
 
 
 def _kill(those: Iterable[Process]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from remotegpu_agent import baseline
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit
-from remotegpu_agent.cleaning.scope import LEASE_GROUP, Scope
+from remotegpu_agent.cleaning.scope import FIRST_PERSON, LEASE_GROUP, Scope
 from remotegpu_agent.cleaning.step import Act, Finding, Look
 from remotegpu_agent.observe import accounts, files, special
 from remotegpu_agent.observe.files import Entry, Snapshot
@@ -191,16 +191,34 @@ def put_back_accounts(scope: Scope, found: list[Finding]) -> Iterator[str]:
         known: dict[str, list[str]] = scope.sections["accounts"][path]
         with _accounts_locked():
             now = _lines(path)
-            wanted_lines = [line for name in sorted(wanted & {*known}) for line in known[name]]
-            if path in accounts.SECRET:
-                found_lines = [accounts.unmasked(line, now) for line in wanted_lines]
-                lost = {
-                    line.partition(":")[0] for line, found in zip(wanted_lines, found_lines, strict=True) if not found
-                }
-                wanted -= lost
-                wanted_lines = [line for line in found_lines if line and line.partition(":")[0] not in lost]
-            _write(path, _without(now, wanted) + wanted_lines)
-        yield f"put back {', '.join(sorted(wanted))} in {path}"
+            better = {name: _good_lines(path, name, known, now) for name in wanted}
+            _write(path, _replaced(now, {name: lines for name, lines in better.items() if lines is not None}))
+        yield f"put back {', '.join(sorted(name for name in wanted if better[name] is not None))} in {path}"
+
+
+def _good_lines(path: str, name: str, known: dict[str, list[str]], now: list[str]) -> list[str] | None:
+    """The lines that the file should have for one name; None where that is not ours to say, or a password is lost."""
+    if name not in known:
+        return None if _may_be_a_packages(name) else []
+    if path not in accounts.SECRET:
+        return known[name]
+    lines = [accounts.unmasked(line, now) for line in known[name]]
+    return None if None in lines else [line for line in lines if line is not None]
+
+
+def _may_be_a_packages(name: str) -> bool:
+    """A package that was installed meanwhile brings its user along: one of the system's range is named and left."""
+    user, gid = accounts.find_user(name), accounts.find_gid(name)
+    return 0 < (user.uid if user else gid or 0) < FIRST_PERSON
+
+
+def _replaced(now: list[str], better: dict[str, list[str]]) -> list[str]:
+    """The lines with those of some names replaced, each in its place; what has no place yet comes last."""
+    left, lines = dict(better), []
+    for line in now:
+        name = line.partition(":")[0]
+        lines += left.pop(name, []) if name in better else [line]
+    return lines + [line for its_lines in left.values() for line in its_lines]
 
 
 def _without(lines: list[str], names: set[str]) -> list[str]:

@@ -19,6 +19,7 @@ from remotegpu_agent.observe.tools import read_text
 LEASE_KEYS = "/etc/remotegpu/authorized_keys"
 LEASE_GROUP = "remotegpu-leases"
 LEASE_UIDS = range(20000, 60000)
+FIRST_PERSON = 1000  # below are the users and groups of the system and of packages
 _LEASE_LOGIN = re.compile(r"lease[0-9]{1,10}")
 
 
@@ -44,8 +45,11 @@ class Scope:
 
     @cached_property
     def uids(self) -> frozenset[int]:
-        """The lease's uid, and those of accounts added since the baseline (as they were when cleaning began)."""
-        added = {user.uid for user in accounts.users()} - self.known_uids
+        """The lease's uid, and those of people's accounts added since the baseline (as they were when cleaning began).
+
+        Not those of the system's own range: a package that was installed meanwhile brings its user along.
+        """
+        added = {user.uid for user in accounts.users() if user.uid >= FIRST_PERSON} - self.known_uids
         return frozenset({self.uid, *added})
 
     @cached_property
@@ -62,13 +66,13 @@ class Scope:
         """Whether whatever runs under this uid is a tenant's."""
         return uid in self.uids or any(uid in lent for lent in self.subordinate_uids)
 
-    def owns(self, uid: int, gid: int) -> bool:
-        """Whether a file of this owner or group is a tenant's; one that an earlier lease left behind counts too."""
-        return (
-            self.is_tenants(uid)
-            or (gid == self.gid and gid not in self._known_gids)
-            or (uid in LEASE_UIDS and uid not in self.known_uids)
-        )
+    def owns(self, uid: int) -> bool:
+        """Whether a file of this owner is a tenant's; one that an earlier lease left behind counts too."""
+        return self.is_tenants(uid) or (uid in LEASE_UIDS and uid not in self.known_uids)
+
+    def is_its_group(self, gid: int) -> bool:
+        """Whether this is the lease's own group."""
+        return gid == self.gid and gid not in self._known_gids
 
     @cached_property
     def _known_gids(self) -> frozenset[int]:

@@ -38,11 +38,12 @@ Act = Callable[[Scope, list[Finding]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Step:
-    """What to look for, and how to be rid of it."""
+    """What to look for, and how to be rid of it. `acts_anyway`: also where the look before it found nothing."""
 
     id: str
     look: Look
     act: Act
+    acts_anyway: bool = False
 
     def first_look(self, scope: Scope) -> Any:
         """What is there before anything is touched, as evidence; None where it cannot be seen yet."""
@@ -70,12 +71,15 @@ class Step:
         done: list[str] = []
         try:
             found = list(self.look(scope))
-            done.extend(printable(line)[:_EVIDENCE_CHARS] for line in (self.act(scope, found) if found else ()))
+            done.extend(printable(line)[:_EVIDENCE_CHARS] for line in self._lines(scope, found))
         except NotApplicable:
             pass
         except Exception as error:
             done.append(printable(f"stopped by {_told(error)}")[:_EVIDENCE_CHARS])
         return done[:_EVIDENCE_LINES]
+
+    def _lines(self, scope: Scope, found: list[Finding]) -> Iterable[str]:
+        return self.act(scope, found) if found or self.acts_anyway else ()
 
 
 def _told(error: Exception) -> str:

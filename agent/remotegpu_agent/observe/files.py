@@ -34,7 +34,7 @@ def snapshot(
     """
     found: Snapshot = {}
     for root in roots:
-        for path in glob.glob(root, include_hidden=True) if glob.has_magic(root) else [root]:
+        for path in glob.glob(root) if glob.has_magic(root) else [root]:
             for each in _walk(path, skip):
                 entry = look_at(each, content=bool(keep and keep(each)))
                 if entry is not None:

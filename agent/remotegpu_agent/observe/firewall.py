@@ -14,6 +14,7 @@ from remotegpu_agent.observe.tools import find_tool, read_text, run
 
 OWN_TABLE = "remotegpu"
 _DOCKER_CHAIN = re.compile(r"^DOCKER(-.*)?$")
+_DOCKERS_LINE = re.compile(r"\bDOCKER|\bdocker0\b|\bbr-[0-9a-f]{12}\b|\bdocker_gwbridge\b")
 _DOCKER_BRIDGE = re.compile(r"^(docker0|br-[0-9a-f]{12}|docker_gwbridge)$")
 
 
@@ -31,7 +32,7 @@ def look_at() -> dict[str, Any] | None:
     for key, items in sorted(by_table(ruleset()).items()):
         tables[key] = {
             "items": [normal(item) for item in items if not is_dockers(item)],
-            "terse": run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)]),
+            "rules": plain_rules(run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)])),
         }
         if not is_written_by_iptables(items):
             tables[key]["text"] = run(["nft", "-s", "list", "table", *key.split(" ", 1)])
@@ -108,6 +109,18 @@ def is_written_by_iptables(items: list[dict[str, Any]]) -> bool:
     return bool(tables & {"filter", "nat", "mangle", "raw", "security"}) and all(
         next(iter(item.values()))["family"] in ("ip", "ip6") for item in items
     )
+
+
+def plain_rules(text: str) -> list[str]:
+    """A table's lines as nft prints them, each with its chain, sorted; without Docker's, and without empty frames."""
+    chain, found = "", []
+    for line in (each.strip() for each in text.splitlines()):
+        if opened := re.fullmatch(r"(chain|set|map) (\S+) \{", line):
+            chain = opened.group(2)
+        is_frame = line in ("", "}") or line.startswith(("table ", "chain ", "#")) or line.endswith("policy accept;")
+        if not is_frame and not _DOCKERS_LINE.search(f"{chain} {line}"):
+            found.append(f"{chain}: {line}")
+    return sorted(found)
 
 
 def legacy_tables() -> list[str]:

@@ -143,6 +143,13 @@ def test_a_link_planted_by_the_tenant_is_removed_and_not_followed(leased: Cleane
     leased.host.run("rm /home/ops/precious")
 
 
+def test_what_an_operator_shared_with_the_tenants_group_stays_his(leased: CleanedHost) -> None:
+    leased.host.run(f"install -d -g {leased.tenant.login} -m 2770 /srv/shared && echo his >/srv/shared/file")
+    assert findings(leased.clean()["steps"]) == []
+    assert leased.host.run("cat /srv/shared/file; stat -c %g /srv/shared").stdout.split() == ["his", "0"]
+    leased.host.run("rm -r /srv/shared")
+
+
 def test_a_fork_bomb_is_outrun(leased: CleanedHost) -> None:
     bomb = "import os\nwhile True:\n  if os.fork(): os._exit(0)\n"
     leased.host.put("/tmp/bomb.py", bomb)

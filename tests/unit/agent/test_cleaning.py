@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import network, scope
+from remotegpu_agent.cleaning import network, restored, scope
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step
 from remotegpu_agent.observe import accounts, firewall
@@ -68,6 +69,11 @@ def test_what_could_not_be_looked_at_is_unknown_and_not_passed() -> None:
 
 def test_a_step_does_not_act_when_there_is_nothing() -> None:
     assert a_step([], []).run(SCOPE, before=None)["acted"] == []
+
+
+def test_a_step_that_acts_anyway_does_not_trust_an_empty_look() -> None:
+    step = replace(a_step([], []), acts_anyway=True).run(SCOPE, before=None)
+    assert (step["acted"], step["result"]) == (["removed everything"], "passed")
 
 
 def test_a_step_without_its_subject_is_not_applicable() -> None:
@@ -133,15 +139,18 @@ def test_another_lease_that_is_open_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_tenants_are_the_lease_and_whoever_came_since_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = [accounts.User("mallory", 4242, 4242, "/home/m", "/x"), accounts.User("toor", 0, 0, "/root", "/x")]
+    added = [
+        accounts.User(name, uid, uid, "/x", "/x") for name, uid in (("mallory", 4242), ("toor", 0), ("chrony", 107))
+    ]
     monkeypatch.setattr(accounts, "users", lambda lines=None: accounts_of(lines) if lines else added)
     monkeypatch.setattr(
         accounts, "lines", lambda path: {"lease17": ["lease17:100000:65536"]} if path == "/etc/subuid" else {}
     )
     here = Scope(17, "lease17", 20017, 20017, "/home/lease17", SECTIONS)
-    assert [uid for uid in (0, 1000, 4242, 20017, 20018) if here.is_tenants(uid)] == [4242, 20017]
-    assert here.owns(20018, 0), "what an earlier lease left behind counts too"
-    assert not here.owns(0, 1000)
+    assert [uid for uid in (0, 107, 1000, 4242, 20017, 20018) if here.is_tenants(uid)] == [4242, 20017]
+    assert here.owns(20018), "what an earlier lease left behind counts too"
+    assert not here.owns(1000)
+    assert (here.is_its_group(20017), here.is_its_group(1000)) == (True, False)
 
 
 def accounts_of(passwd: dict[str, list[str]]) -> list[accounts.User]:
@@ -166,7 +175,7 @@ def test_every_section_of_files_is_restored_and_verified() -> None:
 def test_nothing_is_started_before_the_loaders_settings_are_back_and_the_account_goes_last() -> None:
     names = [step.id for step in cleaning.STEPS]
     assert (names[0], names[-1]) == ("loader", "account")
-    assert names.index("access") < names.index("connections") < names.index("processes")
+    assert names.index("access") < names.index("system_units") < names.index("processes") < names.index("connections")
     assert names.index("processes") < names.index("mounts") < names.index("home") < names.index("owned_files")
 
 
@@ -188,7 +197,7 @@ OWN = {
 
 
 def table(*items: dict[str, Any], text: str | None = None) -> dict[str, Any]:
-    return {"items": list(items), "terse": ""} | ({"text": text} if text is not None else {})
+    return {"items": list(items), "rules": []} | ({"text": text} if text is not None else {})
 
 
 def test_what_docker_writes_for_its_containers_is_left_to_docker() -> None:
@@ -240,3 +249,15 @@ def test_a_password_never_leaves_the_host_and_comes_back_to_its_line() -> None:
     assert accounts.unmasked(masked, [line.replace("99999", "1")]) == line
     assert accounts.unmasked(masked, ["ops:$y$other:20000:0:99999:7:::"]) is None
     assert accounts.masked("daemon:*:20000:0:99999:7:::") == "daemon:*:20000:0:99999:7:::"
+
+
+def test_accounts_are_put_back_in_their_places_and_a_packages_user_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {"chrony": 107, "mallory": 4242, "toor": 0, "ops": 1000}
+    monkeypatch.setattr(accounts, "find_user", lambda name: accounts.User(name, ids[name], ids[name], "/x", "/x"))
+    monkeypatch.setattr(accounts, "find_gid", lambda _name: None)
+    known = {"root": ["root:x:0:"], "ops": ["ops:x:1000:"]}
+    now = ["toor:x:0:", "root:x:0:", "ops:x:0:", "mallory:x:4242:", "chrony:x:107:"]
+    better = {name: restored._good_lines("/etc/passwd", name, known, now) for name in ids}
+    assert better == {"chrony": None, "mallory": [], "toor": [], "ops": ["ops:x:1000:"]}
+    kept = restored._replaced(now, {name: lines for name, lines in better.items() if lines is not None})
+    assert kept == ["root:x:0:", "ops:x:1000:", "chrony:x:107:"]
