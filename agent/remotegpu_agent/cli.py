@@ -1,4 +1,4 @@
-"""`remotegpu-agent`: the service itself, what systemd calls at a lease's end and at boot, and what people ask on the host.
+"""`remotegpu-agent`: the service, what systemd calls at a lease's end and at boot, and what people ask on the host.
 
 Only words and exit codes here; everything else is imported where it is used, so that closing a lease starts quickly.
 """

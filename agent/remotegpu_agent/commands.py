@@ -1,7 +1,8 @@
-"""One-off operations that the portal orders: each is carried out once, and its result is kept until the portal has it.
+"""One-off operations that the portal orders: each is carried out once, its result kept until the portal has it.
 
-The list is closed: baseline, clean, rotate_credential, thaw. An order interrupted by a restart is taken up again, three times
-at most: each of them is safe to repeat. The guard before cleaning is here; the cleaning itself is in cleaning/.
+The list is closed: baseline, clean, rotate_credential, thaw. An order interrupted by a restart is taken up again,
+three times at most: each of them is safe to repeat. The guard before cleaning is here; the cleaning itself is in
+cleaning/.
 """
 
 import hashlib
@@ -131,7 +132,9 @@ class Commands:
         return [record for record in found if record is not None and record["epoch"] == epoch]
 
     def _path(self, epoch: str, command_id: int) -> Path:
-        """A portal restored from a backup counts on from an old number: the same id under another epoch is another order."""
+        """A portal restored from a backup counts on from an old number: the same id under another epoch is another
+        order.
+        """
         return self._directory / f"{hashlib.sha256(epoch.encode()).hexdigest()[:12]}-{command_id}.json"
 
 
@@ -227,7 +230,8 @@ def refuse_clean(
         if entry.lease_id != lease_id and not entry.is_closed:
             return f"lease {entry.lease_id} is open on this machine: it must end first"
         if entry.lease_id == lease_id and (entry.login, entry.uid) != (args["login"], args["uid"]):
-            return f"lease {lease_id} is {entry.login} (UID {entry.uid}) here, the order says {args['login']} (UID {args['uid']})"
+            said = f"{args['login']} (UID {args['uid']})"
+            return f"lease {lease_id} is {entry.login} (UID {entry.uid}) here, the order says {said}"
         if entry.lease_id != lease_id and (entry.login == args["login"] or entry.uid == args["uid"]):
             return f"{args['login']} (UID {args['uid']}) is lease {entry.lease_id}'s here, not lease {lease_id}'s"
     return None

@@ -1,7 +1,7 @@
-"""This agent's own credential: got once with a one-time token, rotated by the portal, in one file that only root reads.
+"""This agent's own credential: got once with a one-time token, rotated by the portal, read by root alone.
 
-A rotation keeps the old credential until a call with the new one has succeeded, so that a power cut in between locks nobody
-out. Here is no decision when to rotate.
+A rotation keeps the old credential until a call with the new one has succeeded, so that a power cut in between locks
+nobody out. Here is no decision when to rotate.
 """
 
 import threading
@@ -32,7 +32,9 @@ class Credential:
         return int(self._value["machine_id"])
 
     def call(self, ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-        """Make a call with the credential; with the one before it while the portal does not know the new one yet. Raises PortalError."""
+        """Make a call with the credential; with the one before it while the portal does not know the new one yet.
+        Raises PortalError.
+        """
         with self._lock:
             current, previous = self._value["credential"], self._value.get("previous")
         try:
@@ -68,6 +70,8 @@ class Credential:
 
 
 def enroll(portal: Portal, token: str, *, boot_id: str, facts: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    """Exchange the one-time token for a credential: the `enroll_response`. Raises PortalError; Refused when the token is void."""
+    """Exchange the one-time token for a credential: the `enroll_response`. Raises PortalError; Refused when the token
+    is void.
+    """
     message = {"protocol": 1, "agent_version": __version__, "boot_id": boot_id, "facts": facts, "gpu": gpu}
     return portal.call(ENROLL_PATH, message, credential=token)

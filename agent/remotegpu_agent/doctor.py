@@ -174,5 +174,5 @@ def _sshd(config: Config) -> Finding:
     return Finding(
         "sshd",
         False,
-        f"reads {login}'s keys from {found[1] if found else '?'}: the drop-in of the ssh_hardening role is not in effect",
+        f"reads {login}'s keys from {found[1] if found else '?'}: the ssh_hardening role's drop-in is not in effect",
     )

@@ -1,4 +1,6 @@
-"""What this host is: facts that change with a reboot or an upgrade at most. What changes by the second is metrics.py's."""
+"""What this host is: facts that change with a reboot or an upgrade at most. What changes by the second is
+metrics.py's.
+"""
 
 import functools
 import os

@@ -1,7 +1,7 @@
 """Files that must survive a crash, and one owner at a time for those that two processes change.
 
-The agent is not alone: the timer at a lease's end and the guard at boot run beside it. What they share is written here, by
-temporary file, fsync and rename, under a lock. Here is no knowledge of what the files mean.
+The agent is not alone: the timer at a lease's end and the guard at boot run beside it. What they share is written
+here, by temporary file, fsync and rename, under a lock. Here is no knowledge of what the files mean.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The GPUs as this host last saw them. A hung driver makes the numbers old, never the agent slow.
 
-One child (gpu_child.py) speaks with NVML; a thread of its own waits for it. At most one probe is in flight. A probe that is
-overdue leaves the last sample as `stale`; a child that stays away is asked to end (TERM, long grace), and only then replaced.
+One child (gpu_child.py) speaks with NVML; a thread of its own waits for it. At most one probe is in flight. A probe
+that is overdue leaves the last sample as `stale`; a child that stays away is asked to end (TERM, long grace), and
+only then replaced.
 """
 
 import json
@@ -35,11 +36,12 @@ class GpuProbe:
         self._sample: dict[str, Any] | None = None
         self._asked_at: float | None = None  # monotonic: when the probe in flight was asked
         self._terminated_at: float | None = None
-        self._paused = False
+        self._thread: threading.Thread | None = None
         self._buffer = b""
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="gpu", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
+        self._thread.start()
 
     def ask(self, *, wait_s: float = 0) -> None:
         """Want a new sample; wait for it no longer than this."""
@@ -63,12 +65,10 @@ class GpuProbe:
         self._stopping.set()
         self._wanted.set()
         child = self._child
-        if child is not None and child.stdin is not None:
+        if child is not None:
             child.terminate()
-            try:
-                child.wait(2)
-            except subprocess.TimeoutExpired:
-                return  # it dies with us by its parent-death signal, or hangs in the kernel
+        if self._thread is not None:
+            self._thread.join(2)  # a child that hangs in the kernel outlives us by its own
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -76,6 +76,7 @@ class GpuProbe:
             self._wanted.clear()
             if not self._stopping.is_set():
                 self._probe()
+        self._reap()
 
     def _probe(self) -> None:
         """Ask and wait for the answer, however long that takes; nobody else waits with us."""
@@ -106,7 +107,7 @@ class GpuProbe:
             if select.select([descriptor], [], [], 1.0)[0]:
                 data = os.read(descriptor, 65536)
                 if not data:
-                    raise EOFError(f"exit status {child.wait(5) if self._stopping.is_set() else child.poll()}")
+                    raise EOFError(f"exit status {child.poll()}")
                 self._buffer += data
                 if len(self._buffer) > LARGEST_ANSWER_BYTES:
                     raise ValueError("its answer is too long")
@@ -153,7 +154,9 @@ def _unknown(state: str, message: str) -> dict[str, Any]:
 
 
 def _true_processes(listed: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Early R535 drivers write longer entries than the binding reads: a pid counts only if it exists and holds a GPU open."""
+    """Early R535 drivers write longer entries than the binding reads: a pid counts only if it exists and holds a GPU
+    open.
+    """
     if listed is None:
         return None
     return [process | {"uid": _uid_of(process["pid"])} for process in listed if holds_gpu(process["pid"])]

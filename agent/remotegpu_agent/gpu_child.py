@@ -1,8 +1,8 @@
 """The process that speaks with NVML, and nothing else: a hung driver hangs it alone.
 
-It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library, and ends
-with its parent. Every field is read by itself: an error is that field's null and a note, never another field's. Here are the
-oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py keeps the deadline and checks the process ids.
+It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library, and
+ends with its parent. Every field is read by itself: an error is that field's null and a note, never another field's.
+Here are the oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py keeps the deadline and checks the process ids.
 """
 
 import contextlib
@@ -45,7 +45,8 @@ def drop_privileges(user: str) -> None:
         os.setgroups([])
         os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
-    # After the change of user, which would clear it. TERM: an NVML client that is killed outright can leave the GPU unusable.
+    # After the change of user, which would clear it. TERM: an NVML client that is killed outright can leave the
+    # GPU unusable.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1:
         raise SystemExit("the agent is gone")
@@ -151,7 +152,9 @@ def _read_fields(nvml: Any, reader: "Reader", handle: Any) -> dict[str, Any]:
 
 
 def read_memory(nvml: Any, reader: "Reader", handle: Any) -> dict[str, int | None]:
-    """Version 2 keeps the driver's own reserve apart, as nvidia-smi does; version 1 hides it in "used", so used is then unknown."""
+    """Version 2 keeps the driver's own reserve apart, as nvidia-smi does; version 1 hides it in "used", so used is
+    then unknown.
+    """
     memory = reader.read("memory_used_bytes", nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
     if memory is not None:
         return {
@@ -180,7 +183,9 @@ def read_processes(nvml: Any, reader: "Reader", handle: Any) -> list[dict[str, A
 
 
 def _first_found(nvml: Any, *names: str) -> Callable[..., Any]:
-    """The first of these calls that this driver has: the binding says FunctionNotFound, or an error that is not NVMLError."""
+    """The first of these calls that this driver has: the binding says FunctionNotFound, or an error that is not
+    NVMLError.
+    """
 
     def call(handle: Any) -> Any:
         for name in names[:-1]:
@@ -211,7 +216,9 @@ class Reader:
 
 
 def code_of(error: BaseException) -> int:
-    """NVML's number, 999 where there is none. (NVMLError cannot be compared: __eq__ without __hash__, and it fails on None.)"""
+    """NVML's number, 999 where there is none. (NVMLError cannot be compared: __eq__ without __hash__, and it fails on
+    None.)
+    """
     value = getattr(error, "value", None)
     return value if isinstance(value, int) else UNKNOWN
 

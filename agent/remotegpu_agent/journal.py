@@ -1,7 +1,7 @@
 """The journal: what happened on this host, kept until the portal has it, each record once.
 
-A line is a record or an acknowledgement. Other processes (the timer at a lease's end, the guard at boot) append too, so every
-write is under a lock and every read looks whether the file changed. Here is no knowledge of events.
+A line is a record or an acknowledgement. Other processes (the timer at a lease's end, the guard at boot) append too,
+so every write is under a lock and every read looks whether the file changed. Here is no knowledge of events.
 """
 
 import json

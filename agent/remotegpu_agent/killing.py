@@ -1,7 +1,7 @@
 """Ending everything that one login has on this host. Who deserves it is decided elsewhere; here is only how.
 
-Counting and killing go by UID, not by session or cgroup: a process may leave those, but not its UID. sshd's own part of a
-session runs as root and is found by its title.
+Counting and killing go by UID, not by session or cgroup: a process may leave those, but not its UID. sshd's own part
+of a session runs as root and is found by its title.
 """
 
 import contextlib
@@ -47,7 +47,9 @@ def sshd_of(login: str) -> set[int]:
 
 
 def end_all(login: str, uid: int, *, deadline_s: float) -> set[int]:
-    """Kill until nothing is left; answers what still lives at the deadline (a process in the kernel's uninterruptible sleep)."""
+    """Kill until nothing is left; answers what still lives at the deadline (a process in the kernel's uninterruptible
+    sleep).
+    """
     deadline = time.monotonic() + deadline_s
     while True:
         mine, theirs = owned_by(uid), sshd_of(login)
@@ -63,7 +65,9 @@ def end_all(login: str, uid: int, *, deadline_s: float) -> set[int]:
 
 
 def _kill_at_once(uid: int) -> None:
-    """One kill(-1) as that very user. The kernel walks all processes while none can fork, so a fork bomb does not outrun it."""
+    """One kill(-1) as that very user. The kernel walks all processes while none can fork, so a fork bomb does not
+    outrun it.
+    """
     if uid not in UIDS:
         raise ValueError(f"UID {uid} is no lease's")
     with contextlib.suppress(ToolFailed):  # the shell kills itself as well; the loop looks what is left

@@ -1,8 +1,8 @@
 """Leases on this host: the login, who may use it, and its end, which comes without anybody's help.
 
-Told in the order of a lease's life: look, make the login, arm the end, let in, close. The register on disk is the memory of
-what we made: a login that is not in it is somebody else's and is never touched, a UID in it is never used twice. When and why
-is plan.py's; what a lease leaves behind is the cleaning's.
+Told in the order of a lease's life: look, make the login, arm the end, let in, close. The register on disk is the
+memory of what we made: a login that is not in it is somebody else's and is never touched, a UID in it is never used
+twice. When and why is plan.py's; what a lease leaves behind is the cleaning's.
 """
 
 import contextlib
@@ -104,7 +104,8 @@ class Leases:
         if entry is not None and entry.disowned:
             return entry.disowned
         if entry is not None and (entry.login, entry.uid) != (lease.login, lease.uid):
-            return f"lease {lease.lease_id} was {entry.login} (UID {entry.uid}) here before: a lease keeps its login and UID"
+            before = f"{entry.login} (UID {entry.uid})"
+            return f"lease {lease.lease_id} was {before} here before: a lease keeps its login and UID"
         for other in self._all_entries():
             if other.lease_id != lease.lease_id and other.uid == lease.uid:
                 return (
@@ -150,12 +151,20 @@ class Leases:
         except KeyError:
             run(["groupadd", "--gid", str(lease.uid), lease.login])
         home = self._config.home_dir / lease.login
-        # No password that could match, yet not "!", which sshd without PAM takes for locked. Expired until the end is armed.
-        run(
-            ["useradd", "--uid", str(lease.uid), "--gid", lease.login, "--groups", group, "--shell", "/bin/bash"]
-            + ["--home-dir", str(home), "--create-home", "--key", "HOME_MODE=0700", "--password", "*"]
-            + ["--expiredate", "1970-01-02", "--comment", f"RemoteGPU lease {lease.lease_id}", lease.login]
-        )
+        # No password that could match, yet not "!", which sshd without PAM takes for locked. Expired until
+        # the end is armed.
+        account = {
+            "--uid": str(lease.uid),
+            "--gid": lease.login,
+            "--groups": group,
+            "--shell": "/bin/bash",
+            "--home-dir": str(home),
+            "--key": "HOME_MODE=0700",
+            "--password": "*",
+            "--expiredate": "1970-01-02",
+            "--comment": f"RemoteGPU lease {lease.lease_id}",
+        }
+        run(["useradd", "--create-home", *(part for option in account.items() for part in option), lease.login])
         home.chmod(0o700)  # a home that was there already keeps the mode it had
         self._journal.record(
             "lease.login_made", lease_id=lease.lease_id, detail={"login": lease.login, "uid": lease.uid}
@@ -218,7 +227,9 @@ class Leases:
     # Close
 
     def close(self, lease_id: int, reason: str) -> None:
-        """Nobody in, nothing running. May be called again and by two at once. Raises ToolFailed when something resisted."""
+        """Nobody in, nothing running. May be called again and by two at once. Raises ToolFailed when something
+        resisted.
+        """
         entry = self.find(lease_id)
         if entry is None:
             return
@@ -317,7 +328,9 @@ def stop_containers(lease_id: int) -> None:
 
 
 def expiry_stamp(ends_at: datetime, *, knows_zulu: bool) -> str:
-    """`expiry-time` as this sshd reads it: UTC with Z, or the host's own time where Z would lock the key out (before 9.1)."""
+    """`expiry-time` as this sshd reads it: UTC with Z, or the host's own time where Z would lock the key out (before
+    9.1).
+    """
     last = ends_at - timedelta(seconds=1)  # sshd accepts the key during the whole second that is named
     return last.strftime("%Y%m%d%H%M%SZ") if knows_zulu else last.astimezone().strftime("%Y%m%d%H%M%S")
 

@@ -1,8 +1,8 @@
 """The output of one attempt: which bytes go to the portal next, and which may be dropped here.
 
-The file is written by systemd (`append:`), never by us. Offsets are those of the output, for ever: what the portal holds is
-punched out of the file, which keeps its size. Beyond the quota output is dropped as it comes, behind a notice that the reader
-of the log sees. At most one window is in memory.
+The file is written by systemd (`append:`), never by us. Offsets are those of the output, for ever: what the portal
+holds is punched out of the file, which keeps its size. Beyond the quota output is dropped as it comes, behind a
+notice that the reader of the log sees. At most one window is in memory.
 """
 
 import ctypes
@@ -52,7 +52,9 @@ def size(path: Path, mark: LogMark) -> int:
 
 
 def settle(path: Path, mark: LogMark, *, quota_bytes: int) -> LogMark:
-    """Notice what happened to the file: over the quota, or truncated by the task itself. The caller keeps the answer on disk."""
+    """Notice what happened to the file: over the quota, or truncated by the task itself. The caller keeps the answer
+    on disk.
+    """
     file_size = size_on_disk(path)
     base = mark.base
     if mark.cut_at is None and file_size + base < mark.acked:

@@ -1,8 +1,9 @@
 """The agent at work: one thread hears what is wanted, one makes it so, one tells what is.
 
-`Agent` only wires: what to believe is state.py's, what to do is plan.py's, how is leases.py's and tasks.py's. The threads
-share nothing but events and those objects; each keeps going whatever the others meet. The held call brings the desired state
-down; the report brings everything up; neither waits for the other, and the host is kept in order without either.
+`Agent` only wires: what to believe is state.py's, what to do is plan.py's, how is leases.py's and tasks.py's. The
+threads share nothing but events and those objects; each keeps going whatever the others meet. The held call brings
+the desired state down; the report brings everything up; neither waits for the other, and the host is kept in order
+without either.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ STATUS_FILE = "status.json"
 
 
 class Backoff:
-    """How long to wait after the next failure: doubling, with jitter, so that a thousand agents do not return as one."""
+    """How long to wait after the next failure: doubling, with jitter, lest a thousand agents return as one."""
 
     def __init__(self, *, first_s: float = 1.0, most_s: float = 30.0) -> None:
         self._first_s, self._most_s = first_s, most_s
@@ -156,7 +157,9 @@ class Agent:
     # Enrolment
 
     def _enroll_forever(self) -> None:
-        """Until there is a credential. A token that lies there is used even if there is one: the portal wants a new enrolment."""
+        """Until there is a credential. A token that lies there is used even if there is one: the portal wants a new
+        enrolment.
+        """
         backoff = Backoff()
         while not self._stopping.is_set():
             token = self._find_token()
@@ -214,7 +217,9 @@ class Agent:
                 self._stopping.wait(1)  # answered at once and for nothing: do not make a storm of it
 
     def _sync(self, portal: Portal, *, report: dict[str, Any] | None, wait_s: float) -> bool:
-        """One call and what follows from its answer; True when something new is wanted. Raises PortalError, ProtocolError."""
+        """One call and what follows from its answer; True when something new is wanted. Raises PortalError,
+        ProtocolError.
+        """
         held = self.state.held
         message = {
             "protocol": 1,
@@ -253,7 +258,7 @@ class Agent:
         named = {lease.lease_id for lease in held.desired.leases} if held.desired else set()
         for entry in self.leases.entries():
             if entry.lease_id not in named and not entry.disowned:
-                why = f"the portal lost lease {entry.lease_id} when it was restored: clean the machine before this id is used again"
+                why = "the portal lost it when it was restored: clean the machine before this id is used again"
                 self.leases.disown(entry.lease_id, why)
         wanted = {order.attempt_id for order in held.desired.attempts} if held.desired else set()
         self.tasks.disown(set(self.tasks.observe()) - wanted)
@@ -401,7 +406,9 @@ class Agent:
                 self._stopping.wait(backoff.next_s())
 
     def _drop_strangers(self, items: dict[str, list[Any]]) -> None:
-        """The portal does not know these: say no more of them, so that the rest is heard. Nothing on the host is touched."""
+        """The portal does not know these: say no more of them, so that the rest is heard. Nothing on the host is
+        touched.
+        """
         for lease_id in items.get("leases", ()):
             self.leases.disown(lease_id, f"the portal does not know lease {lease_id} on this machine")
         self.tasks.disown(items.get("attempts", ()))

@@ -1,4 +1,7 @@
-"""What this host does right now: processor, memory, disks, network. GPUs are gpu.py's. Null is unknown, 0 is counted."""
+"""What this host does right now: processor, memory, disks, network; GPUs are in gpu.py.
+
+Null is unknown, 0 is counted.
+"""
 
 import os
 import time

@@ -1,7 +1,7 @@
 """The decision: what is wanted and what is there in, ordered steps out. An empty list is rest.
 
-Pure: no host, no clock, no file, so that every corner is tested without any. leases.py and tasks.py carry the steps out.
-Close before open: nothing serves two tenants, not even for a moment.
+Pure: no host, no clock, no file, so that every corner is tested without any. leases.py and tasks.py carry the steps
+out. Close before open: nothing serves two tenants, not even for a moment.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -114,7 +114,9 @@ def plan(
 
 
 def expiry_day(ends_at: datetime) -> date:
-    """Accounts expire by whole days in UTC: the first whole day after the end. The hour is kept by the keys and the timer."""
+    """Accounts expire by whole days in UTC: the first whole day after the end. The hour is kept by the keys and the
+    timer.
+    """
     return ends_at.astimezone(timezone.utc).date() + timedelta(days=1)
 
 

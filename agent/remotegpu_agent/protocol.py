@@ -1,7 +1,7 @@
 """What the portal may tell this host, as frozen values; and how a moment is written.
 
-The words are those of `agent/protocol/protocol.schema.json`, which the tests hold this file against. Reading is strict: an
-unknown field is an error, since a misspelt order must not be half obeyed. Here is no network and no disk.
+The words are those of `agent/protocol/protocol.schema.json`, which the tests hold this file against. Reading is
+strict: an unknown field is an error, since a misspelt order must not be half obeyed. Here is no network and no disk.
 """
 
 import re

@@ -1,8 +1,8 @@
 """What the portal wants, kept on disk so that the host carries on without it; and when not to believe it.
 
-A generation lower than the one seen, or another epoch, means that the portal came back from a backup: it may have forgotten
-leases that are running here. Then the host is frozen: nothing is opened, closed or cleaned (leases still end at their own
-time) until an operator thaws it. Here is no network and no host.
+A generation lower than the one seen, or another epoch, means that the portal came back from a backup: it may have
+forgotten leases that are running here. Then the host is frozen: nothing is opened, closed or cleaned (leases still
+end at their own time) until an operator thaws it. Here is no network and no host.
 """
 
 import threading
@@ -26,7 +26,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a sync answered: where the portal stands and, when that differs from us, what it wants; and what we had said."""
+    """What a sync answered: where the portal stands and, when that differs from us, what it wants; and what we had
+    said.
+    """
 
     epoch: str
     generation: int
@@ -36,7 +38,9 @@ class Answer:
 
 
 def judge(held: Held, answer: Answer, *, machine_id: int, thaws_done: frozenset[int] = frozenset()) -> Held:
-    """What this host goes by after the answer. Raises ProtocolError when it is meant for another machine or contradicts itself."""
+    """What this host goes by after the answer. Raises ProtocolError when it is meant for another machine or
+    contradicts itself.
+    """
     desired = answer.desired
     if desired is not None and desired.machine_id != machine_id:
         raise ProtocolError(f"desired.machine_id: {desired.machine_id}, but this is machine {machine_id}")
@@ -59,7 +63,10 @@ def judge(held: Held, answer: Answer, *, machine_id: int, thaws_done: frozenset[
 def _doubt(answer: Answer) -> str | None:
     """Measured against what we told the portal in this very call: two connections may overtake each other."""
     if answer.asked_epoch is not None and answer.epoch != answer.asked_epoch:
-        return f"the portal is at epoch {answer.epoch}, this host at {answer.asked_epoch}: was the portal restored or replaced?"
+        return (
+            f"the portal is at epoch {answer.epoch}, this host at {answer.asked_epoch}: "
+            "was the portal restored or replaced?"
+        )
     if answer.generation < answer.asked_generation:
         return (
             f"the portal is at generation {answer.generation}, this host at {answer.asked_generation}: "
@@ -95,7 +102,9 @@ class State:
     def adopt(
         self, answer: Answer, raw: dict[str, Any] | None, *, machine_id: int, thaws_done: frozenset[int] = frozenset()
     ) -> tuple[Held, Held]:
-        """Judge the answer, keep the outcome on disk, and say what was held before and what is now. Raises ProtocolError."""
+        """Judge the answer, keep the outcome on disk, and say what was held before and what is now. Raises
+        ProtocolError.
+        """
         with self._lock:
             before = self._held
             after = judge(before, answer, machine_id=machine_id, thaws_done=thaws_done)

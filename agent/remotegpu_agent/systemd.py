@@ -39,7 +39,9 @@ def kill(unit: str, signal: str) -> None:
 
 
 def start_timer(unit: str, at: datetime, argv: list[str], *, description: str) -> None:
-    """Run a program once at this moment, as root, whatever becomes of us. Raises ToolFailed, also when it is armed already."""
+    """Run a program once at this moment, as root, whatever becomes of us. Raises ToolFailed, also when it is armed
+    already.
+    """
     run(
         [
             "systemd-run",
@@ -62,7 +64,9 @@ def calendar(at: datetime) -> str:
 
 
 def find_timer(unit: str) -> datetime | None:
-    """When this transient timer elapses; None when it is not loaded. Reads systemd's own record: no process is started."""
+    """When this transient timer elapses; None when it is not loaded. Reads systemd's own record: no process is
+    started.
+    """
     try:
         text = (TRANSIENT_DIR / f"{unit}.timer").read_text()
     except OSError:

@@ -1,7 +1,8 @@
-"""Tasks on this host: one attempt is one transient unit of the lease's user, with a cgroup of its own, and outlives the agent.
+"""Tasks on this host: one attempt is one transient unit of the lease's user, with a cgroup of its own, and outlives
+the agent.
 
-Told in the order of an attempt's life: look, start, stop, outcome, log, forget. Everything about an attempt lies in one
-directory that belongs to root:
+Told in the order of an attempt's life: look, start, stop, outcome, log, forget. Everything about an attempt lies in
+one directory that belongs to root:
 
     <tasks_dir>/<attempt id>/          root:lease 0750
         launch, script                 root:lease 0640: the environment, and the customer's own text
@@ -11,7 +12,8 @@ directory that belongs to root:
             log                        its output: written by systemd
             exit.json                  how it ended: written by record-exit.sh
 
-The boot id tells whether a unit that is missing has ended or was lost. When and why is plan.py's; leases.py ends tasks too.
+The boot id tells whether a unit that is missing has ended or was lost. When and why is plan.py's; leases.py ends
+tasks too.
 """
 
 import base64
@@ -213,8 +215,9 @@ class Tasks:
             return [attempt for attempt in self._talking.values() if not attempt.outcome().has_ended]
 
     def look_for_lost(self) -> bool:
-        """A unit that is gone without an exit record is lost; one that never started may start again. True when something changed.
-        Raises ToolFailed.
+        """A unit that is gone without an exit record is lost; one that never started may start again.
+
+        True when something changed. Raises ToolFailed.
         """
         unfinished = self.unfinished()
         alive = systemd.alive([attempt.unit for attempt in unfinished])
@@ -473,7 +476,9 @@ def workdir_of(order: DesiredAttempt, home: Path) -> str:
 
 
 def render_launch(order: DesiredAttempt, script: Path, workdir: str) -> str:
-    """Environment and directory, quoted for bash, then the script in the same process. Raises CannotStart for a NUL byte."""
+    """Environment and directory, quoted for bash, then the script in the same process. Raises CannotStart for a NUL
+    byte.
+    """
     env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PATH": DEFAULT_PATH}
     if order.gpu_uuids is not None:
         visible = ",".join(order.gpu_uuids)
@@ -483,5 +488,6 @@ def render_launch(order: DesiredAttempt, script: Path, workdir: str) -> str:
     if "\0" in order.command or any("\0" in text for text in env.values()):
         raise CannotStart("a command or variable holds a NUL byte, which no process can be given")
     exports = "".join(f"export {name}={shlex.quote(text)}\n" for name, text in env.items())
-    # Not systemd's WorkingDirectory=: that holds for the recorder too, and a directory that is gone would cost us the exit code.
+    # Not systemd's WorkingDirectory=: that holds for the recorder too, and a directory that is gone would cost
+    # us the exit code.
     return f"{exports}cd -- {shlex.quote(workdir)} || exit {EXIT_CHDIR}\nexec /bin/bash {shlex.quote(str(script))}\n"

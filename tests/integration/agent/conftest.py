@@ -1,7 +1,7 @@
 """Hosts of both suites with the agent installed as the role installs it, each with a portal of its own.
 
-`site` is one host, its portal, and the words that the tests speak: open a lease, sign in, run a task. Hosts live for the
-session; every lease and attempt in it has an id of its own, so that no test meets another's.
+`site` is one host, its portal, and the words that the tests speak: open a lease, sign in, run a task. Hosts live for
+the session; every lease and attempt in it has an id of its own, so that no test meets another's.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Site:
     def wait_for_lease(self, lease: Lease, state: str, *, timeout_s: float = 15) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
             seen = self.portal.lease(lease.lease_id)
-            is_there = seen is not None and seen["state"] == state
-            return seen if is_there and (state != "open" or seen["ends_at"] == lease.wanted["ends_at"]) else None
+            if seen is None or seen["state"] != state:
+                return None
+            return seen if state != "open" or seen["ends_at"] == lease.wanted["ends_at"] else None
 
         return until(reached, f"lease {lease.lease_id} to be {state}", timeout_s=timeout_s, also=self.agent_log)
 
@@ -142,7 +143,7 @@ class Site:
             timeout_s=timeout_s,
             also=self.agent_log,
         )
-        return state, bytes(self.portal.logs.get(attempt_id, b""))
+        return state, self.portal.log_of(attempt_id)
 
     # -- the agent ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +175,9 @@ class Site:
 
 
 def install_agent(host: Host, portal: Portal) -> None:
-    """What the gpu_agent and ssh_hardening roles leave, from the roles' own templates, in a second instead of a minute."""
+    """What the gpu_agent and ssh_hardening roles leave, from the roles' own templates, in a second instead of a
+    minute.
+    """
     assert PROGRAM.exists(), "build/remotegpu-agent.pyz is missing: run agent/build"
     host.run(["groupadd", "--system", "remotegpu-leases"])
     host.put("/opt/remotegpu/remotegpu-agent.pyz", PROGRAM.read_bytes(), mode="0755")

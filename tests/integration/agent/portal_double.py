@@ -1,8 +1,8 @@
 """A portal for the agent's tests: speaks the protocol over HTTPS, keeps what it is told, and wants what a test says.
 
-Every request and every answer is checked against the schema; what breaks it is in `complaints`, which the fixtures expect
-to be empty. The end-to-end test holds the agent against the real portal. Here is no rule of the portal's but the
-protocol's: generations, the held call, acknowledgements.
+Every request and every answer is checked against the schema; what breaks it is in `complaints`, which the fixtures
+expect to be empty. The end-to-end test holds the agent against the real portal. Here is no rule of the portal's but
+the protocol's: generations, the held call, acknowledgements.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Portal:
         self.gpu: dict[str, Any] | None = None
         self.acknowledges = True
         self._changed = threading.Condition()
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._tls = _make_authority(directory, address)
         self.ca_pem = (directory / "ca.pem").read_text()
 
@@ -143,6 +143,9 @@ class Portal:
         if not self.reports:
             return None
         return next((lease for lease in self.reports[-1]["leases"] if lease["lease_id"] == lease_id), None)
+
+    def log_of(self, attempt_id: int) -> bytes:
+        return bytes(self.logs.get(attempt_id, b""))
 
     def events(self, **fields: Any) -> list[str]:
         return [

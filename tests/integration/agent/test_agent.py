@@ -55,7 +55,9 @@ def test_the_host_tells_of_its_gpus_and_itself(site: Site) -> None:
     assert gpu is not None
     assert [each["uuid"] for each in gpu["gpus"]] == site.host.gpu.scenario.uuids
     assert {each["state"] for each in gpu["gpus"]} == {"ok"}
-    metrics = until(lambda: (found := site.portal.metrics) and found["cpu_percent"] is not None and found, "a processor share")
+    until(lambda: site.portal.metrics and site.portal.metrics["cpu_percent"] is not None, "a processor share")
+    metrics = site.portal.metrics
+    assert metrics is not None
     assert 0 < metrics["memory_used_bytes"] < metrics["memory_total_bytes"]
     assert metrics["disks"]
     assert [each["interface"] for each in metrics["network"]] == ["eth0"]
@@ -65,7 +67,9 @@ def test_a_lost_gpu_is_named_and_the_other_is_well(site: Site) -> None:
     before = site.host.gpu.scenario
     try:
         site.host.gpu.show(before.lost(1))
-        states = until(lambda: _states(site) == ["ok", "lost"] and _states(site), "the loss", also=lambda: site.portal.gpu)
+        states = until(
+            lambda: _states(site) == ["ok", "lost"] and _states(site), "the loss", also=lambda: site.portal.gpu
+        )
         assert states == ["ok", "lost"]
         assert site.portal.gpu is not None
         lost = site.portal.gpu["gpus"][1]
@@ -225,7 +229,7 @@ def _clean_args(lease: Any) -> dict[str, Any]:
 def test_a_reboot_loses_the_task_and_says_so(site: Site) -> None:
     lease = site.open_lease()
     attempt = site.run_task(lease, "echo started; sleep 1000")
-    until(lambda: site.portal.logs.get(attempt) == b"started\n", "the first line", also=site.agent_log)
+    until(lambda: site.portal.log_of(attempt) == b"started\n", "the first line", also=site.agent_log)
     boot_id = site.host.boot_id
     site.host.reboot()
     ended, log = site.finished(attempt, timeout_s=60)

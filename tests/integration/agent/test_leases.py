@@ -77,11 +77,12 @@ def test_a_key_that_is_added_opens_and_one_that_is_removed_is_refused(site: Site
     until(lambda: not site.sign_in(lease).ok, "the first key to be refused", timeout_s=5, every_s=0.05)
     assert time.monotonic() - changed < 2
     assert site.sign_in(lease, key=second).ok
-    seen = until(
-        lambda: (found := site.portal.lease(lease.lease_id)) and len(found["key_fingerprints"]) == 1 and found,
-        "a report",
-    )
-    assert seen["key_fingerprints"] == [public["fingerprint"]]
+    until(lambda: _fingerprints(site, lease) == [public["fingerprint"]], "the report")
+
+
+def _fingerprints(site: Site, lease: Lease) -> list[str]:
+    seen = site.portal.lease(lease.lease_id)
+    return list(seen["key_fingerprints"]) if seen else []
 
 
 def test_an_extension_is_acknowledged_when_host_and_timer_have_it(site: Site) -> None:
@@ -129,7 +130,7 @@ def test_a_lease_opened_again_finds_its_data(site: Site) -> None:
 def test_without_the_portal_the_lease_ends_by_itself(site: Site) -> None:
     lease = site.open_lease(seconds=6)
     attempt = site.run_task(lease, "trap '' TERM; echo ready; while :; do sleep 0.2; done", stop_grace_s=600)
-    until(lambda: site.portal.logs.get(attempt) == b"ready\n", "the task to be ready", also=site.agent_log)
+    until(lambda: site.portal.log_of(attempt) == b"ready\n", "the task to be ready", also=site.agent_log)
     site.sign_in(lease, DAEMON)
     with open_connection(site, lease) as master, portal_down(site):
         until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=15, every_s=0.01)
@@ -211,6 +212,24 @@ def test_a_uid_is_never_used_twice(site: Site) -> None:
     seen = site.wait_for_lease(second, "error")
     assert f"UID {first.uid} was lease {first.lease_id}'s" in seen["message"]
     assert not site.host.run(["getent", "passwd", second.login], check=False).ok
+
+
+def test_the_leases_containers_end_with_it_and_nobody_elses(site: Site) -> None:
+    lease = site.open_lease()
+    site.host.run("systemctl start docker")
+    site.host.run(
+        "cd / && tar -cf - usr/bin/sleep $(ldd usr/bin/sleep | grep -o '/[^ )]*' | xargs -n1 readlink -f)"
+        " $(ldd usr/bin/sleep | grep -o '/lib64/[^ ]*') lib64 lib 2>/dev/null | docker import - tiny:1"
+    )
+    run = "docker run -d --restart=always --network=none"
+    site.host.run(f"{run} --label remotegpu.lease={lease.lease_id} --name mine tiny:1 sleep 10000")
+    site.host.run(f"{run} --label remotegpu.lease={lease.lease_id + 1} --name other tiny:1 sleep 10000")
+    try:
+        site.change_lease(lease, state="closed")
+        site.wait_for_lease(lease, "closed", timeout_s=30)
+        assert site.host.run("docker ps --format '{{.Names}}'").stdout.split() == ["other"]
+    finally:
+        site.host.run("docker rm -f mine other; docker rmi tiny:1; systemctl stop docker docker.socket containerd")
 
 
 def test_a_fork_bomb_does_not_outlive_its_lease(site: Site) -> None:

@@ -1,0 +1,160 @@
+"""Orders: once, kept until acknowledged, and never to the wrong lease or machine."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remotegpu_agent.commands import Commands, Refusal, refuse_clean
+from remotegpu_agent.leases import Entry
+from remotegpu_agent.protocol import Command, Desired, DesiredLease
+from tests.support.waiting import until
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+ARGS = {"machine_id": 7, "lease_id": 17, "login": "lease17", "uid": 20017}
+
+
+class Operations:
+    """Counts, and answers what the test says."""
+
+    def __init__(self, answer: Any = None) -> None:
+        self.done: list[int] = []
+        self.answer = answer
+
+    def carry_out(self, command: Command) -> Any:
+        self.done.append(command.command_id)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+def desired(*commands: Command, epoch: str = "e", leases: tuple[DesiredLease, ...] = ()) -> Desired:
+    return Desired(7, epoch, 4, leases, (), commands, 15.0, 1000)
+
+
+def baseline(command_id: int = 1) -> Command:
+    return Command(command_id, "baseline", {"machine_id": 7})
+
+
+def commands(directory: Path, operations: Operations) -> Commands:
+    return Commands(directory, operations, on_result=lambda: None)  # type: ignore[arg-type]  # the part that is used
+
+
+def result_of(orders: Commands, epoch: str = "e") -> dict[str, Any]:
+    return until(lambda: orders.results(epoch), "a result", every_s=0.01)[0]
+
+
+def test_an_order_is_carried_out_once_however_often_it_is_named(tmp_path: Path) -> None:
+    operations = Operations({"a": 1})
+    orders = commands(tmp_path, operations)
+    orders.consider(desired(baseline()))
+    orders.consider(desired(baseline()))
+    assert result_of(orders) == {"command_id": 1, "ok": True, "message": None, "result": {"a": 1}}
+    orders.consider(desired(baseline()))
+    orders.acknowledge("e", [1])
+    orders.consider(desired(baseline()))
+    assert orders.results("e") == []
+    assert commands(tmp_path, operations).results("e") == []
+    assert operations.done == [1]
+
+
+def test_a_result_survives_a_restart_until_it_is_acknowledged(tmp_path: Path) -> None:
+    operations = Operations()
+    orders = commands(tmp_path, operations)
+    orders.consider(desired(baseline()))
+    result = result_of(orders)
+    again = commands(tmp_path, operations)
+    again.consider(desired(baseline()))
+    assert again.results("e") == [result]
+    assert operations.done == [1]
+
+
+@pytest.mark.parametrize("error", [Refusal("not now"), ValueError("broken")])
+def test_a_failure_is_a_result_too(tmp_path: Path, error: Exception) -> None:
+    orders = commands(tmp_path, Operations(error))
+    orders.consider(desired(baseline()))
+    result = result_of(orders)
+    assert result["ok"] is False
+    assert str(error) in result["message"]
+
+
+def test_an_order_that_is_interrupted_again_and_again_is_given_up(tmp_path: Path) -> None:
+    operations = Operations()
+    for _ in range(3):
+        orders = commands(tmp_path, operations)
+        orders._keep = lambda *_: None  # type: ignore[method-assign]  # the agent dies before the result is on disk
+        orders.consider(desired(baseline()))
+        until(partial(_is_idle, orders), "the end of the attempt", every_s=0.01)
+    orders = commands(tmp_path, operations)
+    orders.consider(desired(baseline()))
+    assert "interrupted 3 times" in result_of(orders)["message"]
+    assert operations.done == [1, 1, 1]
+
+
+def _is_idle(orders: Commands) -> bool:
+    return not orders._is_working
+
+
+def test_the_same_number_under_another_epoch_is_another_order(tmp_path: Path) -> None:
+    operations = Operations()
+    orders = commands(tmp_path, operations)
+    orders.consider(desired(baseline()))
+    result_of(orders)
+    orders.acknowledge("e", [1])
+    orders.consider(desired(baseline(), epoch="after the restore"))
+    result_of(orders, "after the restore")
+    assert operations.done == [1, 1]
+    assert orders.results("e") == []
+
+
+def test_a_finished_order_that_is_no_longer_named_leaves_no_file(tmp_path: Path) -> None:
+    orders = commands(tmp_path, Operations())
+    orders.consider(desired(baseline()))
+    result_of(orders)
+    orders.consider(desired())
+    assert len(orders.results("e")) == 1
+    orders.acknowledge("e", [1])
+    orders.consider(desired())
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def lease(lease_id: int, *, is_open: bool) -> DesiredLease:
+    return DesiredLease(lease_id, f"lease{lease_id}", 20000 + lease_id, is_open, NOW, ())
+
+
+def entry(lease_id: int, *, is_closed: bool, login: str | None = None, uid: int | None = None) -> Entry:
+    closed_at = NOW if is_closed else None
+    return Entry(lease_id, login or f"lease{lease_id}", uid or 20000 + lease_id, NOW, closed_at, (), None, False)
+
+
+def test_a_lease_that_is_closed_and_alone_may_be_cleaned() -> None:
+    assert refuse_clean(ARGS, 7, desired(leases=(lease(17, is_open=False),)), [entry(17, is_closed=True)]) is None
+    assert refuse_clean(ARGS, 7, None, []) is None
+    # Its own end may still be under way: cleaning closes first.
+    assert refuse_clean(ARGS, 7, desired(), [entry(17, is_closed=False), entry(16, is_closed=True)]) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted", "entries", "reason"),
+    [
+        ({"machine_id": 8}, desired(), [], "for machine 8"),
+        ({}, desired(leases=(lease(17, is_open=True),)), [], "lease 17 is wanted open: close it first"),
+        ({}, desired(leases=(lease(18, is_open=True),)), [], "lease 18 is wanted open"),
+        ({}, desired(), [entry(18, is_closed=False)], "lease 18 is open on this machine"),
+        ({}, None, [entry(18, is_closed=False)], "lease 18 is open on this machine"),
+        ({"uid": 20018}, desired(), [entry(17, is_closed=True)], "the order says lease17 (UID 20018)"),
+        ({"login": "lease18"}, desired(), [entry(17, is_closed=True)], "the order says lease18"),
+        ({}, desired(), [entry(16, is_closed=True, login="lease17")], "is lease 16's here"),
+        ({}, desired(), [entry(16, is_closed=True, uid=20017)], "is lease 16's here"),
+    ],
+)
+def test_a_late_or_wrong_order_to_clean_meets_nobody(
+    args: dict[str, Any], wanted: Desired | None, entries: list[Entry], reason: str
+) -> None:
+    refusal = refuse_clean(ARGS | args, 7, wanted, entries)
+    assert refusal is not None
+    assert reason in refusal

@@ -1,0 +1,221 @@
+"""The watch over NVML: children that hang, die and talk nonsense; and the oddities of the binding."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from remotegpu_agent import gpu_child
+from remotegpu_agent.gpu import GpuProbe, holds_gpu
+from tests.support.waiting import until
+from tests.unit.agent.test_protocol import conforms
+
+ANSWER = '{"state": "ok", "message": null, "driver_version": "535", "nvml_version": "12", "gpus": []}'
+GPU = {"index": 0, "uuid": "GPU-1", "errors": [], "state": "ok"} | dict.fromkeys(gpu_child.FIELDS)
+
+
+@pytest.fixture
+def probe_of(tmp_path: Path) -> Iterator[Callable[..., GpuProbe]]:
+    probes: list[GpuProbe] = []
+
+    def make(script: str, *, deadline_s: float = 10) -> GpuProbe:
+        file = tmp_path / f"child{len(probes)}.py"
+        file.write_text(f"import os, sys, time\n{script}\n")
+        probe = GpuProbe([sys.executable, str(file)], deadline_s=deadline_s)
+        probes.append(probe)
+        probe.start()
+        return probe
+
+    yield make
+    for probe in probes:
+        probe.stop()
+
+
+def test_a_sample_is_fresh_and_is_what_the_protocol_says(probe_of: Callable[..., GpuProbe]) -> None:
+    probe = probe_of(f"for line in sys.stdin: print({ANSWER!r}, flush=True)")
+    conforms("gpu_report", probe.report())
+    probe.ask(wait_s=5)
+    report = probe.report()
+    conforms("gpu_report", report)
+    assert report["state"] == "ok"
+    assert report["sampled_at"] is not None
+
+
+def test_a_child_that_hangs_makes_the_last_sample_stale_and_nobody_waits(probe_of: Callable[..., GpuProbe]) -> None:
+    script = f"sys.stdin.readline(); print({ANSWER!r}, flush=True); sys.stdin.readline(); time.sleep(1000)"
+    probe = probe_of(script, deadline_s=0.2)
+    probe.ask(wait_s=5)
+    good = probe.report()
+    started = time.monotonic()
+    probe.ask(wait_s=0.1)
+    assert time.monotonic() - started < 0.5
+    stale = until(lambda: (found := probe.report())["state"] == "stale" and found, "the sample to be stale")
+    conforms("gpu_report", stale)
+    assert stale["sampled_at"] == good["sampled_at"]
+    assert "the driver hangs" in stale["message"]
+
+
+def test_one_probe_is_in_flight_however_often_one_asks(probe_of: Callable[..., GpuProbe], tmp_path: Path) -> None:
+    seen = tmp_path / "asked"
+    script = f"for line in sys.stdin: open({str(seen)!r}, 'a').write('x'); time.sleep(1000)"
+    probe = probe_of(script, deadline_s=0.1)
+    for _ in range(5):
+        probe.ask(wait_s=0.05)
+    until(seen.exists, "the first probe")
+    assert seen.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "script", ["sys.exit(3)", "sys.stdin.readline(); print('nonsense', flush=True)", "print('x' * 2000000)"]
+)
+def test_a_child_that_dies_or_talks_nonsense_is_an_error_and_is_replaced(
+    probe_of: Callable[..., GpuProbe], tmp_path: Path, script: str
+) -> None:
+    once = tmp_path / "once"
+    good = f"for line in sys.stdin: print({ANSWER!r}, flush=True)"
+    probe = probe_of(f"if os.path.exists({str(once)!r}):\n    {good}\nopen({str(once)!r}, 'w')\n{script}")
+    probe.ask(wait_s=5)
+    assert probe.report()["state"] == "error"
+    conforms("gpu_report", probe.report())
+    probe.ask(wait_s=5)
+    assert probe.report()["state"] == "ok"
+
+
+def test_a_pid_counts_only_if_it_holds_a_gpu_open(tmp_path: Path) -> None:
+    assert holds_gpu(os.getpid()) is False
+    assert holds_gpu(2**31 - 1) is False
+    assert holds_gpu(os.getpid(), find_target=lambda _: "/dev/nvidia0") is True
+
+
+def test_garbage_pids_of_old_drivers_are_dropped(probe_of: Callable[..., GpuProbe]) -> None:
+    gpu = GPU | {"processes": [{"pid": os.getpid(), "memory_bytes": None}, {"pid": 2**31 - 1, "memory_bytes": 5}]}
+    answer = ANSWER.replace('"gpus": []', f'"gpus": [{_json(gpu)}]')
+    probe = probe_of(f"for line in sys.stdin: print({answer!r}, flush=True)")
+    probe.ask(wait_s=5)
+    report = probe.report()
+    conforms("gpu_report", report)
+    assert report["gpus"][0]["processes"] == []
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+class NvmlError(Exception):
+    """As in the binding: `==` fails on whatever has no value, and there is no hash."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == other.value)  # type: ignore[attr-defined]  # what the binding does
+
+    __hash__ = None  # type: ignore[assignment]  # what the binding does
+
+    def __str__(self) -> str:
+        return f"NVML error {self.value}"
+
+
+class MismatchError(Exception):
+    """NVMLLibraryMismatchError is no NVMLError."""
+
+
+class Nvml:
+    """The binding as gpu_child uses it: any call may be given an answer or an error."""
+
+    NVMLError = NvmlError
+    NVMLLibraryMismatchError = MismatchError
+    NVML_ERROR_FUNCTION_NOT_FOUND = 13
+    NVML_TEMPERATURE_GPU = NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
+    nvmlMemory_v2 = 2
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {
+            "nvmlDeviceGetCount": 1,
+            "nvmlDeviceGetHandleByIndex": "handle",
+            "nvmlDeviceGetUUID": "GPU-1",
+        } | answers
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            answer = self.answers.get(name, NvmlError(3))
+            answer = answer(*args) if callable(answer) else answer
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return call
+
+
+def read(**answers: Any) -> dict[str, Any]:
+    gpu_child._uuids.clear()
+    report = gpu_child._read_all(Nvml(**answers))
+    for gpu in report["gpus"]:
+        for process in gpu["processes"] or []:
+            process["uid"] = None
+    conforms("gpu_report", report | {"sampled_at": None})
+    return report
+
+
+def test_what_a_card_does_not_have_is_null_and_no_error() -> None:
+    gpu = read()["gpus"][0]
+    assert {name: gpu[name] for name in gpu_child.FIELDS} == dict.fromkeys(gpu_child.FIELDS)
+    assert (gpu["errors"], gpu["state"]) == ([], "ok")
+
+
+def test_an_error_is_that_fields_null_and_a_note() -> None:
+    gpu = read(nvmlDeviceGetTemperature=NvmlError(999), nvmlDeviceGetPowerUsage=70_500)["gpus"][0]
+    assert (gpu["temperature_c"], gpu["power_w"]) == (None, 70.5)
+    assert gpu["errors"] == [{"field": "temperature_c", "code": 999, "message": "NVML error 999"}]
+
+
+def test_a_zero_is_counted_and_not_unknown() -> None:
+    use = SimpleNamespace(gpu=0, memory=0)
+    gpu = read(nvmlDeviceGetUtilizationRates=use, nvmlDeviceGetComputeRunningProcesses_v3=[])["gpus"][0]
+    assert (gpu["utilization_percent"], gpu["processes"]) == (0, [])
+
+
+def test_an_old_driver_tells_total_memory_and_not_a_wrong_used() -> None:
+    old = SimpleNamespace(total=100, used=30, free=70)
+    answers = {"nvmlDeviceGetMemoryInfo": lambda _handle, version=None: NvmlError(13) if version else old}
+    gpu = read(**answers)["gpus"][0]
+    assert (gpu["memory_total_bytes"], gpu["memory_used_bytes"], gpu["memory_reserved_bytes"]) == (100, None, None)
+
+
+@pytest.mark.parametrize("missing", [NvmlError(13), MismatchError("too old")])
+def test_an_old_driver_lists_processes_by_the_older_call(missing: Exception) -> None:
+    listed = [SimpleNamespace(pid=9, usedGpuMemory=None)]
+    answers = {"nvmlDeviceGetComputeRunningProcesses_v3": missing, "nvmlDeviceGetComputeRunningProcesses_v2": listed}
+    assert read(**answers)["gpus"][0]["processes"] == [{"pid": 9, "memory_bytes": None, "uid": None}]
+
+
+def test_a_lost_gpu_keeps_its_name_and_the_rest_go_on() -> None:
+    gpu_child._uuids.clear()
+    well = Nvml(nvmlDeviceGetCount=2, nvmlDeviceGetHandleByIndex=lambda i: i, nvmlDeviceGetUUID=lambda i: f"GPU-{i}")
+    assert [gpu["state"] for gpu in gpu_child._read_all(well)["gpus"]] == ["ok", "ok"]
+    well.answers["nvmlDeviceGetHandleByIndex"] = lambda i: NvmlError(15) if i == 1 else i
+    gpus = gpu_child._read_all(well)["gpus"]
+    assert [(gpu["uuid"], gpu["state"]) for gpu in gpus] == [("GPU-0", "ok"), ("GPU-1", "lost")]
+    gpu_child._uuids.clear()
+    report = gpu_child._read_all(well)
+    assert [gpu["uuid"] for gpu in report["gpus"]] == ["GPU-0"]
+    assert report["message"] == "1 of 2 GPUs do not tell their UUID"
+
+
+def test_names_in_strange_bytes_do_not_stop_anything() -> None:
+    gpu = read(nvmlDeviceGetName=b"H\xff, 100", nvmlDeviceGetSerial=UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"))[
+        "gpus"
+    ][0]
+    assert gpu["name"] == "H�, 100"
+    assert gpu["serial"] is None
+    assert gpu["errors"][0]["field"] == "serial"
