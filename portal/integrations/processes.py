@@ -6,7 +6,6 @@ cannot reach a process that was given the number later. What a run is, and when 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -55,13 +54,13 @@ def is_alive(process: Process) -> bool:
     return process.boot_id == boot_id() and _started_ticks(process.pid) == process.started_ticks
 
 
-def child_of(parent: int, mark: str) -> Process | None:
-    """The marked process that `parent` started, or None."""
-    for pid in carriers(mark):
-        with contextlib.suppress(OSError):
-            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                return find(pid)
-    return None
+def child_of(parent: int) -> Process | None:
+    """The process that the main thread of `parent` started, or None."""
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return None
+    return find(int(children[0])) if children else None
 
 
 def carriers(mark: str) -> list[int]:

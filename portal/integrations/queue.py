@@ -10,6 +10,7 @@ import logging
 import threading
 
 import huey
+import redis
 
 from portal.settings import Settings
 
@@ -25,7 +26,9 @@ class Bell:
 
     def __init__(self, settings: Settings) -> None:
         if settings.redis_url:
-            self._huey = huey.RedisHuey("remotegpu-runs", url=settings.redis_url, results=False, read_timeout=1)
+            # A request that queues a run must not hang on a Redis that does not answer.
+            pool = redis.ConnectionPool.from_url(settings.redis_url, socket_connect_timeout=1, socket_timeout=3)
+            self._huey = huey.RedisHuey("remotegpu-runs", connection_pool=pool, results=False, read_timeout=1)
         else:
             settings.instance_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._huey = huey.SqliteHuey(

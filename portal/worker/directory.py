@@ -61,11 +61,11 @@ def fill(path: Path, run: Run, settings: Settings, project: Path) -> Prepared:
         "tags": ",".join(run.tags),
         "check": bool(run.options.get("check")),
     }
-    _write(path / "job.json", job)
-    _write(path / "env" / "settings", {"pexpect_timeout": 0.5})
-    _write(path / "env" / "envvars", _environment(path, project))
-    _write(path / "inventory" / "document.json", document)
-    _write(path / "inventory" / "run.remotegpu.yml", {"plugin": "portal", "document": "document.json"})
+    write(path / "job.json", job)
+    write(path / "env" / "settings", {"pexpect_timeout": 0.5})
+    write(path / "env" / "envvars", _environment(path, project))
+    write(path / "inventory" / "document.json", document)
+    write(path / "inventory" / "run.remotegpu.yml", {"plugin": "portal", "document": "document.json"})
     if (project / "inventory" / "group_vars").is_dir():
         (path / "inventory" / "group_vars").symlink_to(project / "inventory" / "group_vars")
     (path / "verdicts").mkdir()
@@ -87,7 +87,8 @@ def _environment(path: Path, project: Path) -> dict[str, str]:
     return values
 
 
-def _write(file: Path, content: Any) -> None:
+def write(file: Path, content: Any) -> None:
+    """A new file with `content` as JSON (which is YAML, too), for its owner only."""
     file.parent.mkdir(mode=0o700, exist_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
         json.dump(content, stream)

@@ -189,23 +189,22 @@ class Execution:
                 self._heard.failure = line
 
     def _line(self, message: dict[str, Any]) -> Line:
-        data = message["data"]
-        if data and "message" in data:
-            data["message"] = self._masked(data["message"])
+        data = message["data"] or {}
         return Line(
             kind=message["kind"][:40],
-            stdout=self._masked(message["stdout"]),
+            stdout=self._plain(message["stdout"]),
             host=message["host"],
-            task=message["task"],
-            data=data,
+            task=self._plain(message["task"]) if message["task"] else None,
+            data={name: self._plain(value) if isinstance(value, str) else value for name, value in data.items()}
+            or None,
             at=_moment(message["at"]),
         )
 
-    def _masked(self, text: str) -> str:
-        """A password that a playbook prints is not kept."""
+    def _plain(self, text: str) -> str:
+        """Text that any database takes, without the secrets of this run: a password that is printed is not kept."""
         for secret in self._secrets:
             text = text.replace(secret, MASK)
-        return text.replace("\0", "�")  # PostgreSQL takes no NUL in a text
+        return text.replace("\0", "�").encode("utf-8", "replace").decode()
 
     # ── conclude ──
 

@@ -44,7 +44,7 @@ def main(directory: Path) -> int:
     lifeline = Lifeline(directory, job["mark"], job["fence_s"])
     signal.signal(signal.SIGTERM, lambda *_: lifeline.cut.set())
     threading.Thread(target=lifeline.watch, name="lifeline", daemon=True).start()
-    threading.Thread(target=report_child, args=(job["mark"], out, done), name="child", daemon=True).start()
+    threading.Thread(target=report_child, args=(out, done), name="child", daemon=True).start()
     try:
         code, status = run(job, directory, out)
     finally:
@@ -98,17 +98,17 @@ class Lifeline:
         self._end_all()
 
     def _end_all(self) -> None:
-        main_process = processes.child_of(os.getpid(), self._mark)
+        main_process = processes.child_of(os.getpid())
         processes.end(self._mark, main_process, grace_s=STOP_GRACE_S, spare=[os.getpid()])
         ssh_masters.end(self._directory)
         shutil.rmtree(self._directory, ignore_errors=True)
         os._exit(ENDED_WITH_WORKER)
 
 
-def report_child(mark: str, out: Messages, done: threading.Event) -> None:
-    """Say which process ansible-playbook is, as soon as there is one."""
+def report_child(out: Messages, done: threading.Event) -> None:
+    """Say which process ansible-playbook is, as soon as there is one: the only one that this program starts."""
     while not done.wait(0.02):
-        if child := processes.child_of(os.getpid(), mark):
+        if child := processes.child_of(os.getpid()):
             out.put({"type": "child", **child.as_dict()})
             return
 

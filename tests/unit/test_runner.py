@@ -90,11 +90,11 @@ def _state(pid: int) -> str:
         return stat.read().rpartition(")")[2].split()[0]
 
 
-def test_the_child_of_a_process_is_found_by_its_mark(start: Start, mark: str) -> None:
+def test_the_child_of_a_process_is_found(start: Start) -> None:
     process = start("sleep 600 & wait")
-    child = until(lambda: processes.child_of(process.pid, mark), "the child")
-    assert child.pid != process.pid
-    assert processes.child_of(os.getpid(), "8:of nobody") is None
+    child = until(lambda: processes.child_of(process.pid), "the child")
+    assert processes.is_alive(child)
+    assert processes.child_of(child.pid) is None
 
 
 # Events
