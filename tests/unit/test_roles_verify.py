@@ -126,7 +126,7 @@ def test_only_a_real_no_is_a_refused_login(attempt: dict[str, Any], result: str)
     assert judge.login_check(attempt, "lease17")["result"] == result
 
 
-# -- the host's own answer ----------------------------------------------------------------------------------------------
+# -- the host's own answer ---------------------------------------------------------------------------------------------
 
 
 def test_what_the_host_found_is_taken_over() -> None:
