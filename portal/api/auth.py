@@ -23,6 +23,7 @@ from flask_jwt_extended import (
 
 from portal.api.blueprint import Blueprint, Schema
 from portal.api.guard import actor, current_user, family_id, public, requires
+from portal.api.people import ProfileIn, UserOut
 from portal.models import User
 from portal.models.states import USER_ROLES
 from portal.services import sessions, users
@@ -43,24 +44,12 @@ class LoginIn(Schema):
     cookies = ma.fields.Boolean(load_default=False)
 
 
-class MeOut(Schema):
-    id = ma.fields.Integer(required=True)
-    username = ma.fields.String(required=True)
-    role = ma.fields.String(required=True, validate=ma.validate.OneOf(USER_ROLES))
-    email = ma.fields.String(allow_none=True)
-    display_name = ma.fields.String(allow_none=True)
-    full_name = ma.fields.String(allow_none=True)
-    phone = ma.fields.String(allow_none=True)
-    locale = ma.fields.String(allow_none=True)
-    must_change_password = ma.fields.Boolean(required=True)
-
-
 class TokensOut(Schema):
     access_token = ma.fields.String(metadata={"description": "Absent where the tokens went into cookies"})
     refresh_token = ma.fields.String()
     expires_in = ma.fields.Integer(required=True, metadata={"description": "Seconds that the access token lives"})
     must_change_password = ma.fields.Boolean(required=True)
-    user = ma.fields.Nested(MeOut, required=True)
+    user = ma.fields.Nested(UserOut, required=True)
 
 
 @bp.post("/login")
@@ -120,10 +109,19 @@ def change_password(body: dict[str, Any]) -> Response:
 
 @bp.get("/me")
 @requires(*USER_ROLES)
-@bp.response(200, MeOut)
+@bp.response(200, UserOut)
 def me() -> User:
     """Who I am"""
     return current_user()
+
+
+@bp.patch("/me")
+@requires(*USER_ROLES)
+@bp.arguments(ProfileIn)
+@bp.response(200, UserOut)
+def edit_me(body: dict[str, Any]) -> User:
+    """Change my profile; what is absent stays, null clears"""
+    return users.edit(current_user(), by=actor(), **body)
 
 
 def caller() -> Caller:
@@ -143,7 +141,7 @@ def tokens_response(session: Session, *, cookies: bool) -> Response:
     body = {
         "expires_in": current_app.config["SETTINGS"].access_token_s,
         "must_change_password": session.user.must_change_password,
-        "user": MeOut().dump(session.user),
+        "user": UserOut().dump(session.user),
     }
     if not cookies:
         return jsonify({"access_token": access, "refresh_token": following, **body})

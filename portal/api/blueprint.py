@@ -21,9 +21,22 @@ class Parser(FlaskParser):
         if not req.is_json and req.content_length:
             raise UnsupportedMediaType("Send the body as application/json.")
         body = super().load_json(req, schema)
+        if b"\\u" in req.get_data() and not _can_be_kept(body):
+            raise ma.ValidationError("Leave out NUL characters and halves of surrogate pairs.")
         if not schema.many and not isinstance(body, dict) and body is not ma.missing:
             raise ma.ValidationError("Send a JSON object.")
         return body
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Whether every text in it can be: JSON lets through two things that no database does."""
+    if isinstance(value, dict):
+        return all(_can_be_kept(key) and _can_be_kept(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_can_be_kept(item) for item in value)
+    if not isinstance(value, str):
+        return True
+    return "\x00" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 class Blueprint(flask_smorest.Blueprint):

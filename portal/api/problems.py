@@ -131,6 +131,9 @@ def of(error: Exception) -> Problem:
         return _of_http(error)
     if isinstance(error, peewee.IntegrityError):
         return _of_integrity(error)
+    if isinstance(error, OverflowError | peewee.DataError):
+        log.info("refused by the database: %s", error)
+        return Problem(422, CODES[422], "A number or a text is larger than what can be kept.")
     if _is_busy(error):
         log.warning("the database is busy: %s", error)
         return Problem(503, CODES[503], "The database is busy. Try again.", headers={"Retry-After": "1"})

@@ -307,6 +307,16 @@ def test_who_must_change_the_password_can_do_that_and_sign_out_and_nothing_else(
     assert novice.post("/auth/password", body).status_code == 200
 
 
+def test_people_change_their_own_profile_and_nothing_more(sign_in, viewer, customer):
+    person = sign_in(viewer)
+    assert person.patch("/auth/me", {"display_name": "Vera", "locale": "zh_CN"}).json["display_name"] == "Vera"
+    assert person.patch("/auth/me", {"display_name": None}).json["locale"] == "zh_CN"
+    for field in ("role", "username", "id", "must_change_password"):
+        assert person.patch("/auth/me", {field: "admin"}).status_code == 422
+    assert User.get_by_id(viewer.id).role == "customer"
+    assert User.get_by_id(customer.id).locale is None
+
+
 def test_passwords_and_tokens_reach_neither_the_log_nor_the_audit_trail(client, operator, caplog):
     with caplog.at_level("DEBUG"):
         answer = sign_in_with(client)

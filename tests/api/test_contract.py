@@ -149,6 +149,38 @@ def test_every_body_refuses_fields_that_it_does_not_name(app, spec):
         assert schema.get("additionalProperties") is False, f"{method} {rule}"
 
 
+HOSTILE = [10**30, -(10**30), -1, 0.5, True, None, "", "a\x00b", "\ud800", "{{ 7*7 }}", "x" * 70000, [], {}, [{}]]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_body_and_no_query_makes_the_portal_fail(app, spec, sign_in, admin, customer, value):
+    """Each field of each route gets what nobody should send: the answer is an answer, never 500."""
+    people = {"admin": sign_in(admin), "customer": sign_in(customer)}
+    failed = []
+    for method, rule, view in routes(app):
+        role = next((role for role in people if role in view.who_may), None)
+        if role is None or rule == "/api/v1/auth/logout":  # it would end the sign-in that the others need
+            continue
+        operation = spec["paths"][described_path(rule)][method.lower()]
+        names = [given["name"] for given in operation.get("parameters", []) if given["in"] == "query"]
+        query = {name: value for name in names if isinstance(value, str | int) and value != "\ud800"}
+        body = None if method == "GET" else dict.fromkeys(properties_of(operation, spec), value)
+        if not query and not body:
+            continue
+        path = filled_in(rule).removeprefix("/api/v1")
+        answer = people[role].open(method, path, query_string=query, json=body)
+        if answer.status_code >= 500:
+            failed.append(f"{method} {rule}: {answer.text}")
+    assert failed == []
+
+
+def properties_of(operation: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+    schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    if "$ref" in schema:
+        schema = spec["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    return list(schema.get("properties", {}))
+
+
 def test_an_unknown_id_is_404_for_whoever_may(app, spec, sign_in, admin, operator, customer):
     people = {"admin": sign_in(admin), "operator": sign_in(operator), "customer": sign_in(customer)}
     for method, rule, view in routes(app):
