@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +43,19 @@ def work(database: Any, settings: Settings, operator_key: Path, tmp_path: Path) 
     settings.ssh_key_file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(operator_key, settings.ssh_key_file)
     settings.ssh_key_file.chmod(0o600)
-    started: list[tuple[Worker, threading.Thread]] = []
-
-    def start(tasks: str) -> None:
-        where = project(tmp_path / "project", tasks)
-        for file in (where / "playbooks").glob("*.yml"):
-            file.write_text(file.read_text().replace("  connection: local\n", ""))
-        config_file = where / "ansible.cfg"
-        lines = [line for line in config_file.read_text().splitlines() if not line.startswith("interpreter_python")]
-        config_file.write_text(
-            "\n".join(lines).replace("[inventory]", "interpreter_python = /usr/bin/python3\n[inventory]")
+    with ExitStack() as stack:
+        yield lambda tasks: stack.enter_context(
+            working(Worker(settings, project=over_ssh(tmp_path / "project", tasks)))
         )
-        worker = Worker(settings, project=where)
-        thread = threading.Thread(target=worker.work)
-        thread.start()
-        started.append((worker, thread))
 
-    yield start
-    for worker, thread in started:
-        worker.stop()
-        thread.join()
+
+def over_ssh(folder: Path, tasks: str) -> Path:
+    """The project of these tasks, with the host's own Python and a real connection."""
+    where = project(folder, tasks)
+    book, settings_file = where / "playbooks" / "gpu_hosts.yml", where / "ansible.cfg"
+    book.write_text(book.read_text().replace("  connection: local\n", ""))
+    settings_file.write_text(settings_file.read_text().replace(sys.executable, "/usr/bin/python3"))
+    return where
 
 
 def machine_of(host: Host, **fields: Any) -> Machine:
@@ -124,6 +119,35 @@ def test_a_host_with_another_key_is_refused_and_nothing_is_done_on_it(work: Work
     assert "host key" in done.reason.lower(), done.reason
     assert not host.run(["test", "-e", "/tmp/mark"], check=False).ok
     assert not host.run("journalctl -u ssh -o cat | grep Accepted", check=False).ok, "no sign-in was even tried"
+
+
+def test_a_verify_run_keeps_each_hosts_verdict_also_when_it_fails(
+    database: Any, settings: Settings, operator_key: Path, host: Host
+) -> None:
+    config.use(settings)
+    settings.ssh_key_file.parent.mkdir(parents=True)
+    shutil.copy(operator_key, settings.ssh_key_file)
+    host.run("systemd-run --unit open-door python3 -m http.server 8099")
+    until(lambda: host.run("ss -Hltn sport = :8099").stdout, "the open port")
+    run = runs.queue("verify", [machine_of(host)], by=SYSTEM)
+    with working(Worker(settings)):  # the product's own playbook
+        done = ended(run)
+    assert done.state == "failed"
+    verdict = done.verdicts["gpu-1"]
+    assert verdict["passed"] is False
+    assert "8099" in json.dumps(verdict)
+    assert done.reason.startswith("gpu-1: ")
+
+
+@contextmanager
+def working(worker: Worker) -> Iterator[None]:
+    thread = threading.Thread(target=worker.work)
+    thread.start()
+    try:
+        yield
+    finally:
+        worker.stop()
+        thread.join()
 
 
 def masters_of(run: Run) -> list[str]:
