@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,14 @@ def ports(database: Any, settings: Settings, tmp_path: Path) -> Iterator[tuple[i
     free = (free_port("127.0.0.1"), free_port("127.0.0.1"))
     with ExitStack() as processes:
         for port in free:
-            processes.enter_context(web_process(settings, port, tmp_path / f"web-{port}.log"))
+            processes.enter_context(web_process(settings, port, log_of(tmp_path, port)))
         for port in free:
-            until(lambda port=port: answers(port), f"the web process on port {port}", timeout_s=60)
+            until(partial(answers, port), f"port {port}", timeout_s=60, also=log_of(tmp_path, port).read_text)
         yield free
+
+
+def log_of(folder: Path, port: int) -> Path:
+    return folder / f"web-{port}.log"
 
 
 def web_process(settings: Settings, port: int, log: Path) -> ExitStack:
