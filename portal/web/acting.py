@@ -12,18 +12,31 @@ from peewee import ModelSelect
 
 from portal.api.paging import MAX_PAGE, page_of
 from portal.errors import Error
+from portal.web.frame import told
 
 PAGE_SIZE = 20
 
 
+@dataclass
+class Outcome:
+    """True once the action is done, False if a rule refused it."""
+
+    is_done: bool = False
+
+    def __bool__(self) -> bool:
+        return self.is_done
+
+
 @contextmanager
-def acting(done: str) -> Iterator[None]:
+def acting(done: str) -> Iterator[Outcome]:
     """Say `done` when the block ends well, or the reason when a rule refuses it."""
+    outcome = Outcome()
     try:
-        yield
+        yield outcome
     except Error as error:
-        flash(error.message, "danger")
+        flash(told(error.message), "danger")
     else:
+        outcome.is_done = True
         flash(done, "success")
 
 
@@ -38,7 +51,7 @@ class Page:
     filters: dict[str, str]
 
 
-def page_asked(query: ModelSelect, *filters: str) -> Page:
+def page_asked(query: ModelSelect[Any], *filters: str) -> Page:
     """The page of `query` that the address asks for; nonsense in `page` is the first one."""
     asked = request.args.get("page", "1")
     number = min(max(int(asked), 1), MAX_PAGE) if asked.isascii() and asked.isdigit() else 1

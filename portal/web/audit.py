@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flask import render_template, request
 from flask.typing import ResponseReturnValue
 
@@ -16,5 +18,5 @@ FILTERS = ("action", "actor", "outcome")
 @bp.get("/audit")
 @requires("admin", "operator")
 def audit() -> ResponseReturnValue:
-    wanted = {name: request.args[name] for name in FILTERS if request.args.get(name)}
+    wanted: dict[str, Any] = {name: request.args[name] for name in FILTERS if request.args.get(name)}
     return render_template("audit/list.html", page=page_asked(trail.search(**wanted), *FILTERS))

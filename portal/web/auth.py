@@ -54,9 +54,9 @@ def sign_in_with() -> ResponseReturnValue:
 @requires(*USER_ROLES, before_password_change=True)
 def sign_out() -> ResponseReturnValue:
     sessions.sign_out(family_id() or 0, by=actor())
-    answer = redirect(url_for("web.sign_in"))
+    answer: Any = redirect(url_for("web.sign_in"))
     unset_jwt_cookies(answer)
-    return answer
+    return answer  # type: ignore[no-any-return]  # werkzeug's and Flask's Response are one
 
 
 @bp.get("/password")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from flask import request
+from flask_babel import gettext
 
 from portal.errors import Error, Invalid
+from portal.web.frame import told
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Form:
     def refused(self, error: Error) -> Form:
         """The same form with the reason; a fault of a field stands at the field."""
         if isinstance(error, Invalid):
-            elsewhere = [text for name, texts in error.fields.items() if name not in self._sent for text in texts]
-            return replace(self, faults=error.fields, message=" ".join(elsewhere) or None)
-        return replace(self, message=error.message)
+            faults = {name: [told(text) for text in texts] for name, texts in error.fields.items()}
+            elsewhere = [text for name, texts in faults.items() if name not in self._sent for text in texts]
+            return replace(self, faults=faults, message=" ".join(elsewhere) or None)
+        return replace(self, message=told(error.message))
 
     def raw(self, name: str) -> str:
         """As typed: for secrets, whose spaces count."""
@@ -51,7 +54,7 @@ class Form:
         try:
             return int(text)
         except ValueError:
-            raise Invalid({name: [f"{text!r} is not a whole number."]}) from None
+            raise Invalid({name: [gettext("Write a whole number, not “%(text)s”.", text=text)]}) from None
 
     def moment(self, name: str) -> datetime:
         """A time as `<input type="datetime-local">` sends it, taken as UTC; raises Invalid that names the field."""
@@ -59,7 +62,7 @@ class Form:
         try:
             return datetime.fromisoformat(text).replace(tzinfo=UTC)
         except ValueError:
-            raise Invalid({name: [f"{text!r} is not a time such as 2026-12-31T18:00."]}) from None
+            raise Invalid({name: [gettext("Write a time such as 2026-12-31T18:00.")]}) from None
 
     def is_checked(self, name: str) -> bool:
         return name in self._sent

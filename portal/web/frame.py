@@ -17,6 +17,7 @@ from flask_jwt_extended import get_csrf_token
 
 from portal.api.problems import Problem
 from portal.models import User
+from portal.web import refusals
 
 STATE_WORDS = {
     "registered": lazy_gettext("registered"),
@@ -54,6 +55,16 @@ STATE_WORDS = {
 ROLE_WORDS = {"owner": lazy_gettext("owner"), "member": lazy_gettext("member"), "viewer": lazy_gettext("viewer")}
 OUTCOME_WORDS = {"done": lazy_gettext("done"), "refused": lazy_gettext("refused"), "failed": lazy_gettext("failed")}
 
+NOUN_WORDS = {
+    "machine": lazy_gettext("machine"),
+    "lease": lazy_gettext("lease"),
+    "reclaim": lazy_gettext("reclaim"),
+    "run": lazy_gettext("run"),
+    "attempt": lazy_gettext("attempt"),
+    "task": lazy_gettext("task"),
+}
+VALUE_WORDS = STATE_WORDS | ROLE_WORDS | NOUN_WORDS
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -85,7 +96,13 @@ def install(app: Flask) -> None:
     """Give `app` the frame: what templates may call, and pages for errors."""
     app.context_processor(_context)
     app.jinja_env.filters["duration"] = _duration
+    app.jinja_env.filters["told"] = told
     app.extensions["error_page"] = error_page
+
+
+def told(sentence: str) -> str:
+    """What a service said, in the reader's language."""
+    return refusals.in_language(sentence, VALUE_WORDS)
 
 
 def home_of(user: User) -> str:
@@ -106,19 +123,23 @@ def error_page(problem: Problem) -> ResponseReturnValue:
     if is_fragment():
         return render_template("parts/refusal.html", problem=problem), problem.status
     page = render_template(
-        "error.html", title=title_of(problem.status), detail=problem.detail, reference=problem.info.get("incident")
+        "error.html",
+        title=title_of(problem.status),
+        detail=told(problem.detail),
+        reference=problem.info.get("incident"),
     )
     return page, problem.status, dict(problem.headers)
 
 
 def title_of(status: int) -> str:
-    return {
+    titles: dict[int, str] = {
         403: gettext("Not for you"),
         404: gettext("Not found"),
         409: gettext("Not now"),
         429: gettext("Too many requests"),
         500: gettext("Something went wrong here"),
-    }.get(status, gettext("That did not work"))
+    }
+    return titles.get(status) or str(gettext("That did not work"))
 
 
 def _sign_in_first() -> ResponseReturnValue:
@@ -147,7 +168,7 @@ def _context() -> dict[str, Any]:
 
 def _duration(span: timedelta) -> str:
     """`3 days`, `5 hours`: one unit is enough to know how long."""
-    return format_timedelta(span, granularity="minute", threshold=1.5)
+    return str(format_timedelta(span, granularity="minute", threshold=1.5))
 
 
 def csrf_value() -> str:

@@ -12,7 +12,7 @@ from flask_babel import gettext
 
 from portal.api.guard import actor, requires
 from portal.db import utcnow
-from portal.errors import Error, Invalid
+from portal.errors import Conflict, Error
 from portal.integrations import host_keys
 from portal.models import Machine
 from portal.services import config, leases, overviews, reclaims, runs, tenants
@@ -24,7 +24,8 @@ from portal.web.forms import Form
 from portal.web.frame import is_fragment
 
 STAFF = ("admin", "operator")
-ADD_FIELDS = ("name", "address", "ssh_port", "ssh_user", "region", "remark")
+DESCRIPTIVE = ("public_address", "region", "rack", "remark")
+FIELDS = ("name", "address", "ssh_port", "ssh_user", *DESCRIPTIVE)
 ALLOCATE_FIELDS = ("tenant_id", "until", "retain_h", "root", "remark")
 
 
@@ -48,21 +49,23 @@ def add_machine() -> ResponseReturnValue:
 @bp.post("/machines/add")
 @requires(*STAFF)
 def add_machine_with() -> ResponseReturnValue:
-    form = Form.of_request(keep=ADD_FIELDS)
+    form = Form.of_request(keep=FIELDS)
     try:
-        machine = fleet.register(
-            name=form.text("name"),
-            address=form.text("address"),
-            ssh_user=form.text("ssh_user"),
-            ssh_port=form.number("ssh_port", default=22),
-            credential=_credential(form),
-            by=actor(),
-            **{name: form.optional(name) for name in ("region", "remark") if form.optional(name)},
-        )
+        machine = fleet.register(**_typed(form), credential=_credential(form), by=actor())
     except Error as error:
         return render_template("machines/add.html", form=form.refused(error)), error.status
     _scan(machine)
     return redirect(url_for("web.machine", machine_id=machine.id), 303)
+
+
+def _typed(form: Form) -> dict[str, Any]:
+    """The fields of a machine that one sees again; the credential is not among them."""
+    texts = {name: form.text(name) for name in ("name", "address", "ssh_user")}
+    return {
+        **texts,
+        "ssh_port": form.number("ssh_port", default=22),
+        **{name: form.optional(name) for name in DESCRIPTIVE},
+    }
 
 
 def _credential(form: Form) -> dict[str, str] | None:
@@ -93,6 +96,7 @@ def _live(machine: Machine) -> dict[str, Any]:
         "machine": machine,
         "gpus": shapes.gpu_rows(view),
         "usage": shapes.usage(view),
+        "system": shapes.system(machine),
         "held": held,
         "left": held and shapes.time_left(held, now),
         "still_open": shapes.still_open(held) if held else [],
@@ -141,6 +145,24 @@ def provision(machine_id: int) -> ResponseReturnValue:
     found = fleet.get(machine_id)
     with acting(gettext("Provisioning is queued; its output follows here.")):
         fleet.provision(found, by=actor())
+    return _back(found)
+
+
+@bp.get("/machines/<int:machine_id>/edit")
+@requires(*STAFF)
+def edit_machine(machine_id: int) -> ResponseReturnValue:
+    return render_template("machines/edit.html", machine=fleet.get(machine_id), form=None)
+
+
+@bp.post("/machines/<int:machine_id>/edit")
+@requires(*STAFF)
+def edit_machine_with(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=FIELDS)
+    given = {"credential": credential} if (credential := _credential(form)) else {}
+    try:
+        fleet.edit(found, **_typed(form), **given, by=actor())
+    except Error as error:
+        return render_template("machines/edit.html", machine=found, form=form.refused(error)), error.status
     return _back(found)
 
 
@@ -233,11 +255,20 @@ def reimaged(machine_id: int) -> ResponseReturnValue:
 @requires(*STAFF)
 def retire(machine_id: int) -> ResponseReturnValue:
     found, form = fleet.get(machine_id), Form.of_request(keep=())
-    if form.text("confirm") != found.name:
-        raise Invalid({"confirm": [gettext("Type the machine's name to retire it.")]})
     with acting(gettext("The machine is retired; its history stays.")):
+        if form.text("confirm") != found.name:
+            raise Conflict(gettext("Type the machine's name to retire it."))
         fleet.retire(found, by=actor(), reason=form.text("reason"))
     return _back(found)
+
+
+@bp.post("/machines/<int:machine_id>/delete")
+@requires(*STAFF)
+def delete_machine(machine_id: int) -> ResponseReturnValue:
+    found = fleet.get(machine_id)
+    with acting(gettext("The machine %(name)s is deleted.", name=found.name)) as went_well:
+        fleet.delete(found, by=actor())
+    return redirect(url_for("web.machines"), 303) if went_well else _back(found)
 
 
 def _back(machine: Machine) -> Response:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from portal.models import Grant
+from portal.models import Grant, Machine
 from portal.services.overviews import LeaseView, MachineView
 
 GIB = 1024**3
@@ -24,8 +24,8 @@ class GpuRow:
     utilization_percent: float | None
     memory_used_gib: float | None
     memory_total_gib: float | None
-    temperature_c: float | None
-    power_w: float | None
+    temperature_c: int | None
+    power_w: int | None
 
 
 def gpu_rows(view: MachineView) -> list[GpuRow]:
@@ -45,9 +45,13 @@ def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any]) -> GpuR
         utilization_percent=live.get("utilization_percent"),
         memory_used_gib=_gib(live.get("memory_used_bytes")),
         memory_total_gib=_gib(live.get("memory_total_bytes") or written.get("memory_bytes")),
-        temperature_c=live.get("temperature_c"),
-        power_w=live.get("power_w"),
+        temperature_c=_whole(live.get("temperature_c")),
+        power_w=_whole(live.get("power_w")),
     )
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def _gib(size_bytes: int | None) -> float | None:
@@ -84,6 +88,31 @@ def usage(view: MachineView) -> Usage:
         memory_used_gib=_gib(metrics["memory_used_bytes"]),
         memory_total_gib=_gib(metrics["memory_total_bytes"]),
         disks=tuple((disk["mount"], _gib(disk["free_bytes"]), _gib(disk["total_bytes"])) for disk in metrics["disks"]),
+    )
+
+
+@dataclass(frozen=True)
+class System:
+    """What the agent said of the host when it enrolled. None is unknown."""
+
+    os: str | None = None
+    kernel: str | None = None
+    cpu: str | None = None
+    memory_gib: float | None = None
+    openssh: str | None = None
+
+
+def system(machine: Machine) -> System:
+    facts = machine.facts
+    if not facts:
+        return System()
+    parts = (facts["cpu_cores"] and f"{facts['cpu_cores']} ×", facts["cpu_model"], facts["architecture"])
+    return System(
+        os=facts["os"],
+        kernel=facts["kernel"],
+        cpu=" ".join(str(part) for part in parts if part) or None,
+        memory_gib=_gib(facts["memory_total_bytes"]),
+        openssh=facts["openssh"],
     )
 
 

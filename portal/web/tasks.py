@@ -10,6 +10,7 @@ from flask_babel import gettext
 from portal.api.guard import actor, current_user, requires
 from portal.db import utcnow
 from portal.errors import Error, Invalid
+from portal.models import Task
 from portal.models.states import TASK_LIVE, USER_ROLES
 from portal.services import leases
 from portal.services import tasks as work
@@ -20,10 +21,11 @@ from portal.web.forms import Form
 FIELDS = ("machine_id", "name", "command", "env", "workdir", "time_limit_s", "stop_grace_s", "retries")
 
 
-def _mine() -> peewee.ModelSelect:
+def _mine() -> peewee.ModelSelect[Task]:
     """What this person may see."""
     user = current_user()
-    return work.of(user) if user.role == "customer" else work.every()
+    seen: peewee.ModelSelect[Task] = work.of(user) if user.role == "customer" else work.every()
+    return seen
 
 
 @bp.get("/tasks")
@@ -101,7 +103,7 @@ def _env_of(text: str) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), 1):
         name, sign, value = line.partition("=")
         if line.strip() and not sign:
-            raise Invalid({"env": [f"Line {number}: write NAME=value."]})
+            raise Invalid({"env": [gettext("Line %(number)s: write NAME=value.", number=number)]})
         if line.strip():
             env[name.strip()] = value
     return env
