@@ -184,6 +184,10 @@ def test_an_address_with_a_nul_is_400(sign_in, admin, path):
     assert_problem(sign_in(admin).get(path), 400, "malformed")
 
 
+def test_a_form_with_a_nul_is_400(client, app):
+    assert client.post("/sign-in", data={"username": "a\x00b", "password": "x"}).status_code == 400
+
+
 @pytest.mark.parametrize("number", [2**31, 2**63, 10**30, -(10**30)])
 def test_a_number_that_no_column_holds_is_no_failure(sign_in, admin, number):
     body = {"username": "dora", "tenant_id": number}

@@ -20,7 +20,7 @@ def unlocked(settings):
 def test_what_is_sealed_can_be_read_again(unlocked, secret):
     sealed = vault.encrypt(secret)
     assert vault.decrypt(sealed) == secret
-    assert not secret or secret not in sealed
+    assert len(secret) < 8 or secret not in sealed  # a letter may be there by chance
 
 
 def test_the_same_secret_never_looks_the_same(unlocked):
