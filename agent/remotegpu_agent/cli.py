@@ -70,8 +70,11 @@ def _log_to_journal() -> None:
 def _run(_: argparse.Namespace) -> int:
     from remotegpu_agent.loop import Agent
 
+    config = _load()
+    if not config.portal_url:
+        sys.exit("remotegpu-agent: portal_url in /etc/remotegpu/agent.json is empty: there is nobody to speak with")
     _log_to_journal()
-    Agent(_load()).run()
+    Agent(config).run()
     return 0
 
 

@@ -41,6 +41,8 @@ class Commands:
         self._lock = threading.Lock()
         self._queue: list[tuple[str, Command]] = []
         self._is_working = False
+        self._cached: list[dict[str, Any]] = []
+        self._read_at = 0
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def consider(self, desired: Desired) -> None:
@@ -128,8 +130,16 @@ class Commands:
                 write_json(path, record | {"acked": True, "result": {"command_id": command_id}})
 
     def _records(self, epoch: str | None) -> list[dict[str, Any]]:
-        found = [find_json(path) for path in sorted(self._directory.glob("*.json"))]
-        return [record for record in found if record is not None and record["epoch"] == epoch]
+        return [record for record in self._read_all() if record["epoch"] == epoch]
+
+    def _read_all(self) -> list[dict[str, Any]]:
+        """Every file; read again only when the directory changed, since the reporter asks ten times a second."""
+        changed_at = self._directory.stat().st_mtime_ns
+        if changed_at != self._read_at:
+            found = [find_json(path) for path in sorted(self._directory.glob("*.json"))]
+            self._cached = [record for record in found if record is not None]
+            self._read_at = changed_at
+        return self._cached
 
     def _path(self, epoch: str, command_id: int) -> Path:
         """A portal restored from a backup counts on from an old number: the same id under another epoch is another

@@ -66,7 +66,8 @@ def parse(value: dict[str, Any], where: str = "agent.json") -> Config:
             raise ConfigError(f"{where}: {name} must be a {'number' if name == 'machine_id' else 'string'}")
     if "portal_url" not in value:
         raise ConfigError(f"{where}: portal_url is missing, for example https://portal.example:8443")
-    check_url(value["portal_url"], f"{where}: portal_url")
+    if value["portal_url"]:  # empty: not yet. Leases end all the same, so whoever ends them must not fail here
+        check_url(value["portal_url"], f"{where}: portal_url")
     return Config(**{name: Path(given) if name in PATHS and given else given for name, given in value.items()})  # type: ignore[arg-type]  # checked above
 
 

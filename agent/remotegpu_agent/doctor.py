@@ -33,6 +33,11 @@ def examine(path: Path = CONFIG_FILE) -> Iterator[Finding]:
             "configuration", False, f"{error}. The gpu_agent role writes it: run playbooks/gpu_hosts.yml for this host"
         )
         return
+    if not config.portal_url:
+        yield Finding(
+            "configuration", False, "portal_url is empty: set gpu_agent_portal_url and run playbooks/gpu_hosts.yml"
+        )
+        return
     yield Finding("configuration", True, str(path))
     yield _authority(config)
     yield _portal(config)

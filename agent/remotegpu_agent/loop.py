@@ -399,11 +399,11 @@ class Agent:
             except NotYours as error:
                 log.error("report: %s: dropped %s", error, error.items)
                 self._drop_strangers(error.items)
-                self._stopping.wait(backoff.next_s())
+                self._wait_and_drop(backoff.next_s())
             except (PortalError, ProtocolError) as error:
                 log.warning("report: %s", error)
                 self._facts_sent_at = None
-                self._stopping.wait(backoff.next_s())
+                self._wait_and_drop(backoff.next_s())
 
     def _drop_strangers(self, items: dict[str, list[Any]]) -> None:
         """The portal does not know these: say no more of them, so that the rest is heard. Nothing on the host is
@@ -455,6 +455,13 @@ class Agent:
     def _interval_s(self) -> float:
         desired = self.state.held.desired
         return desired.report_interval_s if desired else DEFAULT_INTERVAL_S
+
+    def _wait_and_drop(self, wait_s: float) -> None:
+        """A portal that is away must not let a talkative task fill the disk."""
+        until = time.monotonic() + wait_s
+        while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
+            self._drop_excess()
+            self._stopping.wait(min(1.0, left_s))
 
     def _drop_excess(self) -> None:
         desired = self.state.held.desired

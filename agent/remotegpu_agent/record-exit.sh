@@ -5,7 +5,7 @@ set -eu
 umask 077
 cd "$1"
 stopping=false
-[ "$(systemctl is-system-running 2>/dev/null)" = stopping ] && stopping=true
+[ -e stop.json ] || [ "$(systemctl is-system-running 2>/dev/null)" != stopping ] || stopping=true
 read -r boot_id </proc/sys/kernel/random/boot_id
 printf '{"exit_code":"%s","exit_status":"%s","service_result":"%s","boot_id":"%s","at":"%s","host_stopping":%s}\n' \
     "${EXIT_CODE-}" "${EXIT_STATUS-}" "${SERVICE_RESULT-}" "$boot_id" "$(date -u +%Y-%m-%dT%H:%M:%S.%6NZ)" "$stopping" >exit.tmp

@@ -208,6 +208,7 @@ class Tasks:
                     is_stopping=(attempt.root / "stop.json").exists(),
                 )
                 for attempt in self._attempts.values()
+                if not (attempt.record.get("disowned") and attempt.outcome().has_ended)
             }
 
     def unfinished(self) -> list[Attempt]:
@@ -248,13 +249,12 @@ class Tasks:
 
     def end_unstarted(self, order: DesiredAttempt, state: str, reason: str) -> None:
         """Give an end to an attempt that will never run here."""
-        attempt = self._note(order)
-        self._conclude(attempt, state, reason)
+        self._fresh_directory(order.attempt_id)
+        self._conclude(self._note(order), state, reason)
 
     def _prepare(self, order: DesiredAttempt, login: str, home: Path) -> Attempt:
         gid = grp.getgrnam(login).gr_gid
-        directory = self._config.tasks_dir / str(order.attempt_id)
-        directory.mkdir(exist_ok=True)
+        directory = self._fresh_directory(order.attempt_id)
         directory.chmod(0o750)
         shutil.chown(directory, 0, gid)
         script, launch = directory / "script", directory / "launch"
@@ -263,10 +263,17 @@ class Tasks:
         write_atomic(self._recorder, resources.files(__package__).joinpath(RECORDER).read_bytes(), mode=0o700)
         return self._note(order)
 
+    def _fresh_directory(self, attempt_id: int) -> Path:
+        """Nothing of an attempt that had this id before (the portal was restored since) may be seen by the new one."""
+        directory = self._config.tasks_dir / str(attempt_id)
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir()
+        return directory
+
     def _note(self, order: DesiredAttempt) -> Attempt:
         directory = self._config.tasks_dir / str(order.attempt_id)
-        (directory / "root").mkdir(parents=True, exist_ok=True)
-        (directory / "root").chmod(0o700)
+        (directory / "root").mkdir(mode=0o700)
         attempt = Attempt(directory)
         attempt.keep(
             attempt_id=order.attempt_id,
