@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -43,6 +43,12 @@ class Heartbeat:
     gpu: dict[str, Any] | None
     leases: list[dict[str, Any]]
 
+    def after(self, earlier: Heartbeat | None) -> Heartbeat:
+        """The same with what only the one before it has measured: a report between two full ones brings no values."""
+        if earlier is None or earlier.received_at > self.received_at:
+            return self if earlier is None else earlier
+        return replace(self, metrics=self.metrics or earlier.metrics, gpu=self.gpu or earlier.gpu)
+
     def values(self) -> tuple[Any, ...]:
         """In the order of COLUMNS, as the database takes them."""
         return (
@@ -63,6 +69,7 @@ COLUMNS = (
     "machine_id", "received_at", "clock_offset_s", "agent_version", "boot_id",
     "seq", "frozen", "metrics", "gpu", "leases",
 )  # fmt: skip
+MEASURED = ("metrics", "gpu")
 
 
 def _json(value: Any) -> str | None:
@@ -84,7 +91,7 @@ class Buffer:
         """Write it within FLUSH_S. Returns at once."""
         writer = None
         with self._lock:
-            self._waiting[heartbeat.machine_id] = heartbeat
+            self._waiting[heartbeat.machine_id] = heartbeat.after(self._waiting.get(heartbeat.machine_id))
             if self._writer is None or self._pid != os.getpid():
                 self._pid, self._idle_since = os.getpid(), time.monotonic()
                 self._writer = writer = threading.Thread(target=self._write, name="heartbeats", daemon=True)
@@ -156,7 +163,13 @@ def _upsert(rows: list[Heartbeat]) -> None:
     table = MachineReport._meta.table_name
     mark = "?" if db.is_sqlite() else "%s"
     one = "(" + ", ".join([mark] * len(COLUMNS)) + ")"
-    changes = ", ".join(f"{column} = excluded.{column}" for column in COLUMNS[1:])
+    # A report between two full ones has no measurements: those before it still stand.
+    changes = ", ".join(
+        f"{column} = COALESCE(excluded.{column}, {table}.{column})"
+        if column in MEASURED
+        else f"{column} = excluded.{column}"
+        for column in COLUMNS[1:]
+    )
     db.db.execute_sql(
         f"INSERT INTO {table} ({', '.join(COLUMNS)}) VALUES {', '.join([one] * len(rows))} "  # noqa: S608 - our own names
         f"ON CONFLICT (machine_id) DO UPDATE SET {changes} WHERE {table}.received_at <= excluded.received_at",

@@ -12,8 +12,9 @@ import pytest
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AgentCredential, AuditEntry, Baseline, Command, Lease, Machine, Run, Tenant, User
-from portal.services import agents, leases, machines, runs
+from portal.services import agents, heartbeats, leases, machines, runs
 from portal.services.actors import SYSTEM
+from portal.services.heartbeats import Heartbeat
 from portal.services.transitions import WrongState
 from tests.factories import ssh_key_pair
 from tests.support import rental
@@ -415,6 +416,26 @@ def test_a_lost_gpu_stays_expected_until_somebody_says_that_it_was_taken_out(sta
     assert [gpu.uuid for gpu in machines.expected_gpus(host.machine)] == host.gpu_uuids[:1]
     assert staff.delete(f"/admin/machines/{host.id}/gpus/{gone}?reason=again").status_code == 404
     assert staff.delete(f"/admin/machines/{host.id}/gpus/{host.gpu_uuids[0]}").status_code == 422
+
+
+@pytest.mark.parametrize("flushed_between", [True, False])
+def test_a_report_between_two_full_ones_leaves_the_last_measurements_in_place(
+    database: Any, flushed_between: bool
+) -> None:
+    host = ready_host()
+    values = {"machine_id": host.id, "clock_offset_s": 0.0, "agent_version": "0.1.0", "boot_id": rental.BOOT}
+    values |= {"frozen": False, "leases": []}
+    gpus = rental.gpu_report([rental.gpu(each) for each in host.gpu_uuids])
+    full = Heartbeat(**values, seq=1, received_at=utcnow(), metrics=rental.metrics(free_bytes=7 * rental.GIB), gpu=gpus)
+    heartbeats.note(full)
+    if flushed_between:
+        heartbeats.flush()
+    heartbeats.note(Heartbeat(**values, seq=2, received_at=utcnow(), metrics=None, gpu=None))
+    heartbeats.buffer.stop()
+    report = machines.find_report(host.machine)
+    assert report is not None
+    assert (report.seq, report.metrics["disks"][0]["free_bytes"], report.gpu) == (2, 7 * rental.GIB, gpus)
+    assert machines.health_of(host.machine, utcnow()).is_healthy
 
 
 # In service
