@@ -61,6 +61,8 @@ database = pw.DatabaseProxy()
 
 
 class Table(pw.Model):
+    id: int
+
     class Meta:
         database = database
         legacy_table_names = False
