@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastjsonschema
+import orjson
 
 from portal.errors import Invalid
 
@@ -35,15 +36,24 @@ def read(body: bytes, definition: str) -> dict[str, Any]:
 
     Raises Invalid, which names the faulty field.
     """
+    checked: dict[str, Any] = check(_parse(body), definition)
+    return checked
+
+
+def _parse(body: bytes) -> Any:
     try:
-        message = json.loads(body, parse_constant=_refuse_constant)
-        body.decode()  # json.loads guesses UTF-16 and UTF-32 as well; the protocol is UTF-8
+        message = orjson.loads(body)  # measured: a third of the time of json.loads
+    except orjson.JSONDecodeError:
+        message = _parse_forgivingly(body)
+    return _storable(message) if NUL in body else message
+
+
+def _parse_forgivingly(body: bytes) -> Any:
+    """Half surrogate pairs alone are let through: what runs on a host may print them. Raises Invalid for all else."""
+    try:
+        return _storable(json.loads(body.decode(), parse_constant=_refuse_constant))
     except ValueError as error:
         raise Invalid({"body": [f"is not JSON in UTF-8: {error}"]}) from None
-    if NUL in body or rb"\ud" in body.lower():
-        message = _storable(message)
-    checked: dict[str, Any] = check(message, definition)
-    return checked
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -7,7 +7,6 @@ and acknowledgements never come here; sync.py commits them before it answers.
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+import orjson
 import peewee
 
 from portal import db
@@ -73,7 +73,7 @@ MEASURED = ("metrics", "gpu")
 
 
 def _json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return None if value is None else orjson.dumps(value).decode()
 
 
 class Buffer:
@@ -84,7 +84,7 @@ class Buffer:
         self._waiting: dict[int, Heartbeat] = {}
         self._writer: threading.Thread | None = None
         self._idle_since = 0.0
-        self._pid = os.getpid()
+        os.register_at_fork(after_in_child=self._forget_writer)
         atexit.register(self.flush)
 
     def note(self, heartbeat: Heartbeat) -> None:
@@ -92,11 +92,15 @@ class Buffer:
         writer = None
         with self._lock:
             self._waiting[heartbeat.machine_id] = heartbeat.after(self._waiting.get(heartbeat.machine_id))
-            if self._writer is None or self._pid != os.getpid():
-                self._pid, self._idle_since = os.getpid(), time.monotonic()
+            if self._writer is None:
+                self._idle_since = time.monotonic()
                 self._writer = writer = threading.Thread(target=self._write, name="heartbeats", daemon=True)
         if writer is not None:
             writer.start()  # outside the lock: starting waits for the thread
+
+    def _forget_writer(self) -> None:
+        """A child has no thread of its parent's, and what waits there is the parent's to write."""
+        self._lock, self._waiting, self._writer = threading.Lock(), {}, None
 
     def newest(self, machine_id: int) -> Heartbeat | None:
         """The one that waits to be written, if any."""
