@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +166,23 @@ def _heartbeat(machine_id: int, **fields: Any) -> heartbeats.Heartbeat:
         "seq": 1, "frozen": False, "metrics": None, "gpu": None, "leases": [],
     }  # fmt: skip
     return heartbeats.Heartbeat(**{**given, **fields})
+
+
+LAST_WORDS = """
+import sys
+from portal import db
+from portal.db import utcnow
+from portal.services import heartbeats
+db.connect(sys.argv[1])
+heartbeats.note(heartbeats.Heartbeat(int(sys.argv[2]), utcnow(), 0.0, "1", "b", 42, False, None, None, []))
+"""
+
+
+def test_a_process_that_ends_writes_what_it_has_heard(database: Any, settings: Any) -> None:
+    host = make_machine()
+    argv = [sys.executable, "-W", "ignore", "-c", LAST_WORDS, settings.database_url, str(host.id)]
+    subprocess.run(argv, cwd=Path(__file__).parents[2], check=True, timeout=60)
+    assert MachineReport.get_by_id(host.id).seq == 42
 
 
 def test_a_report_that_the_database_refuses_does_not_silence_the_others(database: Any) -> None:
