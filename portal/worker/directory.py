@@ -73,18 +73,13 @@ def fill(path: Path, run: Run, settings: Settings, project: Path) -> Prepared:
 
 
 def _environment(path: Path, project: Path) -> dict[str, str]:
-    values = {
+    return {
         "ANSIBLE_CONFIG": str(project / "ansible.cfg"),
         "ANSIBLE_HOST_KEY_CHECKING": "True",  # ansible-runner switches it off unless it is told otherwise
         "ANSIBLE_LOCAL_TEMP": str(path / "tmp"),
         "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(ssh_masters.make(path)),
     }
-    if sockets := ssh_masters.folder(path):
-        sockets.mkdir()
-        values["ANSIBLE_SSH_CONTROL_PATH_DIR"] = str(sockets)
-    else:
-        values["ANSIBLE_SSH_ARGS"] = "-C -o ControlMaster=no -o ServerAliveInterval=15"
-    return values
 
 
 def write(file: Path, content: Any) -> None:

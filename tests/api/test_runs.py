@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from werkzeug.test import TestResponse
 
 from portal.db import utcnow
 from portal.models import AuditEntry, Machine, Run, RunHost, User
@@ -18,6 +19,11 @@ from tests.conftest import SignedIn
 from tests.support.runs import make_machine
 
 SignIn = Callable[[User], SignedIn]
+
+
+def body(answer: TestResponse) -> Any:
+    """The JSON of an answer."""
+    return answer.json
 
 
 @pytest.fixture
@@ -45,10 +51,10 @@ def running(machine: Machine) -> tuple[Run, str]:
 def test_an_operator_queues_a_run_on_named_machines(olga: SignedIn, machine: Machine) -> None:
     answer = olga.post("/admin/runs", {"playbook": "gpu_hosts", "machines": ["gpu-1"], "tags": ["base"], "check": True})
     assert answer.status_code == 201
-    assert answer.json["state"] == "queued"
-    assert answer.json["machines"] == [{"id": machine.id, "name": "gpu-1"}]
-    assert answer.json["requested_by"] == "olga"
-    assert answer.json["impact"] == {"leases": [], "tasks": []}
+    assert body(answer)["state"] == "queued"
+    assert body(answer)["machines"] == [{"id": machine.id, "name": "gpu-1"}]
+    assert body(answer)["requested_by"] == "olga"
+    assert body(answer)["impact"] == {"leases": [], "tasks": []}
     assert AuditEntry.get(AuditEntry.action == "run.queued").actor_name == "olga"
 
 
@@ -67,7 +73,7 @@ def test_a_host_list_that_is_blank_or_unknown_starts_nothing(
 
 
 @pytest.mark.parametrize(
-    "body",
+    "told",
     [
         {"playbook": "../../etc/passwd"},
         {"playbook": "reboot"},
@@ -78,8 +84,8 @@ def test_a_host_list_that_is_blank_or_unknown_starts_nothing(
         {"state": "succeeded"},
     ],
 )
-def test_what_a_run_may_be_told_is_a_closed_list(olga: SignedIn, machine: Machine, body: dict[str, Any]) -> None:
-    answer = olga.post("/admin/runs", {"playbook": "gpu_hosts", "machines": ["gpu-1"], **body})
+def test_what_a_run_may_be_told_is_a_closed_list(olga: SignedIn, machine: Machine, told: dict[str, Any]) -> None:
+    answer = olga.post("/admin/runs", {"playbook": "gpu_hosts", "machines": ["gpu-1"], **told})
     assert answer.status_code == 422
     assert Run.select().count() == 0
 
@@ -95,13 +101,13 @@ def test_a_customer_sees_no_run(sign_in: SignIn, customer: User, machine: Machin
 def test_a_machine_without_a_confirmed_host_key_is_not_run_on(olga: SignedIn, database: Any) -> None:
     make_machine("gpu-2", host_key=None)
     answer = olga.post("/admin/runs", {"playbook": "verify", "machines": ["gpu-2"]})
-    assert (answer.status_code, answer.json["code"]) == (409, "host_key_not_confirmed")
+    assert (answer.status_code, body(answer)["code"]) == (409, "host_key_not_confirmed")
 
 
 def test_a_waiting_run_is_cancelled_at_once(olga: SignedIn, machine: Machine) -> None:
     run = queued(machine)
     answer = olga.post(f"/admin/runs/{run.id}/cancel")
-    assert (answer.status_code, answer.json["state"]) == (202, "cancelled")
+    assert (answer.status_code, body(answer)["state"]) == (202, "cancelled")
     assert runs.claim("token", lock_s=30) is None
     assert olga.post(f"/admin/runs/{run.id}/cancel").status_code == 409
 
@@ -110,21 +116,21 @@ def test_cancelling_a_running_run_asks_its_worker_and_may_be_repeated(olga: Sign
     run, _ = running(machine)
     for _attempt in range(2):
         answer = olga.post(f"/admin/runs/{run.id}/cancel")
-        assert (answer.status_code, answer.json["state"]) == (202, "running")
+        assert (answer.status_code, body(answer)["state"]) == (202, "running")
     assert AuditEntry.select().where(AuditEntry.action == "run.cancelling").count() == 1
 
 
 def test_output_is_read_in_pages_until_it_is_complete(olga: SignedIn, machine: Machine) -> None:
     run, token = running(machine)
     runs.record(run, token, [Line("runner_on_ok", f"line {number}") for number in range(3)], lock_s=30)
-    page = olga.get(f"/admin/runs/{run.id}/events?limit=2").json
+    page = body(olga.get(f"/admin/runs/{run.id}/events?limit=2"))
     assert [event["stdout"] for event in page["items"]] == ["line 0", "line 1"]
     assert page["complete"] is False
     runs.finish(run, token, Outcome("succeeded", 0), [Line("playbook_on_stats", "the end")])
-    page = olga.get(f"/admin/runs/{run.id}/events?after={page['next']}").json
+    page = body(olga.get(f"/admin/runs/{run.id}/events?after={page['next']}"))
     assert [event["stdout"] for event in page["items"]] == ["line 2", "the end"]
     assert (page["complete"], page["state"]) == (True, "succeeded")
-    assert olga.get(f"/admin/runs/{run.id}").json["event_count"] == page["next"]
+    assert body(olga.get(f"/admin/runs/{run.id}"))["event_count"] == page["next"]
 
 
 def test_a_stream_resumes_after_what_was_seen_and_says_when_it_ends(olga: SignedIn, machine: Machine) -> None:
@@ -151,9 +157,9 @@ def test_the_list_has_filters_and_bounds(olga: SignedIn, machine: Machine) -> No
     other = make_machine("gpu-2")
     first, second = queued(machine), queued(other)
     runs.cancel(second, by=SYSTEM)
-    assert [run["id"] for run in olga.get("/admin/runs").json["items"]] == [second.id, first.id]
-    assert [run["id"] for run in olga.get("/admin/runs?state=queued").json["items"]] == [first.id]
-    assert [run["id"] for run in olga.get(f"/admin/runs?machine_id={other.id}").json["items"]] == [second.id]
+    assert [run["id"] for run in body(olga.get("/admin/runs"))["items"]] == [second.id, first.id]
+    assert [run["id"] for run in body(olga.get("/admin/runs?state=queued"))["items"]] == [first.id]
+    assert [run["id"] for run in body(olga.get(f"/admin/runs?machine_id={other.id}"))["items"]] == [second.id]
     for query in ("page=0", "page_size=201", "state=odd", "machine_id=x"):
         assert olga.get(f"/admin/runs?{query}").status_code == 422
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from portal.integrations import host_keys
+from portal.integrations import host_keys, ssh_masters
 from portal.models import Machine, Run
 from portal.services import config, runs, vault
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
+from portal.worker import directory
 from portal.worker.main import Worker
 from tests.hosts import Host
 from tests.support.runs import make_machine, marked, project
@@ -77,14 +78,14 @@ def output(run: Run) -> str:
     return "\n".join(event.stdout for event in runs.output_after(run.id, 0))
 
 
-def test_a_run_reaches_a_host_with_the_portals_key(work: Work, host: Host) -> None:
+def test_a_run_reaches_a_host_with_the_portals_key(work: Work, host: Host, settings: Settings) -> None:
     run = runs.queue("gpu_hosts", [machine_of(host)], by=SYSTEM)
     work("- name: Leave a mark\n  ansible.builtin.copy: {content: here, dest: /tmp/mark, mode: '0600'}")
     done = ended(run)
     assert done.state == "succeeded", output(run)
     assert host.read("/tmp/mark") == "here"
     assert done.child["mark"] not in marked().values()
-    assert masters_of(done) == []
+    assert masters_of(ssh_masters.folder(directory.path_of(settings, done.child["mark"]))) == []
 
 
 def test_a_run_reaches_a_host_with_a_password_alone_and_becomes_root(work: Work, host: Host) -> None:
@@ -96,16 +97,19 @@ def test_a_run_reaches_a_host_with_a_password_alone_and_becomes_root(work: Work,
     assert host.read("/root/who") == "root\n"
 
 
-def test_cancel_ends_everything_here_and_names_what_may_go_on_there(work: Work, host: Host) -> None:
+def test_cancel_ends_everything_here_and_names_what_may_go_on_there(work: Work, host: Host, settings: Settings) -> None:
     run = runs.queue("gpu_hosts", [machine_of(host)], by=SYSTEM)
     work("- name: Work long\n  ansible.builtin.command: sleep 613")
     until(lambda: host.run(["pgrep", "-fx", "sleep 613"], check=False).ok, "the task to run on the host")
-    assert masters_of(runs.get_run(run.id)) != [], "the connection is a shared one"
+    sockets = ssh_masters.folder(directory.path_of(settings, runs.get_run(run.id).child["mark"]))
+    assert list(sockets.glob("*")) != [], "the connection is a shared one"
+    assert masters_of(sockets) != []
     runs.cancel(run, by=SYSTEM)
     done = ended(run)
     assert (done.state, done.remains) == ("cancelled", "May still run on the host: gpu-1: Work long")
     assert done.child["mark"] not in marked().values()
-    assert masters_of(done) == []
+    assert masters_of(sockets) == []
+    assert not sockets.exists()
     host.run(["pkill", "-fx", "sleep 613"], check=False)
 
 
@@ -116,7 +120,7 @@ def test_a_host_with_another_key_is_refused_and_nothing_is_done_on_it(work: Work
     work("- name: Leave a mark\n  ansible.builtin.copy: {content: here, dest: /tmp/mark, mode: '0600'}")
     done = ended(run)
     assert done.state == "failed"
-    assert "host key" in done.reason.lower(), done.reason
+    assert "host key" in (done.reason or "").lower(), done.reason
     assert not host.run(["test", "-e", "/tmp/mark"], check=False).ok
     assert not host.run("journalctl -u ssh -o cat | grep Accepted", check=False).ok, "no sign-in was even tried"
 
@@ -136,7 +140,7 @@ def test_a_verify_run_keeps_each_hosts_verdict_also_when_it_fails(
     verdict = done.verdicts["gpu-1"]
     assert verdict["passed"] is False
     assert "8099" in json.dumps(verdict)
-    assert done.reason.startswith("gpu-1: ")
+    assert (done.reason or "").startswith("gpu-1: ")
 
 
 @contextmanager
@@ -150,15 +154,14 @@ def working(worker: Worker) -> Iterator[None]:
         thread.join()
 
 
-def masters_of(run: Run) -> list[str]:
-    """The command lines of ssh processes that use the run's private directory."""
-    place = run.child["mark"].replace(":", "-").encode()
+def masters_of(sockets: Path) -> list[str]:
+    """The command lines of ssh processes that speak through sockets in this folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = entry.read_bytes()
         except OSError:
             continue
-        if place in command and b"ssh" in command.split(b"\0")[0]:
+        if command.startswith(b"ssh") and str(sockets).encode() in command:
             found.append(command.decode(errors="replace"))
     return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -104,7 +105,7 @@ def test_a_part_that_dies_is_started_again(served: Served) -> None:
     for name in ("worker", "web"):
         before = served.part(name)
         before.kill()
-        until(lambda name=name, before=before: _is_new(served, name, before), f"a new {name}", also=served.said)
+        until(partial(_is_new, served, name, before), f"a new {name}", also=served.said)
     until(served.answers, "the portal to answer again", also=served.said)
 
 

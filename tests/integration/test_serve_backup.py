@@ -41,7 +41,7 @@ def content() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for table in TABLES:
         if table is not NamedLock:
-            rows = table.select().order_by(table._meta.primary_key).tuples()
+            rows: Any = table.select().order_by(table._meta.primary_key).tuples()
             found[table.__name__] = [tuple(bytes(v) if isinstance(v, memoryview) else v for v in row) for row in rows]
     return found
 
