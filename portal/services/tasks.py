@@ -305,10 +305,12 @@ def to_send(machine: Machine) -> list[dict[str, Any]]:
         .order_by((Attempt.state << TASK_LIVE).desc(), Attempt.id)
         .limit(500)
     )
-    return [_order(attempt) for attempt in wanted]
+    all_gpus = [gpu.uuid for gpu in Gpu.select(Gpu.uuid).where(Gpu.machine == machine).order_by(Gpu.slot, Gpu.id)]
+    return [_order(attempt, all_gpus) for attempt in wanted]
 
 
-def _order(attempt: Attempt) -> dict[str, Any]:
+def _order(attempt: Attempt, all_gpus: list[str]) -> dict[str, Any]:
+    """The GPUs are named one by one, since a task that asks for all of them means those that were leased."""
     task = attempt.task
     return {
         "attempt_id": attempt.id,
@@ -320,7 +322,7 @@ def _order(attempt: Attempt) -> dict[str, Any]:
         "workdir": task.workdir,
         "time_limit_s": task.time_limit_s,
         "stop_grace_s": task.stop_grace_s,
-        "gpu_uuids": task.gpu_uuids,
+        "gpu_uuids": all_gpus if task.gpu_uuids is None else task.gpu_uuids,
     }
 
 

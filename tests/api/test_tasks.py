@@ -158,6 +158,15 @@ def test_a_task_may_name_gpus_of_its_machine(sign_in: Any, customer: User, lease
     assert twice.status_code == 422
 
 
+def test_a_task_that_names_no_gpu_is_given_those_of_its_machine(
+    sign_in: Any, customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    for number in (1, 0):
+        Gpu.create(machine=lease.machine, uuid=f"GPU-{number}", slot=number)
+    assert sign_in(customer).post(f"{URL}/training", body_for(lease)).status_code == 201
+    assert agent.await_order()["attempts"][0]["gpu_uuids"] == ["GPU-0", "GPU-1"]
+
+
 def test_a_lease_holds_a_limited_number_of_live_tasks(
     sign_in: Any, customer: User, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
