@@ -1,5 +1,5 @@
 #!/bin/sh
-# Called by systemd as root when the last process of a task is gone: ExecStopPost=+/bin/sh record-exit.sh DIRECTORY
+# Called by systemd as root when the main process of a task has ended: ExecStopPost=+/bin/sh record-exit.sh DIRECTORY
 # The unit vanishes, the agent may be away, the host may be going down: this file is what remains of the exit code.
 set -eu
 umask 077

@@ -28,6 +28,11 @@ def alive(units: list[str]) -> set[str]:
     return {unit["Id"] for unit in shown if unit.get("ActiveState") in ALIVE}
 
 
+def is_loaded(unit: str) -> bool:
+    """Whether a transient unit, named with its suffix, is still there. Reads systemd's own record: no process is started."""
+    return (TRANSIENT_DIR / unit).exists()
+
+
 def stop(unit: str, *, wait: bool = False) -> None:
     """Stop the unit; no error if there is none. Raises ToolFailed."""
     run(["systemctl", "stop", *([] if wait else ["--no-block"]), unit], ok=(0, 5), timeout_s=120)

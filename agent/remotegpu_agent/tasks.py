@@ -105,8 +105,15 @@ class Attempt:
     def outcome(self) -> Outcome:
         """How it stands by what lies on disk; an end, once there, stays as it is."""
         if self._outcome is None or not self._outcome.has_ended:
-            self._outcome = read_outcome(self.record, self.exit_record(), self.stop_order)
+            ended = None if self._is_winding_up() else self.exit_record()
+            self._outcome = read_outcome(self.record, ended, self.stop_order)
         return self._outcome
+
+    def _is_winding_up(self) -> bool:
+        """Its unit is still there. systemd runs the recorder once the main process has ended; what ignores TERM lives on
+        until the grace is over, and may go on writing.
+        """
+        return systemd.is_loaded(f"{self.unit}.service")
 
     def keep(self, **changes: Any) -> None:
         """Change the record on disk; nothing is written when nothing changes."""
