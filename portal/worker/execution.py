@@ -63,7 +63,7 @@ class Execution:
         self, run: Run, token: str, settings: Settings, *, project: Path, worker_stops: threading.Event
     ) -> None:
         self._run, self._token, self._settings, self._project = run, token, settings, project
-        self._worker_stops = worker_stops
+        self._worker_stops, self._limit_s = worker_stops, settings.run_timeout_s
         self._mark = run.child["mark"]
         self._path = directory.path_of(settings, self._mark)
         self._heard = Heard()
@@ -115,7 +115,7 @@ class Execution:
 
     def _listen(self, runner: Runner) -> str | None:
         """Follow the run until it ends by itself (None) or must be ended: `cancel`, `timeout` or `stop`."""
-        limit_at = time.monotonic() + self._settings.run_timeout_s
+        limit_at = time.monotonic() + self._limit_s
         named = False
         while (said := runner.messages(LISTEN_S)) is not None:
             for message in said:
@@ -220,8 +220,7 @@ class Execution:
         if why == "cancel":
             self._finish_ended_by_us("cancelled", "Cancelled while it ran.")
         elif why == "timeout":
-            limit = self._settings.run_timeout_s
-            self._finish_ended_by_us("failed", f"It took longer than the limit of {limit} s and was ended.")
+            self._finish_ended_by_us("failed", f"It took longer than the limit of {self._limit_s} s and was ended.")
         elif why == "stop":
             self._lose("The worker was stopped.")
         elif not heard.ended or heard.exit_code is None:

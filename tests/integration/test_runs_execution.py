@@ -111,14 +111,18 @@ def is_sleep(pid: int) -> bool:
     return Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"
 
 
-def test_a_run_over_its_time_is_ended_and_another_goes_on(work: Work, machine: Machine, settings: Settings) -> None:
-    object.__setattr__(settings, "run_timeout_s", 3)
+def test_a_run_over_its_time_is_ended_and_does_not_hold_up_another(
+    work: Work, machine: Machine, settings: Settings
+) -> None:
+    object.__setattr__(settings, "run_timeout_s", 15)
     stuck = runs.queue("gpu_hosts", [machine], by=SYSTEM)
-    other = runs.queue("gpu_hosts", [make_machine("gpu-2")], by=SYSTEM)
     work("- name: Wait\n  ansible.builtin.command: sleep 600\n  when: inventory_hostname == 'gpu-1'")
+    until(lambda: runs.output_after(stuck.id, 0), "the stuck run to begin")
+    object.__setattr__(settings, "run_timeout_s", 600)  # for the next run; each keeps the limit it began with
+    other = runs.queue("gpu_hosts", [make_machine("gpu-2")], by=SYSTEM)
     assert ended(other).state == "succeeded"
     done = ended(stuck)
-    assert (done.state, done.reason) == ("failed", "It took longer than the limit of 3 s and was ended.")
+    assert (done.state, done.reason) == ("failed", "It took longer than the limit of 15 s and was ended.")
     assert done.child["mark"] not in marked().values()
 
 
