@@ -440,8 +440,17 @@ def _firewall(asked: Asked) -> Iterator[str]:
         after = collections.Counter(firewall.plain_rules(text))
         yield from (f"table {key} has `{line}`, which is not in the baseline" for line in (after - before).elements())
         yield from (f"table {key} lacks `{line}`" for line in (before - after).elements())
+        if key == f"inet {firewall.OWN_TABLE}":
+            yield from _openings(run(["nft", "-s", "list", "table", *key.split(" ", 1)]) if key in now else "")
         if key not in known and not re.fullmatch(r"ip6? (filter|nat|mangle|raw|security)", key):
             yield f"table {key} is not in the baseline"  # those of iptables come empty with the first question
+
+
+def _openings(table: str) -> Iterator[str]:
+    """Sets of our table whose members have an end, and that still have some: no lease is left to have opened them."""
+    for name, body in re.findall(r"\bset (\S+) \{(.*?)\n\t\}", table, re.DOTALL):
+        if re.search(r"flags .*\btimeout\b", body) and "elements = {" in body:
+            yield f"set {name} still has openings"
 
 
 def _listening_ports(asked: Asked) -> Iterator[str]:

@@ -200,6 +200,13 @@ def _docker(what: str) -> Callable[[Host, Tenant], bool]:
     return lambda host, _tenant: host.run(f"docker {what} inspect left-{what}", check=False).ok
 
 
+def _open_a_port(host: Host, _tenant: Tenant) -> None:
+    """As the agent opens one; the set's key is what the firewall role says, or the port alone."""
+    keyed = "inet_proto" in host.run("nft list set inet remotegpu openings").stdout
+    element = "tcp . 31340 . 192.0.2.0/24" if keyed else "31340"
+    host.run(f"nft add element inet remotegpu openings {{ {element} timeout 1d }}")
+
+
 # --- the table
 
 WAYS: tuple[Way, ...] = (
@@ -289,6 +296,8 @@ WAYS: tuple[Way, ...] = (
         "shell_profiles", _text("/home/ops/.bashrc")),
     Way("firewall rule", _as_root("nft insert rule inet remotegpu input tcp dport 31337 accept"),
         _says("nft list ruleset", "dport 31337"), "firewall", _text("31337")),
+    Way("opening", _open_a_port, _says("nft list set inet remotegpu openings", "31340"),
+        "firewall", _text("set openings")),
     Way("firewall table", _as_root("nft add table inet left"), _says("nft list tables", "inet left"),
         "firewall", _text("table inet left")),
     Way("iptables rule", _as_root("iptables -I FORWARD -p tcp --dport 31338 -j ACCEPT"),
@@ -315,7 +324,8 @@ WAYS: tuple[Way, ...] = (
         _says("timeout 10 sh -c 'until ss -Hltn | grep :31339; do sleep 0.1; done'", ":31339"),
         "listening_ports", _text("port 31339 ")),
     Way("outgoing connection",
-        _as_tenant("setsid -f python3 -c 'import socket, time; kept = socket.create_connection((\"127.0.0.1\", 31339));"
+        _as_tenant("timeout 20 sh -c 'until ss -Hltn | grep -q :31339; do sleep 0.1; done';"
+                   " setsid -f python3 -c 'import socket, time; c = socket.create_connection((\"127.0.0.1\", 31339));"
                    " time.sleep(90010)' >/dev/null 2>&1"),
         _says("timeout 10 sh -c 'until ss -Htn state established | grep :31339; do sleep 0.1; done'", ":31339"),
         "connections", _text(":31339")),
