@@ -29,7 +29,7 @@ def alive(units: list[str]) -> set[str]:
 
 
 def is_loaded(unit: str) -> bool:
-    """Whether a transient unit, named with its suffix, is still there. Reads systemd's own record: no process is started."""
+    """Whether a transient unit, named with its suffix, is still there. Reads systemd's record; starts no process."""
     return (TRANSIENT_DIR / unit).exists()
 
 

@@ -110,10 +110,10 @@ class Attempt:
         return self._outcome
 
     def _is_winding_up(self) -> bool:
-        """Its unit is still there. systemd runs the recorder once the main process has ended; what ignores TERM lives on
-        until the grace is over, and may go on writing.
+        """Its unit is still there. systemd runs the recorder once the main process has ended; what ignores TERM lives
+        on until the grace is over, and may go on writing.
         """
-        return systemd.is_loaded(f"{self.unit}.service")
+        return systemd.is_loaded(self.unit)
 
     def keep(self, **changes: Any) -> None:
         """Change the record on disk; nothing is written when nothing changes."""

@@ -147,7 +147,7 @@ def stop_a_task_with_all_its_children(world: World, host: Host, alice: Person) -
 
 def change_keys(world: World, host: Host, lease: Any, bob: Person) -> None:
     second = new_key(world.folder / f"second-{host.name}")
-    added = bob.client.post("customer/keys", name=host.name, line=second.with_suffix(".pub").read_text())
+    added = bob.client.post("customer/keys", name=host.name, key=second.with_suffix(".pub").read_text())
     until(lambda: can_sign_in(host, lease["login"], second), "the new key to work", timeout_s=20)
     bob.client.delete(f"customer/keys/{added['id']}")
     until(lambda: not can_sign_in(host, lease["login"], second), "the removed key to be refused", timeout_s=20)

@@ -105,7 +105,7 @@ class World:
         client = Client(self.portal)
         client.sign_in_first_time(name, made["one_time_password"])
         person = Person(name, made["user"]["id"], client, new_key(self.folder / name))
-        client.post("customer/keys", name="own", line=person.public_key)
+        client.post("customer/keys", name="own", key=person.public_key)
         return person
 
     # -- leases

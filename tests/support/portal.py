@@ -179,6 +179,7 @@ class Client:
 
     def _take(self, answer: Answer) -> None:
         self._session.headers["Authorization"] = f"Bearer {answer['access_token']}"
+        self._refresh_token = answer["refresh_token"]
 
     def get(self, path: str, **query: Any) -> Answer:
         return self._needed("GET", path, params=query)
@@ -205,7 +206,15 @@ class Client:
         return Answer(answer.status_code, answer.json() if is_json and answer.content else answer.content)
 
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
-        return self._session.request(method, f"{self.portal.url}/api/v1/{path}", timeout=60, **options)
+        """A request, with a new access token if the old one has run out meanwhile."""
+        url = f"{self.portal.url}/api/v1/{path}"
+        answer = self._session.request(method, url, timeout=60, **options)
+        if answer.status_code != 401 or answer.json()["code"] != "token_expired":
+            return answer
+        bearer = {"Authorization": f"Bearer {self._refresh_token}"}
+        fresh = self._session.post(f"{self.portal.url}/api/v1/auth/refresh", headers=bearer, timeout=60)
+        self._take(Answer(fresh.status_code, fresh.json()))
+        return self._session.request(method, url, timeout=60, **options)
 
     def _needed(self, method: str, path: str, **options: Any) -> Answer:
         answer = self.ask(method, path, **options)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import systemd
 from remotegpu_agent.protocol import DesiredAttempt
-from remotegpu_agent.tasks import CannotStart, Outcome, read_outcome, render_launch, workdir_of
+from remotegpu_agent.tasks import Attempt, CannotStart, Outcome, read_outcome, render_launch, workdir_of
 
 HOME = Path("/home/lease17")
 RECORD = {"launched": True, "time_limit_s": None, "workdir": None, "started_at": "2026-01-01T00:00:00Z"}
@@ -125,3 +127,22 @@ def test_what_no_process_can_be_given_is_refused(tmp_path: Path) -> None:
 )
 def test_a_directory_is_the_home_below_it_or_absolute(given: str | None, found: str) -> None:
     assert workdir_of(order(workdir=given), HOME) == found
+
+
+def test_an_attempt_has_not_ended_while_its_unit_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorder runs at the end of the main process; a child that ignores TERM may live on and write."""
+    root = tmp_path / "7" / "root"
+    root.mkdir(parents=True)
+    (root / "attempt.json").write_text(json.dumps(RECORD | {"lease_id": 1}))
+    (root / "exit.json").write_text(json.dumps(ENDED))
+    units = tmp_path / "units"
+    units.mkdir()
+    monkeypatch.setattr(systemd, "TRANSIENT_DIR", units)
+    unit = units / "remotegpu-task-7.service"
+    unit.touch()
+    attempt = Attempt(tmp_path / "7")
+    assert attempt.outcome().state == "running"
+    unit.unlink()
+    assert attempt.outcome().state == "succeeded"
