@@ -41,8 +41,8 @@ class Commands:
         self._lock = threading.Lock()
         self._queue: list[tuple[str, Command]] = []
         self._is_working = False
-        self._cached: list[dict[str, Any]] = []
-        self._read_at = 0
+        self._version = 0
+        self._cached: tuple[int, list[dict[str, Any]]] = (-1, [])
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def consider(self, desired: Desired) -> None:
@@ -58,6 +58,7 @@ class Commands:
             for path in self._directory.glob("*.json"):
                 if path.name not in named and (find_json(path) or {}).get("acked"):
                     path.unlink()
+                    self._version += 1
             if self._queue and not self._is_working:
                 self._is_working = True
                 threading.Thread(target=self._work, name="commands", daemon=True).start()
@@ -83,7 +84,7 @@ class Commands:
             "starts": starts,
             "result": None,
         }
-        write_json(path, record)
+        self._write(path, record)
         log.info("command %d: %s", command.command_id, command.kind)
         if starts > MOST_STARTS:
             outcome: Outcome = (False, f"interrupted {MOST_STARTS} times; look at the agent's log on the host", None)
@@ -103,7 +104,7 @@ class Commands:
     def _keep(self, path: Path, record: dict[str, Any], outcome: Outcome) -> None:
         ok, message, result = outcome
         kept = {"command_id": record["command_id"], "ok": ok, "message": message and message[:2000], "result": result}
-        write_json(path, record | {"result": kept})
+        self._write(path, record | {"result": kept})
         self._on_result()
 
     def note_thaw(self, epoch: str, command: Command) -> None:
@@ -127,19 +128,22 @@ class Commands:
             path = self._path(epoch or "", command_id)
             record = find_json(path)
             if record is not None and record["result"] is not None:
-                write_json(path, record | {"acked": True, "result": {"command_id": command_id}})
+                self._write(path, record | {"acked": True, "result": {"command_id": command_id}})
 
     def _records(self, epoch: str | None) -> list[dict[str, Any]]:
         return [record for record in self._read_all() if record["epoch"] == epoch]
 
     def _read_all(self) -> list[dict[str, Any]]:
-        """Every file; read again only when the directory changed, since the reporter asks ten times a second."""
-        changed_at = self._directory.stat().st_mtime_ns
-        if changed_at != self._read_at:
+        """Every record; read again only after a change, since the reporter asks ten times a second."""
+        version = self._version
+        if self._cached[0] != version:
             found = [find_json(path) for path in sorted(self._directory.glob("*.json"))]
-            self._cached = [record for record in found if record is not None]
-            self._read_at = changed_at
-        return self._cached
+            self._cached = (version, [record for record in found if record is not None])
+        return self._cached[1]
+
+    def _write(self, path: Path, record: dict[str, Any]) -> None:
+        write_json(path, record)
+        self._version += 1
 
     def _path(self, epoch: str, command_id: int) -> Path:
         """A portal restored from a backup counts on from an old number: the same id under another epoch is another
