@@ -234,8 +234,10 @@ def dirty_and_reclaim(world: World, host: Host, lease: Any, baseline: Any, peopl
     lease = world.admin.post(f"admin/leases/{lease['id']}/extend", until=again.isoformat()).body
     world.wait_for_grant(lease["id"], "keys", "open")
     tenant = Tenant.of(host, lease["login"])
+    host.run("systemctl stop remotegpu-agent")  # it would close again what the dirt opens, before anybody has looked
     marks = dirty(host, tenant)
     verification_alone_names_each(host, lease, baseline, world.machines[host.name], marks)
+    host.run("systemctl start remotegpu-agent")
     world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="end", force=True, confirm=host.name)
     world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
     assert [way.name for way in WAYS if way.seen(host, tenant)] == []
