@@ -11,7 +11,7 @@ from flask import flash, request
 from peewee import ModelSelect
 
 from portal.api.paging import MAX_PAGE, page_of
-from portal.errors import Error
+from portal.errors import Error, Invalid
 from portal.web.frame import told
 
 PAGE_SIZE = 20
@@ -34,7 +34,8 @@ def acting(done: str) -> Iterator[Outcome]:
     try:
         yield outcome
     except Error as error:
-        flash(told(error.message), "danger")
+        texts = [text for texts in error.fields.values() for text in texts] if isinstance(error, Invalid) else []
+        flash(" ".join(told(text) for text in texts or [error.message]), "danger")
     else:
         outcome.is_done = True
         flash(done, "success")

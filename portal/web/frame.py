@@ -6,6 +6,7 @@ Pages hold no rule and no query: a view is who may, one call of a service, one t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from flask import Flask, current_app, g, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import format_timedelta, get_locale, gettext, lazy_gettext
-from flask_jwt_extended import get_csrf_token
+from flask_jwt_extended import get_csrf_token, get_jwt
 
 from portal.api.problems import Problem
 from portal.models import User
@@ -152,7 +153,7 @@ def _sign_in_first() -> ResponseReturnValue:
 
 def _context() -> dict[str, Any]:
     me: User | None = g.get("user")
-    settings = current_app.config["SETTINGS"]
+    life_s = current_app.config["SETTINGS"].access_token_s
     return {
         "me": me,
         "menu": _menu(me),
@@ -162,8 +163,16 @@ def _context() -> dict[str, Any]:
         "role_word": lambda word: ROLE_WORDS.get(word, word),
         "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),
         "csrf_value": csrf_value,
-        "renew_s": max(30, settings.access_token_s * 2 // 3),
+        "token_life_s": life_s,
+        "renew_in_s": _renew_in_s(life_s),
     }
+
+
+def _renew_in_s(life_s: int) -> float | None:
+    """When the page has to renew the access token that it came with: while a third of its life is left."""
+    if g.get("family_id") is None:
+        return None
+    return float(max(0.5, get_jwt()["exp"] - time.time() - life_s / 3))
 
 
 def _duration(span: timedelta) -> str:

@@ -23,9 +23,9 @@ def keys() -> ResponseReturnValue:
 @bp.post("/my/keys")
 @requires("customer")
 def add_key() -> ResponseReturnValue:
-    form = Form.of_request(keep=("name", "line"))
+    form = Form.of_request(keep=("name", "key"))
     try:
-        ssh_keys.add(current_user(), name=form.text("name"), line=form.text("line"), by=actor())
+        ssh_keys.add(current_user(), name=form.text("name"), line=form.text("key"), by=actor())
     except Error as error:
         return _page(form.refused(error)), error.status
     return redirect(url_for("web.keys"), 303)

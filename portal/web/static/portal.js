@@ -85,23 +85,29 @@ document.querySelectorAll("[data-reload-on-change]").forEach((live) => {
   });
 });
 
-// The access token is renewed before it ends, by one tab at a time.
+// The access token is renewed when a third of its life is left, by one tab at a time: whoever comes second finds it
+// fresh. `renew-at` is when that is, for all tabs.
+const life = Number(document.body.dataset.tokenLifeS) * 1000;
+const dueAt = () => Number(localStorage.getItem("renew-at"));
 const renew = () => navigator.locks.request("renew", async () => {
-  const last = Number(localStorage.getItem("renewed") ?? 0);
-  if (Date.now() - last < 60_000) return true;
+  if (Date.now() < dueAt()) return true;
   const answer = await fetch("/api/v1/auth/refresh", {
     method: "POST",
     headers: { "X-CSRF-TOKEN": cookie("csrf_refresh_token") },
   });
-  if (answer.ok) localStorage.setItem("renewed", String(Date.now()));
+  if (answer.ok) localStorage.setItem("renew-at", String(Date.now() + (life * 2) / 3));
   return answer.ok;
 });
-if (document.body.dataset.renewS) {
-  localStorage.setItem("renewed", String(Date.now()));
-  setInterval(() => { renew(); }, Number(document.body.dataset.renewS) * 1000);
+const keepFresh = () => setTimeout(async () => {
+  const isFresh = await renew().catch(() => { localStorage.setItem("renew-at", String(Date.now() + 5000)); return true; });
+  if (isFresh) keepFresh();
+}, Math.max(200, dueAt() - Date.now()));
+if (document.body.dataset.renewInS) {
+  localStorage.setItem("renew-at", String(Date.now() + Number(document.body.dataset.renewInS) * 1000));
+  keepFresh();
 }
 if (document.body.dataset.resume) {
-  localStorage.removeItem("renewed");
+  localStorage.removeItem("renew-at");
   renew().then((ok) => { window.location.replace(ok ? document.body.dataset.resume : document.body.dataset.signIn); });
 }
 

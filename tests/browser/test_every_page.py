@@ -1,0 +1,175 @@
+"""What holds on every page: it opens, in both languages, on a narrow screen, for those it is for and for nobody else.
+
+Each page is opened once, in Chinese and on a narrow screen, and every promise looks at what was seen. That no page
+reports an error or breaks the content policy is asked of every window (conftest.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from portal.models import Machine, Reclaim, Run, Task
+from portal.services import keys, leases, machines, runs, tasks
+from portal.services.actors import SYSTEM
+from portal.services.runs import Line
+from tests.browser.conftest import House
+from tests.factories import actor_of, ssh_key_pair
+from tests.support import rental
+
+Open = Callable[..., Page]
+NARROW = 390
+STAFF = ("/machines", "/machines/add", "/leases", "/customers", "/runs", "/audit", "/password")
+OWN = ("/my/machines", "/tasks", "/tasks/new", "/my/keys", "/password")
+
+# What a person reads on the page, without what is data: names, texts that somebody typed, output, times and paths.
+TEXTS = """() => {
+  const DATA = "script, noscript, pre, code, time, .mono";
+  const seen = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const parent = walker.currentNode.parentElement;
+    if (!parent.closest(DATA)) seen.push(walker.currentNode.data.trim());
+  }
+  for (const name of ["title", "placeholder", "aria-label"])
+    for (const one of document.querySelectorAll(`[${name}]`))
+      if (!one.closest(DATA)) seen.push(one.getAttribute(name));
+  return seen.filter(Boolean);
+}"""
+ENGLISH = re.compile(r"[A-Za-z']+(?: [a-z']+){1,}")
+HOSTS_SAY = "ports was seen|ports failed|it went wrong"  # what hosts and workers say is shown as they said it
+IS_DATA = re.compile(
+    rf"Quark Labs|seen on its page|NVIDIA H100|Test CPU|Debian GNU/Linux|Linux 6|[\d.]+ (GiB|UTC)|{HOSTS_SAY}"
+)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What was seen of one page."""
+
+    path: str
+    status: int
+    heading: str
+    texts: tuple[str, ...]
+    too_wide_px: int
+
+
+@pytest.fixture
+def visits(house: House, open_as: Open, seen: list[Visit]) -> list[Visit]:
+    if not seen:
+        staff, own = details_of(house)
+        for user, paths in ((house.admin, (*STAFF, *staff)), (house.customer, (*OWN, *own))):
+            page = open_as(user, "/password", locale="zh-CN", width=NARROW)
+            seen += [visit(page, path) for path in paths]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[Visit]:
+    return []
+
+
+def visit(page: Page, path: str) -> Visit:
+    answer = page.goto(path, wait_until="load")
+    assert answer is not None
+    too_wide_px = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    heading = page.locator("h1").first.inner_text()
+    return Visit(path, answer.status, heading, tuple(page.evaluate(TEXTS)), too_wide_px)
+
+
+def details_of(house: House) -> tuple[list[str], list[str]]:
+    """One of each: machines in each state, a lease, runs, reports, tasks."""
+    bare, failed = rental.register("bare"), rental.confirm(rental.register("no-gpu-host"))
+    rental.finish_run(machines.provision(failed, by=SYSTEM), "failed")
+    machines.provision(rental.confirm(rental.register()), by=SYSTEM)
+    taken = runs.claim("a-worker", lock_s=60)
+    assert taken is not None
+    runs.record(taken, "a-worker", [Line("runner_on_ok", "TASK [base : Install]")], lock_s=60)
+    host = house.ready_host()
+    lease = rental.allocate(host, house.tenant)
+    host.sees(lease)
+    rental.end(host, lease)
+    rental.reclaim(host, lease, said=rental.verdict(ports="failed"))
+    holder = actor_of(house.customer)
+    keys.add(house.customer, name="Laptop", line=ssh_key_pair()[0], by=holder)
+    task = tasks.create(house.leased.id, name="seen on its page", command="true", env={}, time_limit_s=60, by=holder)
+    open_lease = leases.find_open(house.leased.machine)
+    assert open_lease is not None
+    shown = [bare, failed, host.machine, house.leased.machine, house.ready_host().machine]
+    staff = [f"/machines/{machine.id}" for machine in (*shown, runs.machines_of(taken)[0])]
+    staff += [f"/machines/{shown[-1].id}/allocate", f"/machines/{bare.id}/edit"]
+    staff += [
+        f"/leases/{lease.id}",
+        f"/leases/{open_lease.id}",
+        f"/runs/{taken.id}",
+        f"/runs/{Run.select().first().id}",
+    ]
+    staff += [f"/reclaims/{Reclaim.get(Reclaim.lease == lease).id}/report"]
+    return staff, [f"/tasks/{task.id}"]
+
+
+def test_every_page_opens(visits: list[Visit]) -> None:
+    assert [(visit.path, visit.status) for visit in visits if visit.status != 200] == []
+    assert len(visits) > 20
+
+
+def test_no_page_is_wider_than_a_narrow_screen(visits: list[Visit]) -> None:
+    assert [(visit.path, visit.too_wide_px) for visit in visits if visit.too_wide_px > 0] == []
+
+
+def test_no_page_has_an_english_sentence_left_in_chinese(visits: list[Visit]) -> None:
+    texts = [(visit.path, text) for visit in visits for text in visit.texts]
+    assert [(path, text) for path, text in texts if ENGLISH.search(IS_DATA.sub("", text))] == []
+
+
+@pytest.mark.parametrize("who", ["admin", "customer"])
+def test_every_entry_of_the_menu_leads_to_a_page_that_says_so(house: House, open_as: Open, who: str) -> None:
+    page = open_as(getattr(house, who))
+    names = page.get_by_role("navigation").get_by_role("link").all_inner_texts()
+    assert len(names) == {"admin": 5, "customer": 3}[who]
+    for name in names:
+        page.get_by_role("navigation").get_by_role("link", name=name.strip()).click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(name.strip())
+        expect(page.locator("nav [aria-current=page]")).to_have_text(name.strip())
+
+
+def test_the_language_is_switched_and_kept(house: House, open_as: Open) -> None:
+    page = open_as(house.admin, "/leases?state=active")
+    page.get_by_role("button", name="中文").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("租约")
+    assert page.url.endswith("/leases?state=active")
+    page.goto("/machines")
+    expect(page.get_by_role("heading", level=1)).to_have_text("机器")
+    page.get_by_role("button", name="English").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Machines")
+
+
+def test_refusals_are_read_in_chinese(house: House, open_as: Open) -> None:
+    page = open_as(house.customer, "/my/keys", locale="zh-CN")
+    page.locator("#field-name").fill("x")
+    page.locator("#field-key").fill("hello")
+    page.locator("main form button.btn-primary").click()
+    expect(page.locator(".invalid-feedback")).to_contain_text("请以密钥类型开头")
+    page.goto("/machines")
+    expect(page.locator("main")).to_contain_text("此处仅供 admin and operator 使用")
+
+
+def test_what_is_not_there_and_what_is_not_for_you_say_so(house: House, open_as: Open) -> None:
+    page = open_as(house.customer)
+    for path, status, heading in (
+        ("/nowhere", 404, "Not found"),
+        ("/machines", 403, "Not for you"),
+        (f"/my/machines/{Machine.select().first().id + 1000}/connection", 404, "Not found"),
+        (f"/tasks/{10**9}", 404, "Not found"),
+    ):
+        answer = page.goto(path)
+        assert answer is not None
+        assert (path, answer.status) == (path, status)
+        expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+    page.get_by_role("link", name="Back to the start").click()
+    expect(page.get_by_role("heading", name="My machines")).to_be_visible()
+    assert not Task.select().where(Task.id == 10**9).exists()
