@@ -46,6 +46,11 @@ def sshd_of(login: str) -> set[int]:
     return found
 
 
+def is_running(name: str) -> bool:
+    """Some process has a name that begins so, whoever it belongs to."""
+    return any(status["Name"].startswith(name) for _, status in _statuses())
+
+
 def end_all(login: str, uid: int, *, deadline_s: float) -> set[int]:
     """Kill until nothing is left; answers what still lives at the deadline (a process in the kernel's uninterruptible
     sleep).
