@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ import pytest
 from tests.e2e.conftest import POISON, House
 from tests.e2e.world import PROVISION_TIMEOUT_S, RECLAIM_TIMEOUT_S, Person, World, can_sign_in, new_key
 from tests.hosts import Host
-from tests.support.dirt import WAYS, Tenant, is_named
+from tests.support.dirt import WAYS, Tenant, immutable, is_named, port_open_from_outside
+from tests.support.portal import Client
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
@@ -39,19 +42,143 @@ exit 7
 """
 
 
-def test_a_bare_machine_is_rented_and_comes_back_clean(house: House) -> None:
+@dataclass
+class Rental:
+    """A house whose hosts have been onboarded through the portal, and its people."""
+
+    world: World
+    hosts: dict[str, Host]
+    people: dict[str, Any]
+    baselines: dict[str, Any]
+    poisoned: Path
+
+
+@pytest.fixture(scope="module")
+def rental(house: House) -> Rental:
+    """The first chapter, from bare to ready, is told once a module; each test leaves its machines ready."""
     world, hosts = house.world, list(house.hosts.values())
     onboard(world, hosts, poison=POISON % house.poisoned)
     baselines = {host.name: json.loads(host.run("remotegpu-agent baseline --json").stdout) for host in hosts}
-    people = cast(world, poison=POISON % house.poisoned)
+    return Rental(world, house.hosts, cast(world, poison=POISON % house.poisoned), baselines, house.poisoned)
+
+
+on_sqlite = pytest.mark.parametrize("house", ["sqlite"], indirect=True)
+
+
+def test_a_bare_machine_is_rented_and_comes_back_clean(rental: Rental) -> None:
+    world, hosts, people = rental.world, list(rental.hosts.values()), rental.people
     for host in hosts:
         lease = world.allocate(host, people["tenant"], lasts_s=HOUR_S, retain_s=HOUR_S)
         use(world, host, lease, people)
     leases = {host.name: continue_shortly(world, host, people) for host in hosts}
     survive_the_end_without_the_portal(world, hosts, leases, people)
     for host in hosts:
-        dirty_and_reclaim(world, host, leases[host.name], baselines[host.name], people)
-    assert not house.poisoned.exists(), "somebody's text was taken for a template"
+        dirty_and_reclaim(world, host, leases[host.name], rental.baselines[host.name])
+    assert not rental.poisoned.exists(), "somebody's text was taken for a template"
+
+
+@on_sqlite
+@pytest.mark.parametrize("suite", ["bookworm"])
+def test_a_leftover_that_cannot_be_removed_quarantines(rental: Rental, suite: str) -> None:
+    world, host = rental.world, rental.hosts[suite]
+    lease = world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
+    host.run(f"echo left >/home/{lease['login']}/kept", user=lease["login"])
+    with immutable(host, f"/home/{lease['login']}/kept"):
+        reclaim(world, host)
+        machine = world.wait_for_state(host, "quarantined", timeout_s=RECLAIM_TIMEOUT_S)
+        assert "home" in machine["state_reason"]
+        nobody_gets_it(rental, host, "quarantined")
+    clean_again(world, host)
+
+
+@on_sqlite
+@pytest.mark.parametrize("suite", ["trixie"])
+def test_a_port_that_is_open_from_outside_alone_quarantines(rental: Rental, suite: str) -> None:
+    """No process list of the host shows who listens, and its own firewall never sees the packet."""
+    world, host = rental.world, rental.hosts[suite]
+    world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
+    with port_open_from_outside(host, 31340):
+        reclaim(world, host)
+        machine = world.wait_for_state(host, "quarantined", timeout_s=RECLAIM_TIMEOUT_S)
+        assert "31340" in machine["state_reason"]
+        nobody_gets_it(rental, host, "quarantined")
+    clean_again(world, host)
+
+
+@on_sqlite
+def test_an_agent_speaks_for_its_own_host_alone(rental: Rental) -> None:
+    """Root on one host, with that host's credential, says that the other host's lease is closed: refused, and kept."""
+    world, (own, other) = rental.world, rental.hosts.values()
+    lease = world.allocate(other, rental.people["tenant"], lasts_s=HOUR_S)
+    said = {"lease_id": int(lease["login"][5:]), "login": lease["login"], "state": "closed", "processes": 0}
+    answer = speak(
+        world, own, [{**said, "ends_at": None, "key_fingerprints": [], "end_armed": False, "closed_at": None}]
+    )
+    assert answer["code"] == "not_yours", answer
+    assert [grant["observed"] for grant in world.lease(lease["id"])["grants"]] == ["open", "open"]
+    refused = world.admin.get("admin/audit/logs", outcome="refused", actor=own.name)["items"]
+    assert refused, "nobody wrote down that it tried"
+    reclaim(world, other)
+    world.wait_for_state(other, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+
+@on_sqlite
+@pytest.mark.parametrize("suite", ["trixie"])
+def test_after_an_old_backup_the_host_freezes_and_nothing_is_cleaned(rental: Rental, suite: str) -> None:
+    world, host, bob = rental.world, rental.hosts[suite], rental.people["bob"]
+    lease = world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
+    assert host.ssh(lease["login"], bob.key, "echo precious >kept").ok
+    backup = world.folder / f"backup-{host.name}.tar"
+    world.portal.command("backup", str(backup))
+    later = add_a_key(world, host, lease, bob)
+    world.portal.stop()
+    world.portal.command("restore", str(backup), "--force")
+    world.portal.start("web", "worker")
+    until(lambda: "frozen" in problems_of(world, host), "the host to freeze and ask", timeout_s=60)
+    assert host.ssh(lease["login"], later, "cat kept").stdout == "precious\n", "an old word was followed"
+    nobody_gets_it(rental, host, "leased")
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/thaw", reason="compared, the backup counts")
+    until(lambda: not can_sign_in(host, lease["login"], later), "the host to follow the portal again", timeout_s=60)
+    assert host.ssh(lease["login"], bob.key, "cat kept").stdout == "precious\n"
+    reclaim(world, host)
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+
+AWAY = {
+    "cut": (lambda host: host.cut_network(), lambda host: host.restore_network()),
+    "stopped": (lambda host: host.run("systemctl stop remotegpu-agent"), lambda host: start_agent(host)),
+    "killed": (lambda host: host.run("systemctl kill -s KILL remotegpu-agent"), lambda host: start_agent(host)),
+}
+WRITES = """
+for number in $(seq 1 400); do
+    echo "line $number of a log that nobody reads meanwhile"
+    sleep 0.05
+done
+exit 3
+"""
+
+
+@on_sqlite
+@pytest.mark.parametrize("suite", ["bookworm"])
+def test_work_goes_on_while_the_agent_is_away(rental: Rental, suite: str) -> None:
+    """Network cut, agent stopped, agent killed: afterwards exit code and log are there, byte for byte."""
+    world, host, alice = rental.world, rental.hosts[suite], rental.people["alice"]
+    world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
+    expected = "".join(f"line {number} of a log that nobody reads meanwhile\n" for number in range(1, 401))
+    for leave, come_back in AWAY.values():
+        task = world.task(alice, host, WRITES)
+        world.wait_for_task(alice, task, "running")
+        leave(host)
+        try:
+            until(lambda: world.machine(host)["reachability"] == "offline", "the host to be offline", timeout_s=60)
+        except AssertionError:
+            assert leave is AWAY["killed"][0], "a killed agent comes back by itself, and may do so sooner"
+        come_back(host)
+        ended = world.wait_for_task(alice, task, "failed", "succeeded", "lost", "stopped", timeout_s=90)
+        assert (ended["state"], ended["attempts"][-1]["exit_code"], len(ended["attempts"])) == ("failed", 3, 1)
+        assert world.log(alice, task).decode() == expected
+    reclaim(world, host)
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
 
 
 # -- from bare to ready
@@ -146,9 +273,8 @@ def stop_a_task_with_all_its_children(world: World, host: Host, alice: Person) -
 
 
 def change_keys(world: World, host: Host, lease: Any, bob: Person) -> None:
-    second = new_key(world.folder / f"second-{host.name}")
-    added = bob.client.post("customer/keys", name=host.name, key=second.with_suffix(".pub").read_text())
-    until(lambda: can_sign_in(host, lease["login"], second), "the new key to work", timeout_s=20)
+    second = add_a_key(world, host, lease, bob)
+    added = next(key for key in bob.client.get("customer/keys")["items"] if key["name"] == second.name)
     bob.client.delete(f"customer/keys/{added['id']}")
     until(lambda: not can_sign_in(host, lease["login"], second), "the removed key to be refused", timeout_s=20)
     assert can_sign_in(host, lease["login"], bob.key)
@@ -229,7 +355,7 @@ def wait_for_the_end(leases: dict[str, Any]) -> None:
 # -- dirty, and proven clean
 
 
-def dirty_and_reclaim(world: World, host: Host, lease: Any, baseline: Any, people: dict[str, Any]) -> None:
+def dirty_and_reclaim(world: World, host: Host, lease: Any, baseline: Any) -> None:
     again = datetime.now(UTC) + timedelta(seconds=HOUR_S)
     lease = world.admin.post(f"admin/leases/{lease['id']}/extend", until=again.isoformat()).body
     world.wait_for_grant(lease["id"], "keys", "open")
@@ -238,7 +364,7 @@ def dirty_and_reclaim(world: World, host: Host, lease: Any, baseline: Any, peopl
     marks = dirty(host, tenant)
     verification_alone_names_each(host, lease, baseline, world.machines[host.name], marks)
     host.run("systemctl start remotegpu-agent")
-    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="end", force=True, confirm=host.name)
+    reclaim(world, host)
     world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
     assert [way.name for way in WAYS if way.seen(host, tenant)] == []
     check_report(world, host, lease)
@@ -286,3 +412,66 @@ def check_report(world: World, host: Host, lease: Any) -> None:
     report.write_bytes(signed[:at] + b"t" + signed[at + 1 :])
     refused = world.portal.command(*verify, check=False)
     assert "signature" in refused, refused
+
+
+# -- what several tests do
+
+
+def reclaim(world: World, host: Host) -> None:
+    """Take the machine back now, without retention."""
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="end", force=True, confirm=host.name)
+
+
+def clean_again(world: World, host: Host) -> None:
+    """An operator has mended what was named, and says so."""
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="mended")
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+
+def nobody_gets_it(rental: Rental, host: Host, why: str) -> None:
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    wanted = {"tenant_id": rental.people["tenant"], "until": tomorrow}
+    path = f"admin/machines/{rental.world.machines[host.name]}/allocate"
+    answer = rental.world.admin.ask("POST", path, json=wanted)
+    assert answer.status == 409
+    assert why in answer["detail"]
+
+
+def problems_of(world: World, host: Host) -> list[str]:
+    return [problem["code"] for problem in world.machine(host)["problems"]]
+
+
+def add_a_key(world: World, host: Host, lease: Any, person: Person) -> Path:
+    key = new_key(world.folder / f"later-{host.name}")
+    person.client.post("customer/keys", name=key.name, key=key.with_suffix(".pub").read_text())
+    until(lambda: can_sign_in(host, lease["login"], key), "the new key to work", timeout_s=20)
+    return key
+
+
+def start_agent(host: Host) -> None:
+    host.run("systemctl start remotegpu-agent")
+
+
+def speak(world: World, host: Host, leases: list[dict[str, Any]]) -> Any:
+    """What the portal answers to a report made by hand with this host's own credential."""
+    credential = json.loads(host.read("/var/lib/remotegpu-agent/credential.json"))["credential"]
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    report = {
+        "seq": 1,
+        "boot_id": host.boot_id,
+        "agent_version": "0.1.0",
+        "sent_at": now,
+        "frozen": False,
+        "facts": None,
+        "metrics": None,
+        "gpu": None,
+        "leases": [{"message": None, **lease} for lease in leases],
+        "applied_generation": 1,
+        "attempts": [],
+        "logs": [],
+        "command_results": [],
+        "journal": [],
+    }
+    body = {"protocol": 1, "epoch": None, "generation": 0, "wait_s": 0, "report": report}
+    headers = {"Authorization": f"Bearer {credential}"}
+    return Client(world.portal).ask("POST", "agent/sync", json=body, headers=headers)
