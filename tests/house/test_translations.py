@@ -22,7 +22,7 @@ PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 def texts_of_the_pages() -> set[str]:
     with (WEB / "babel.cfg").open() as file:
-        methods, options = parse_mapping_cfg(file)
+        methods, options = parse_mapping_cfg(file)  # type: ignore[no-untyped-call]  # Babel has no types here
     found = extract_from_dir(str(PORTAL), methods, options, keywords=KEYWORDS)
     return {first(message) for _file, _line, message, _notes, _context in found}
 
@@ -32,8 +32,8 @@ def catalogue(locale: str) -> Catalog:
         return read_po(file, locale=locale)
 
 
-def first(text: str | tuple[str, ...] | list[str]) -> str:
-    return text if isinstance(text, str) else text[0]
+def first(text: str | tuple[str, ...] | list[str] | None) -> str:
+    return text if isinstance(text, str) else (text or [""])[0]
 
 
 @pytest.mark.parametrize("locale", ["zh_Hans_CN"])

@@ -157,7 +157,7 @@ def clean_result(**results: str) -> dict[str, Any]:
 def verdict(**results: str) -> dict[str, Any]:
     """What verify.yml says of a host; by default that all of it passed."""
     wanted = results or {"ports_from_outside": "passed", "login_from_outside": "passed", "accounts": "passed"}
-    checks = [
+    checks: list[dict[str, Any]] = [
         {"id": name, "result": result, "reason": None if result == "passed" else f"{name} was seen", "evidence": {}}
         for name, result in wanted.items()
     ]

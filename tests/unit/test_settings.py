@@ -47,7 +47,7 @@ def test_a_missing_short_or_sample_secret_is_a_refusal_to_start(environ: dict[st
 @pytest.mark.parametrize("name", SECRET_FILES)
 def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, str], name: str) -> None:
     del environ[name.upper()]
-    with pytest.raises(SettingsError, match="not set and .* does not exist; run `python -m portal init`"):
+    with pytest.raises(SettingsError, match=r"not set and .* does not exist; run `python -m portal init`"):
         load(environ)
 
 
