@@ -322,7 +322,7 @@ def _order(attempt: Attempt, all_gpus: list[str]) -> dict[str, Any]:
         "workdir": task.workdir,
         "time_limit_s": task.time_limit_s,
         "stop_grace_s": task.stop_grace_s,
-        "gpu_uuids": all_gpus if task.gpu_uuids is None else task.gpu_uuids,
+        "gpu_uuids": (all_gpus or None) if task.gpu_uuids is None else task.gpu_uuids,  # no GPU known: null
     }
 
 
