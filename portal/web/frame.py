@@ -126,10 +126,16 @@ def error_page(problem: Problem) -> ResponseReturnValue:
     page = render_template(
         "error.html",
         title=title_of(problem.status),
-        detail=told(problem.detail),
+        detail=_all_told(problem),
         reference=problem.info.get("incident"),
     )
     return page, problem.status, dict(problem.headers)
+
+
+def _all_told(problem: Problem) -> str:
+    """Its sentence; of faulty input what is wrong with each field."""
+    texts = [text for texts in problem.errors.values() for text in texts]
+    return " ".join(told(text) for text in texts or [problem.detail])
 
 
 def title_of(status: int) -> str:
