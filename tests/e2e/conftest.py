@@ -33,7 +33,7 @@ class House:
     poisoned: Path  # the file that exists once anything was taken for a template
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
 def house(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, operator_key: Path
 ) -> Iterator[House]:

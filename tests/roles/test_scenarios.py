@@ -1,0 +1,40 @@
+"""Each role's Molecule scenario passes: bare hosts, check mode, converge, second run without a change, effects verified."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCENARIOS = sorted(path.parent.name for path in (ROOT / "molecule").glob("*/molecule.yml"))
+WHOLE = "gpu_hosts"  # all roles by the playbook itself; the single ones are what a developer of one role runs
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1500)]
+
+
+def test_every_role_has_a_scenario() -> None:
+    roles = {path.name for path in (ROOT / "roles").iterdir() if path.is_dir()}
+    assert roles - set(SCENARIOS) == set()
+
+
+@pytest.mark.parametrize(
+    "scenario", [name if name == WHOLE else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS]
+)
+def test_a_scenario_passes_on_both_suites(scenario: str, tmp_path: Path) -> None:
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
+    environ.update(ANSIBLE_HOME=str(ROOT / ".ansible"), XDG_CACHE_HOME=cache_home(), NO_COLOR="1")
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:
+        done = subprocess.run(
+            ["molecule", "test", "-s", scenario], cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT
+        )
+    assert done.returncode == 0, output.read_text(errors="replace")[-6000:]
+
+
+def cache_home() -> str:
+    """Where the images' cache lies, which the scenario's hosts need too."""
+    return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
