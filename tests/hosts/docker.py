@@ -249,6 +249,7 @@ class Host:
     def wait_until_up(self, *, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Until systemd says `running`. Raises HostError with the failed units when it says `degraded`."""
         _wait_for(self._is_up, timeout_s, f"systemd on {self.name} to be running", describe=self._console)
+        self._introduce()
 
     def cut_network(self) -> None:
         """Pull the cable: the host keeps address and routes, and nothing comes in or goes out. A reboot plugs it in."""
@@ -263,6 +264,11 @@ class Host:
         result = _call(["docker", "rm", "--force", "--volumes", self.id], timeout_s=60)
         if not result.ok and "No such container" not in result.stderr:
             raise HostError(f"{self.name} is not removed: {result.stderr}")
+
+    def _introduce(self) -> None:
+        """Say a word to this machine, which may still know another card under this address (ARP) and wait for it."""
+        for gateway in (str(subnet.gateway) for subnet in _bridge()):
+            self.run(["ping", "-c1", "-W1", gateway], check=False)
 
     def _is_another_boot(self, before: str) -> bool:
         # Without systemd it is the moment before PID 1 has given this boot its id.
@@ -336,18 +342,10 @@ def _create_options(name: str, suite: str, addresses: Sequence[str], labels: Map
     return [
         f"--name={name}",
         f"--hostname={name}",
-        # Docker derives a card's address from the IP it would have given: the next host with this IP would have another,
-        # and whoever talked to the last one (ARP) would wait in vain for half a minute.
-        f"--mac-address={_mac_of(addresses[0])}",
         *MACHINE_OPTIONS,
         f"--env=TESTHOST_ADDRESSES={' '.join(with_length)}",
         *(f"--label={key}={value}" for key, value in every_label.items()),
     ]
-
-
-def _mac_of(address: str) -> str:
-    """The same card for the same IPv4 address, outside the block (02:42:…) from which Docker takes its own."""
-    return "02:52:" + ":".join(f"{part:02x}" for part in ipaddress.IPv4Address(address).packed)
 
 
 def _free_addresses(name: str) -> list[str]:
