@@ -21,7 +21,7 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK_LIVE
-from portal.services import audit, events, grants, machines, reclaims, tasks, tenants
+from portal.services import audit, events, grants, machines, reclaims, runs, tasks, tenants
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.health import Problem
 from portal.services.transitions import WrongState, move
@@ -191,8 +191,10 @@ def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
     refusals: list[Problem] = []
     if machine.state != "ready":
         refusals.append(_not_ready(machine))
-    elif not machines.is_proven_clean(machine):
-        refusals.append(Problem("not_clean", f"{machine.name} has no passed reclaim report after its last lease."))
+    else:
+        if not machines.is_proven_clean(machine):
+            refusals.append(Problem("not_clean", f"{machine.name} has no passed reclaim report after its last lease."))
+        refusals += _run_refusals(machine)
     health = machines.health_of(machine, now)
     if health.reachability == "never":
         refusals.append(Problem("offline", f"The agent of {machine.name} has never reported."))
@@ -203,6 +205,13 @@ def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
     if machine.maintenance_since is not None:
         refusals.append(Problem("maintenance", f"{machine.name} is in maintenance: {machine.maintenance_reason}"))
     return refusals
+
+
+def _run_refusals(machine: Machine) -> Iterable[Problem]:
+    run = runs.find_disrupting(machine)
+    if run is not None:
+        what = f"Run {run.id} ({run.playbook}) is {run.state} on {machine.name} and may disturb whoever leases it"
+        yield Problem("disruptive_run", f"{what}: wait for its end, or cancel it.")
 
 
 def _not_ready(machine: Machine) -> Problem:
@@ -233,7 +242,8 @@ def activate_due(now: datetime | None = None) -> int:
     """
     now = now or utcnow()
     started = 0
-    for lease in Lease.select().where(Lease.state == "scheduled", Lease.starts_at <= now).order_by(Lease.starts_at):
+    due = Lease.select().where(Lease.state == "scheduled", Lease.starts_at <= now).order_by(Lease.starts_at)
+    for lease in list(due):  # read to its end: on SQLite one that is half read keeps the loop from writing
         try:
             started += _start(lease, now)
         except (CannotAllocate, WrongState, peewee.IntegrityError):
@@ -297,6 +307,7 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
         raise Invalid({"until": ["Lies in the past."]})
     reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
     refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
+    refusals += _run_refusals(machine)
     if refusals:
         raise CannotAllocate(refusals)
     following = _write(
@@ -349,7 +360,7 @@ def end_due(now: datetime | None = None) -> int:
     """Close the leases whose end has come; returns how many. The host has closed them by itself already."""
     now = now or utcnow()
     closed = 0
-    for lease in Lease.select().where(Lease.state == "active", Lease.ends_at <= now):
+    for lease in list(Lease.select().where(Lease.state == "active", Lease.ends_at <= now)):
         try:
             with atomic():  # an extension that was committed meanwhile wins
                 machines.lock(lease.machine)
@@ -363,7 +374,7 @@ def end_due(now: datetime | None = None) -> int:
 
 def _finish_without_tasks(now: datetime) -> None:
     """Closed on the host, but the end of a task was never told: its processes are dead, so the lease does not wait."""
-    for lease in Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT):
+    for lease in list(Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT)):
         if grants.get(lease, "keys").observed != "closed" or _awaits_tasks(lease, now):
             continue
         with atomic(), suppress(WrongState):  # it was closed by a report meanwhile
@@ -382,7 +393,7 @@ def observed(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> None:
     long ended, is not heard.
     """
     by_login = {entry["login"]: entry for entry in seen}
-    for lease in Lease.select().where(Lease.machine == machine, Lease.state << LEASE_OPEN):
+    for lease in list(Lease.select().where(Lease.machine == machine, Lease.state << LEASE_OPEN)):
         entry = by_login.get(lease.login)
         if entry is not None:
             _observe(lease, machine, entry)

@@ -198,7 +198,8 @@ def _is_reimaged_since_quarantine(machine: Machine) -> bool:
 
 def run_finished(run: Run) -> None:
     """A provisioning run is over: forget the password and ask for the baseline, or say why it failed."""
-    for machine in Machine.select().join(RunHost).where(RunHost.run == run, Machine.state == "provisioning"):
+    of_run = Machine.select().join(RunHost).where(RunHost.run == run, Machine.state == "provisioning")
+    for machine in list(of_run.order_by(Machine.id)):
         if newest_provision_run(machine) != run:
             continue
         if run.state == "succeeded":
@@ -247,7 +248,7 @@ def _fail(machine: Machine, reason: str) -> None:
 def fail_overdue(now: datetime) -> int:
     """Machines whose run went well and whose agent then kept silent are failed; returns how many."""
     overdue = 0
-    for machine in Machine.select().where(Machine.state == "provisioning"):
+    for machine in list(Machine.select().where(Machine.state == "provisioning")):
         run = newest_provision_run(machine)
         if run and run.state == "succeeded" and run.ended_at and run.ended_at + READY_DEADLINE <= now:
             waited = f"within {READY_DEADLINE.total_seconds() / 60:.0f} min of run {run.id}"

@@ -198,7 +198,8 @@ def advance_due(now: datetime | None = None) -> int:
     """Move every reclaim on whose time has come; returns how many. For the sweep."""
     now = now or utcnow()
     moved = 0
-    for reclaim in Reclaim.select().where(Reclaim.state << ("waiting", "cleaning", "verifying")).order_by(Reclaim.id):
+    going_on = Reclaim.select().where(Reclaim.state << ("waiting", "cleaning", "verifying")).order_by(Reclaim.id)
+    for reclaim in list(going_on):
         try:
             moved += _advance(reclaim, now)
         except Conflict as refusal:  # somebody was first, or it must not be now: the next sweep looks again

@@ -191,8 +191,15 @@ def _hosts(machines: Sequence[Machine]) -> list[Machine]:
 
 
 def _refuse_disruption(playbook: Playbook, hosts: list[Machine]) -> None:
+    """Nothing that may disturb a tenant where one is.
+
+    Holds the machines until the transaction ends: a lease that begins at this moment sees the run, or the run sees it.
+    """
+    from portal.services import machines  # they queue runs: the import would be a circle
+
     if not playbook.disrupts:
         return
+    hosts = [machines.lock(machine) for machine in sorted(hosts, key=lambda each: each.id)]
     met = impact([machine for machine in hosts if machine.maintenance_since is None])
     if met.leases:
         names = ", ".join(sorted({lease.machine.name for lease in met.leases}))
@@ -234,6 +241,17 @@ def machines_by_run(found: Sequence[Run]) -> dict[int, list[Machine]]:
     for row in rows:
         machines[row.run_id].append(row.machine)
     return machines
+
+
+def find_disrupting(machine: Machine) -> Run | None:
+    """The run that works on this machine, or waits to, and may disturb whoever leases it; the oldest if there are many.
+
+    Asked while the machine is held, the answer stays true until the transaction ends.
+    """
+    disrupting = [playbook.name for playbook in PLAYBOOKS.values() if playbook.disrupts]
+    here = Run.select().join(RunHost).where(RunHost.machine == machine, Run.state << ("queued", "running"))
+    run: Run | None = here.where(Run.playbook << disrupting).order_by(Run.id).first()
+    return run
 
 
 def output_after(run_id: int, counter: int, *, limit: int = 500) -> list[RunEvent]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,9 +15,10 @@ import pytest
 from portal.db import atomic, connection, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import Attempt, AuditEntry, Event, Grant, Lease, Machine, MachineReport, Task, Tenant, User
-from portal.services import agents, desired, grants, leases, machines, reclaims
+from portal.services import agents, commands, desired, grants, leases, machines, reclaims, runs
 from portal.services.actors import SYSTEM
 from portal.services.leases import CannotAllocate
+from portal.services.runs import Outcome
 from portal.services.transitions import WrongState
 from tests.factories import actor_of
 from tests.support import rental
@@ -118,6 +120,7 @@ def unsay_report(host: Host) -> None:
         (lambda host: host.report(agent_version="0.0.1"), "agent_version"),
         (lambda host: host.report(frozen=True), "frozen"),
         (lambda host: machines.start_maintenance(host.machine, reason="new fans", by=SYSTEM), "maintenance"),
+        (lambda host: runs.queue("site", [host.machine], by=SYSTEM), "disruptive_run"),
     ],
 )
 def test_each_missing_condition_refuses_with_a_code_of_its_own(
@@ -143,6 +146,39 @@ def test_everything_that_stands_in_the_way_is_told_at_once(
     told = {reason["code"]: reason["message"] for reason in answer.json["info"]["reasons"]}
     assert set(told) == {"tenant_archived", "offline", "clock", "maintenance"}
     assert "new fans" in told["maintenance"]
+
+
+def test_a_run_that_may_disturb_is_named_until_it_has_ended(host: Host, tenant: Tenant) -> None:
+    run = runs.queue("site", [host.machine], by=SYSTEM)
+    runs.queue("verify", [host.machine], by=SYSTEM)
+    with pytest.raises(CannotAllocate, match=rf"Run {run.id} \(site\) is queued on gpu-1"):
+        allocate(host, tenant)
+    token = str(uuid.uuid4())
+    assert runs.claim(token, lock_s=60) == run
+    with pytest.raises(CannotAllocate, match=rf"Run {run.id} \(site\) is running on gpu-1"):
+        allocate(host, tenant)
+    assert host.machine.next_uid == 20000, "a refusal leaves nothing behind"
+    runs.finish(run, token, Outcome("succeeded", exit_code=0))
+    allocate(host, tenant)
+    assert host.state == "leased", "a run that only looks stands in nobody's way"
+
+
+def test_a_lease_for_later_waits_for_the_end_of_a_run_that_may_disturb(host: Host, tenant: Tenant) -> None:
+    lease = allocate(host, tenant, starts_at=utcnow() + HOUR)
+    run = runs.queue("site", [host.machine], by=SYSTEM)
+    host.report(received_at=lease.starts_at)
+    assert leases.activate_due(lease.starts_at) == 0
+    runs.cancel(run, by=SYSTEM)
+    assert leases.activate_due(lease.starts_at) == 1
+
+
+def test_a_retained_lease_is_not_continued_under_a_run_that_may_disturb(host: Host, lease: Lease) -> None:
+    rental.end(host, lease)
+    runs.queue("site", [host.machine], by=SYSTEM)
+    with pytest.raises(CannotAllocate) as refusal:
+        leases.extend(lease, until=tomorrow(), by=SYSTEM)
+    assert reasons(refusal) == {"disruptive_run"}
+    assert reclaim_of(lease).state == "waiting", "and its data is still there"
 
 
 def test_a_machine_that_was_never_provisioned_is_not_ready(database: Any, tenant: Tenant) -> None:
@@ -631,6 +667,42 @@ def test_an_extension_and_the_sweep_at_one_moment_have_one_winner(host: Host, te
         rental.reclaim(host, leases.get(lease.id))
 
 
+def try_to_claim() -> object:
+    """What a worker does all the time."""
+    return next((run for _ in range(30) if (run := runs.claim(str(uuid.uuid4()), lock_s=60)) is not None), None)
+
+
+BEGINNINGS: dict[str, Callable[[Host, Tenant], Callable[[], object]]] = {
+    "allocated": lambda host, tenant: partial(allocate, host, tenant),
+    "begun": lambda host, tenant: partial(leases.activate_due, scheduled(host, tenant).starts_at),
+    "continued": lambda host, tenant: partial(leases.extend, retained(host, tenant), until=tomorrow(), by=SYSTEM),
+}
+
+
+def scheduled(host: Host, tenant: Tenant) -> Lease:
+    lease = allocate(host, tenant, starts_at=utcnow() + HOUR)
+    host.report(received_at=lease.starts_at)
+    return lease
+
+
+def retained(host: Host, tenant: Tenant) -> Lease:
+    return rental.end(host, allocate(host, tenant, retain_s=3600))
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_a_lease_and_a_run_that_may_disturb_it_never_have_a_machine_both(
+    database: Any, tenant: Tenant, beginning: str
+) -> None:
+    for number in range(6):
+        host = ready_host(f"gpu-{number}")
+        begin = BEGINNINGS[beginning](host, tenant)
+        at_once(begin, partial(runs.queue, "site", [host.machine], by=SYSTEM), try_to_claim)
+        lease, run = leases.find_open(host.machine), runs.find_disrupting(host.machine)
+        assert (lease is None) != (run is None), f"{lease and lease.state} and {run and run.state}"
+        if run is not None and run.state == "queued":
+            runs.cancel(run, by=SYSTEM)
+
+
 ACTS: dict[str, Callable[[Host, Lease], object]] = {
     "extend": lambda _, lease: leases.extend(lease, until=lease.ends_at + DAY, by=SYSTEM),
     "end": lambda _, lease: leases.end(lease, by=SYSTEM, reason="done"),
@@ -639,6 +711,7 @@ ACTS: dict[str, Callable[[Host, Lease], object]] = {
     "write_off": lambda _, lease: leases.write_off(lease, by=SYSTEM, reason="burned down"),
     "maintenance": lambda host, _: machines.start_maintenance(host.machine, reason="fans", by=SYSTEM),
     "credential": lambda host, _: agents.rotate(host.machine, by=SYSTEM),
+    "command": lambda host, _: commands.queue(host.machine, "baseline", by=SYSTEM),
 }
 
 
