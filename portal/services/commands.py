@@ -33,6 +33,7 @@ def queue(machine: Machine, kind: str, lease: Lease | None = None, *, by: Actor,
     `sealed` is encrypted text. Raises NoBaseline for a cleaning that could not compare with anything.
     """
     with db.atomic():
+        machines.lock(machine)
         if kind == "clean":
             if lease is None:
                 raise ValueError("a cleaning names its lease")
@@ -48,6 +49,7 @@ def queue(machine: Machine, kind: str, lease: Lease | None = None, *, by: Actor,
 def cancel(command: Command, *, by: Actor, reason: str) -> None:
     """Do not send it any more. Raises WrongState when it has ended by now."""
     with db.atomic():
+        machines.lock(command.machine)
         move(
             command, leave="queued", enter="cancelled", message=reason, ended_at=utcnow(), args=_without_secret(command)
         )
