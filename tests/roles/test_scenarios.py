@@ -1,4 +1,4 @@
-"""Each role's Molecule scenario passes: bare hosts, check mode, converge, no change the second time, effects verified."""
+"""Each role's Molecule scenario passes: bare hosts, check mode, converge, nothing changes again, effects verified."""
 
 from __future__ import annotations
 
