@@ -14,12 +14,13 @@ from pathlib import Path
 
 import peewee
 
-from portal.db import connect, connection
+from portal import start
+from portal.db import connection
 from portal.integrations import queue
 from portal.integrations.faults import point
 from portal.integrations.runner import end_leftovers
 from portal.models import Run
-from portal.services import config, runs, vault
+from portal.services import runs
 from portal.services.transitions import WrongState
 from portal.settings import Settings
 from portal.worker import directory
@@ -48,8 +49,7 @@ class Worker:
         self._heard.set()
 
     def work(self) -> None:
-        """Until `stop`. The database must be migrated."""
-        queue.use(self._settings)
+        """Until `stop`. The process must be bound, and the database migrated."""
         helpers = [
             threading.Thread(target=queue.bell().listen, args=(self._heard, self._stopping), name="bell"),
             threading.Thread(
@@ -113,9 +113,7 @@ class Worker:
 
 def main(settings: Settings, *, project: Path = directory.PROJECT) -> None:
     """Bind this process to the database and work until SIGTERM or SIGINT."""
-    connect(settings.database_url)
-    config.use(settings)
-    vault.unlock(settings)
+    start.bind(settings)
     worker = Worker(settings, project=project)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

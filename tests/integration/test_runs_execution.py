@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from portal.integrations import queue
 from portal.models import Machine, Run
 from portal.services import config, runs, vault
 from portal.services.actors import SYSTEM
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def work(database: Any, settings: Settings, tmp_path: Path) -> Iterator[Work]:
     """`work(tasks)` starts a worker in this process, for a playbook of these tasks."""
     config.use(settings)
+    queue.use(settings)
     started: list[tuple[Worker, threading.Thread]] = []
 
     def start(tasks: str) -> None:

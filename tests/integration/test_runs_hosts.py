@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from portal.integrations import host_keys, ssh_masters
+from portal.integrations import host_keys, queue, ssh_masters
 from portal.models import Machine, Run
 from portal.services import config, runs, vault
 from portal.services.actors import SYSTEM
@@ -41,6 +41,7 @@ def host(boot_host: Callable[..., Host]) -> Host:
 def work(database: Any, settings: Settings, operator_key: Path, tmp_path: Path) -> Iterator[Work]:
     """`work(tasks)` starts a worker in this process whose key the host accepts, for a playbook of these tasks."""
     config.use(settings)
+    queue.use(settings)
     settings.ssh_key_file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(operator_key, settings.ssh_key_file)
     settings.ssh_key_file.chmod(0o600)
@@ -129,6 +130,7 @@ def test_a_verify_run_keeps_each_hosts_verdict_also_when_it_fails(
     database: Any, settings: Settings, operator_key: Path, host: Host
 ) -> None:
     config.use(settings)
+    queue.use(settings)
     settings.ssh_key_file.parent.mkdir(parents=True)
     shutil.copy(operator_key, settings.ssh_key_file)
     host.run("systemd-run --unit open-door python3 -m http.server 8099")
