@@ -2,7 +2,7 @@
 """nvidia-smi for machines without a GPU: the real one's texts and exit codes over the scenario file of nvml.c.
 
 Answers -L, --query-gpu, --query-compute-apps, --help-query-gpu, --version and the table, with -i, csv, noheader and
-nounits. Texts and codes are those of NVIDIA's 535 driver; tests/unit/test_fake_gpu.py is their list.
+nounits. Texts and codes are those of NVIDIA's 535 driver; tests/integration/hosts/test_fake_gpu.py is their list.
 Beyond the keys that nvml.c reads, `[smi] delay = 2.5` makes every call slow and `[smi] hang = yes` one that never ends.
 """
 

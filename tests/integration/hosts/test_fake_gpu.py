@@ -22,7 +22,7 @@ import pytest
 
 from tests.hosts.gpu import Scenario
 
-GPU_DIR = Path(__file__).parents[2] / "molecule" / "image" / "gpu"
+GPU_DIR = Path(__file__).parents[3] / "molecule" / "image" / "gpu"
 DEADLINE_S = 20.0
 MIB = 2**20
 
