@@ -28,7 +28,7 @@ run: setup ## Set up and start the portal; prints where to sign in (DATABASE_URL
 	@exec $(BIN)/python -m portal serve --first-run
 
 .PHONY: test
-test: setup $(DEVELOPMENT) ## Set up what the tests need and pass them all (root or Docker for the real hosts)
+test: real-hosts setup $(DEVELOPMENT) ## Set up what the tests need and pass them all (root or Docker for the real hosts)
 	@exec $(BIN)/python -m tests.lanes test
 
 .PHONY: test-fast
@@ -36,7 +36,7 @@ test-fast: $(DEVELOPMENT) $(ASSETS) $(TEXTS) ## Unit and API tests on SQLite; ne
 	@exec $(BIN)/python -m tests.lanes fast
 
 .PHONY: test-all
-test-all: setup $(DEVELOPMENT) ## Everything, also what takes long
+test-all: real-hosts setup $(DEVELOPMENT) ## Everything, also what takes long
 	@exec $(BIN)/python -m tests.lanes all
 
 .PHONY: check
@@ -58,6 +58,10 @@ demo: setup $(DEVELOPMENT) ## Boot two test hosts beside a portal, onboard them,
 .PHONY: demo-down
 demo-down: $(DEVELOPMENT) ## Remove the demo
 	@exec $(BIN)/python -m tests.hosts.demo down
+
+.PHONY: real-hosts
+real-hosts: # Refuse before minutes of setting up, not after
+	@$(PYTHON) -m tests.lanes may
 
 .PHONY: setup
 setup: $(RUNTIME) $(ASSETS) $(TEXTS) $(AGENT) ## Virtual environment, browser assets, translations, agent
