@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    os.umask(0o077)  # the database is private as well, also in an instance folder that others may enter
+    warn_without_ssh()
     if args.first_run:
         from portal.cli.init import init
 
@@ -45,6 +48,12 @@ def run(args: argparse.Namespace) -> int:
     supervisor = Supervisor([Part(name) for name in PARTS])
     threading.Thread(target=_announce, args=(settings, supervisor), daemon=True).start()
     return supervisor.run()
+
+
+def warn_without_ssh() -> None:
+    """Pages, API and leases work without it; what fails is the first contact with a host, long after this."""
+    if not (shutil.which("ssh") and shutil.which("ssh-keyscan")):
+        print("serve: there is no ssh here, so no host can be reached: apt-get install openssh-client", file=sys.stderr)
 
 
 def _migrate() -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import requests
 
+from portal.cli import serve
 from tests.support.portal import ROOT, free_port
 from tests.support.waiting import until
 
@@ -145,3 +146,15 @@ def test_a_port_in_use_ends_it_with_a_reason(served: Served, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 1
     assert "web does not keep running" in done.stderr
+
+
+def test_a_machine_without_ssh_is_told_at_the_start_and_one_with_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    serve.warn_without_ssh()
+    assert "apt-get install openssh-client" in capsys.readouterr().err
+    for name in ("ssh", "ssh-keyscan"):
+        (tmp_path / name).touch(mode=0o755)
+    serve.warn_without_ssh()
+    assert capsys.readouterr().err == ""
