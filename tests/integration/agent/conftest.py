@@ -18,7 +18,8 @@ import jinja2
 import pytest
 import yaml
 
-from tests.hosts import SUITES, Host, Result, boot, gateway_address
+from tests.hosts import Host, Result, boot, gateway_address
+from tests.hosts.fixtures import EACH_SUITE
 from tests.integration.agent.portal_double import Portal, in_seconds
 from tests.support.waiting import until
 
@@ -212,7 +213,7 @@ def render(role: str, template: str) -> str:
     return environment.get_template(template).render(values)
 
 
-@pytest.fixture(scope="session", params=SUITES)
+@pytest.fixture(scope="session", params=EACH_SUITE)
 def session_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp(f"agent-{request.param}")
     portal = Portal(gateway_address(), directory).start()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator
 
-from tests.hosts import SUITES
+from tests.hosts.fixtures import EACH_SUITE
 from tests.support.cleaned_host import CleanedHost, findings, leased_host
 
 pytestmark = pytest.mark.hosts
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.hosts
 SCHEMA = json.loads((Path(__file__).parents[3] / "agent" / "protocol" / "protocol.schema.json").read_text())
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=EACH_SUITE)
 def leased(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanedHost]:
     with leased_host(request.param, tmp_path_factory.mktemp(request.param)) as leased:
         assert leased.clean()["passed"]

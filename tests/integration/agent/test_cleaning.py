@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from jsonschema import Draft7Validator
 
-from tests.hosts import SUITES
+from tests.hosts.fixtures import EACH_SUITE
 from tests.integration.agent.test_baseline import SCHEMA
 from tests.support import dirt
 from tests.support.cleaned_host import CleanedHost, findings, leased_host, result_of
@@ -16,7 +16,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.hosts
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=EACH_SUITE)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanedHost]:
     with leased_host(request.param, tmp_path_factory.mktemp(request.param)) as leased:
         yield leased

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import SUITES, Host, HostError, attach, boot, gateway_address, list_hosts
-from tests.hosts.fixtures import BootHost
+from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts
+from tests.hosts.fixtures import EACH_SUITE, BootHost
 
 pytestmark = pytest.mark.hosts
 
 
-@pytest.fixture(params=SUITES)
+@pytest.fixture(params=EACH_SUITE)
 def host(request: pytest.FixtureRequest, prepared_host: Callable[[str], Host]) -> Host:
     return prepared_host(request.param)
 
@@ -33,7 +33,7 @@ def test_only_the_right_key_on_the_right_host_key_signs_in(host: Host, operator_
     assert "Host key verification failed" in refused.stderr
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", EACH_SUITE)
 def test_a_bare_host_lets_the_installer_in_by_password_and_asks_for_it_again(boot_host: BootHost, suite: str) -> None:
     host = boot_host(suite, prepared=False, password="correct horse")
     options = ["-oBatchMode=no", "-oPubkeyAuthentication=no", "-oNumberOfPasswordPrompts=1"]
