@@ -1,7 +1,8 @@
 """The whole database as one file, for either database: JSON lines in a tar, with a checksum of each table.
 
 Secrets are no part of it: what is encrypted stays encrypted, and needs the `secrets/` of the instance it came from.
-Generations and epochs come back as they were, on purpose: a host that has seen a newer generation freezes and asks.
+Generations and epochs come back as they were, on purpose: a host that has seen a newer generation freezes and asks,
+one that has not goes on by itself once it has said so (services/sync.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from portal.db import atomic, connection, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import TABLES, NamedLock, Table
 from portal.models.base import UtcDateTimeField
+from portal.services import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -59,7 +61,8 @@ def backup(file: Path) -> dict[str, int]:
 def restore(file: Path, *, force: bool = False) -> dict[str, int]:
     """Fill the database, which must be migrated, from a backup; returns table → rows.
 
-    All or nothing. Raises Conflict if there are rows already (unless `force`, which deletes them) or if the backup is
+    All or nothing; and no host is told anything before it has said whether it knows more.
+    Raises Conflict if there are rows already (unless `force`, which deletes them) or if the backup is
     of another schema, Invalid if the file is no backup or is damaged.
     """
     with TemporaryDirectory() as scratch, connection():
@@ -74,6 +77,7 @@ def restore(file: Path, *, force: bool = False) -> dict[str, int]:
             for table in KEPT:
                 _read_table(table, Path(scratch) / _name(table))
             _reset_sequences()
+            sync.freeze_all(f"The portal was restored from a backup of {manifest['made_at'][:16]} UTC.")
     return {name: int(count) for name, count in manifest["rows"].items()}
 
 

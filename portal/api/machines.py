@@ -107,6 +107,8 @@ class MachineOut(Schema):
     maintenance_since = ma.fields.AwareDateTime(attribute="machine.maintenance_since", allow_none=True)
     maintenance_until = ma.fields.AwareDateTime(attribute="machine.maintenance_until", allow_none=True)
     maintenance_reason = ma.fields.String(attribute="machine.maintenance_reason", allow_none=True)
+    frozen_reason = ma.fields.String(attribute="machine.frozen_reason", allow_none=True)
+    frozen_at = ma.fields.AwareDateTime(attribute="machine.frozen_at", allow_none=True)
     needs_reimage = ma.fields.Boolean(attribute="machine.needs_reimage")
     reimaged_at = ma.fields.AwareDateTime(attribute="machine.reimaged_at", allow_none=True)
     created_at = ma.fields.AwareDateTime(attribute="machine.created_at")

@@ -40,9 +40,13 @@ class Machine(Table):
     generation = pw.IntegerField(default=1)
     applied_generation = pw.IntegerField(null=True)
     frozen_reason = pw.TextField(null=True)
+    frozen_at = UtcDateTimeField(null=True)
+    frozen_generation = pw.IntegerField(null=True)  # ours when it froze: what the host is told until it is thawed
+    host_generation = pw.IntegerField(null=True)  # the host's, once it has contradicted us; NULL: it has not spoken yet
     needs_reimage = pw.BooleanField(default=False)
     reimaged_at = UtcDateTimeField(null=True)  # installed anew since the last lease: the other way to be clean
     next_uid = pw.IntegerField(default=20000)
+    leases_above = pw.IntegerField(default=0)  # ids of new leases: the host may know those up to here from a lost past
     facts = JsonField(null=True)
     created_at = UtcDateTimeField(default=utcnow)
 

@@ -78,9 +78,13 @@ def of(
 
 
 def _frozen(machine: Machine, report: MachineReport) -> Iterable[Problem]:
-    if report.frozen or machine.frozen_reason:
+    if machine.frozen_generation is not None and not report.frozen:
+        yield Problem("unheard", f"{machine.frozen_reason} Nothing is sent until the host has said what it knows.")
+    elif report.frozen or machine.frozen_reason:
         why = machine.frozen_reason or "the portal is older than what the host was last told"
-        yield Problem("frozen", f"The host is frozen: {why}. Check the portal's data, then thaw the machine.")
+        yield Problem(
+            "frozen", f"The host is frozen: {why.rstrip('.')}. Check the portal's data, then thaw the machine."
+        )
 
 
 def _agent_version(report: MachineReport) -> Iterable[Problem]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK_LIVE
@@ -128,13 +128,28 @@ def allocate(
 
 def _write(machine: Machine, *, by: Actor, **fields: Any) -> Lease:
     """The row of a new lease, whose login is its own if it continues none."""
-    lease = Lease.create(machine=machine, state="scheduled", created_by=by.user, **fields)
+    lease = Lease.create(machine=machine, state="scheduled", created_by=by.user, **_fresh_id(machine), **fields)
     if lease.login is None:
         lease.login = f"lease{lease.id}"
         lease.save()
     told = {name: fields[name] for name in ("starts_at", "ends_at", "retain_s", "root")}
     _tell("lease.scheduled", lease, by=by, continues=lease.continues_id, **told)
     return lease
+
+
+def _fresh_id(machine: Machine) -> dict[str, int]:
+    """An id whose login the host has never seen, also where it remembers leases of a past that the portal has lost."""
+    if is_sqlite():  # one writer at a time; the next id is the greatest one's follower
+        newest: int = Lease.select(peewee.fn.MAX(Lease.id)).scalar() or 0
+        return {"id": machine.leases_above + 1} if newest < machine.leases_above else {}
+    following = "SELECT nextval(pg_get_serial_sequence('lease', 'id'))"
+    (number,) = db.execute_sql(following).fetchone()
+    while number <= machine.leases_above:
+        missing = machine.leases_above + 1 - number
+        (number,) = db.execute_sql(
+            "SELECT MAX(nextval(pg_get_serial_sequence('lease', 'id'))) FROM generate_series(1, %s)", (missing,)
+        ).fetchone()
+    return {"id": number}
 
 
 def _check_times(starts_at: datetime | None, until: datetime, retain_s: int, now: datetime) -> None:
@@ -184,6 +199,15 @@ def _plan_refusals(machine: Machine) -> Iterable[Problem]:
     """For later, a machine need not be free or well now, but it must be one that is in service."""
     if machine.state not in ("ready", "leased", "reclaiming"):
         yield _not_ready(machine)
+    yield from _past_refusals(machine)
+
+
+def _past_refusals(machine: Machine) -> Iterable[Problem]:
+    """What is not settled about its past: the login and UID that we would choose may be somebody's there."""
+    if machine.frozen_reason is not None:
+        yield Problem("frozen", f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.")
+    if machine.needs_reimage:
+        yield Problem("needs_reimage", f"{machine.name} must be installed anew: {machine.state_reason}")
 
 
 def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
@@ -307,7 +331,7 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
         raise Invalid({"until": ["Lies in the past."]})
     reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
     refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
-    refusals += _run_refusals(machine)
+    refusals += [*_run_refusals(machine), *_past_refusals(machine)]
     if refusals:
         raise CannotAllocate(refusals)
     following = _write(

@@ -22,11 +22,14 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Baseline, Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, RunHost
 from portal.models.states import LEASE_OPEN
-from portal.services import agents, audit, commands, config, events, health, reports, runs, vault
+from portal.services import agents, audit, commands, config, events, health, reclaims, reports, runs, sync, vault
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.machine_fields import Credential, checked
 from portal.services.transitions import move
 
+UNHEARD_WAIT = timedelta(minutes=10)  # how long a frozen host has to say what it knows before it is thawed unheard
+UIDS_SET_ASIDE = 500  # more than the leases that one machine has had between a backup and its restoration
+LEASES_SET_ASIDE = 1000  # the same for all machines together
 READY_DEADLINE = timedelta(minutes=15)  # from a successful run to the baseline; an agent that works needs seconds
 
 
@@ -181,6 +184,8 @@ def provision(machine: Machine, *, by: Actor) -> Run:
         machine = lock(machine)
         if machine.host_key is None:
             raise Conflict("Confirm the machine's host key first.", code="host_key_not_confirmed")
+        if machine.needs_reimage and machine.state == "failed":
+            raise Conflict(f"{machine.name} must be installed anew: {machine.state_reason}", code="not_reimaged")
         if machine.state == "quarantined" and not _is_reimaged_since_quarantine(machine):
             raise Conflict(
                 "The machine is quarantined. Reclaim it again, or install it anew and say so.", code="not_reimaged"
@@ -404,28 +409,88 @@ def end_maintenance(machine: Machine, *, by: Actor) -> Machine:
 def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
     """An operator has compared the portal with the host and says that the portal's word counts again.
 
-    A ready machine whose host knows leases that the portal does not is quarantined: somebody's data may be on it.
+    The host closes what the portal does not name, and cleans nothing. If it has leases that the portal has lost, or was
+    not heard at all, somebody's data may be on it: it is leased to nobody any more before it is installed anew. Raises
+    Conflict if it is not frozen, or while it is still to say what it knows.
     """
     with atomic():
         machine = lock(machine)
         report = find_report(machine)
-        if not machine.frozen_reason and not (report and report.frozen):
+        is_heard = report is not None and report.frozen
+        if not machine.frozen_reason and not is_heard:
             raise Conflict("The host is not frozen.", code="not_frozen")
-        machine.epoch = str(uuid.uuid4())
-        machine.save()
-        unknown = _unknown_leases(machine, report)
-        if unknown and machine.state == "ready":
-            reason_now = f"The host holds leases that the portal does not know: {', '.join(unknown)}. Install it anew."
-            move(machine, leave="ready", enter="quarantined", state_reason=reason_now, needs_reimage=True)
-        commands.queue(machine, "thaw", by=by, epoch=machine.epoch, generation=get(machine.id).generation)
-        audit.record("machine.thawed", machine, by=by, reason=reason, unknown_leases=unknown)
-    return machine
+        if not is_heard:
+            _check_waited(machine)
+        seen = report.leases if report is not None and is_heard else []
+        lost = _lost_leases(machine, seen)
+        _begin_anew(machine, seen)
+        if lost or not is_heard:
+            _distrust(get(machine.id), lost, by=by)
+        commands.queue(machine, "thaw", by=by, epoch=machine.epoch, generation=machine.generation)
+        audit.record("machine.thawed", machine, by=by, reason=reason, lost_leases=lost, is_heard=is_heard)
+    return get(machine.id)
 
 
-def _unknown_leases(machine: Machine, report: MachineReport | None) -> list[str]:
-    observed = {lease["lease_id"]: lease["login"] for lease in (report.leases if report else [])}
-    known = {lease.id for lease in Lease.select(Lease.id).where(Lease.machine == machine, Lease.id << list(observed))}
-    return sorted(login for lease_id, login in observed.items() if lease_id not in known)
+def _check_waited(machine: Machine) -> None:
+    until = (machine.frozen_at or utcnow()) + UNHEARD_WAIT
+    if utcnow() < until:
+        raise Conflict(
+            f"{machine.name} has not yet said what it knows, so nobody can compare. Wait for its report. "
+            f"If none has come by {until:%H:%M} UTC, it can be thawed unheard, and must then be installed anew.",
+            code="unheard",
+        )
+
+
+def _lost_leases(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The logins that the host has and the portal does not: of a lease that is not its own, or that is over here.
+
+    One that has ended here may lie closed there for as long as its data is neither wiped nor found to be there.
+    """
+    here = Lease.select().where(Lease.machine == machine)
+    opened = {lease.login for lease in here.where(Lease.state << LEASE_OPEN)}
+    unclean = here.join(Reclaim).where(Reclaim.state << ("waiting", "cleaning", "verifying", "failed"))
+    closed = {lease.login for lease in unclean}
+    return sorted(
+        lease["login"]
+        for lease in seen
+        if lease["login"] not in opened and not (lease["state"] == "closed" and lease["login"] in closed)
+    )
+
+
+def _begin_anew(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> None:
+    """A new epoch that goes on beyond everything the host has seen: generations, UIDs, and the ids that make logins."""
+    newest: int = Lease.select(peewee.fn.MAX(Lease.id)).scalar() or 0
+    told = max((lease["lease_id"] for lease in seen), default=0)
+    machine.epoch, machine.applied_generation = str(uuid.uuid4()), None
+    machine.generation = max(machine.generation, machine.host_generation or 0)
+    machine.host_generation = machine.host_generation or machine.frozen_generation
+    machine.next_uid += UIDS_SET_ASIDE
+    # A host may say anything: no single word of it uses up the ids of all the others.
+    machine.leases_above = max(newest, min(told, newest + 100 * LEASES_SET_ASIDE)) + LEASES_SET_ASIDE
+    machine.save()
+
+
+def _distrust(machine: Machine, lost: Sequence[str], *, by: Actor) -> None:
+    """From now on only a new installation makes it clean. A lease that has it now goes on until its end."""
+    why = (
+        f"The host holds leases that the portal has lost: {', '.join(lost)}."
+        if lost
+        else "The host was thawed unheard."
+    )
+    why += " Their data may be on it: install it anew."
+    Machine.update(needs_reimage=True).where(Machine.id == machine.id).execute()
+    match machine.state:
+        case "ready":
+            move(machine, leave="ready", enter="quarantined", state_reason=why)
+        case "provisioning":
+            move(machine, leave="provisioning", enter="failed", state_reason=why)
+        case "reclaiming":
+            reclaims.give_up(machine, why, by=by)
+        case _:
+            Machine.update(state_reason=why).where(Machine.id == machine.id).execute()
+    state = get(machine.id).state
+    audit.record("machine.needs_reimage", machine, by=by, outcome="failed", reason=why, state=state)
+    events.write(f"machine.{state}", machine_id=machine.id)
 
 
 def is_proven_clean(machine: Machine) -> bool:
@@ -452,13 +517,14 @@ def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[st
     fields = checked({"credential": credential}) if credential else {}
     with atomic():
         machine = lock(machine)
-        if machine.state != "quarantined":
+        if machine.state != "quarantined" and not (machine.state == "failed" and machine.needs_reimage):
             raise Conflict(f"The machine is {machine.state}; only a quarantined one is re-imaged.", code="wrong_state")
         for column, value in fields.items():
             setattr(machine, column, value)
         machine.epoch, machine.reimaged_at, machine.needs_reimage = str(uuid.uuid4()), utcnow(), False
-        machine.host_key = machine.host_key_confirmed_at = machine.host_keys_offered = machine.frozen_reason = None
+        machine.host_key = machine.host_key_confirmed_at = machine.host_keys_offered = None
         machine.save()
+        Machine.update(**sync.NOT_FROZEN).where(Machine.id == machine.id).execute()
         agents.end_credentials(machine, by=by)
         MachineReport.delete().where(MachineReport.machine == machine).execute()
         audit.record("machine.reimaged", machine, by=by, reason=reason)

@@ -160,6 +160,7 @@ def request(
 
 def _skip_retention(reclaim: Reclaim, *, by: Actor, reason: str) -> Reclaim:
     with atomic():
+        machines.lock(reclaim.machine)
         due = {"due_at": utcnow(), "force": True, "reason": reason, "requested_by": by.user}
         if Reclaim.update(**due).where(Reclaim.id == reclaim.id, Reclaim.state == "waiting").execute() != 1:
             raise WrongState("The reclaim is not waiting any more.")
@@ -172,6 +173,8 @@ def _again(machine: Machine, *, by: Actor, reason: str) -> Reclaim:
     """A new reclaim of the same lease: the failed one keeps its report. It cleans at once."""
     with atomic():
         machine = machines.lock(machine)
+        if machine.state != "quarantined":
+            raise WrongState(f"{machine.name} is {machine.state} by now; somebody was first.", state=machine.state)
         last = newest_of(machine)
         if machine.needs_reimage or last is None:
             raise Conflict(f"{machine.name} cannot be cleaned: {machine.state_reason}", code="needs_reimage")
@@ -229,8 +232,14 @@ def _start(reclaim: Reclaim) -> bool:
 def _clean(reclaim: Reclaim, machine: Machine, *, by: Actor) -> None:
     """Order the agent to clean. The machine leaves `leased` only here: until now the lease could have gone on."""
     _refuse_other_lease(reclaim)
+    if machine.frozen_reason is not None:
+        raise Conflict(f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.", code="machine_frozen")
+    distrust = machine.state_reason if machine.needs_reimage else None
     move(reclaim, leave="waiting", enter="cleaning", started_at=utcnow())
     move(machine, leave=["leased", "quarantined"], enter="reclaiming")
+    if distrust is not None:  # what else is on it was never ours to wipe
+        _fail(reclaim, [distrust])
+        return
     try:
         command = commands.queue(machine, "clean", lease=reclaim.lease, by=by)
     except commands.NoBaseline as refusal:
@@ -387,15 +396,19 @@ def _fail(reclaim: Reclaim, reasons: Sequence[str]) -> None:
     move(
         reclaim, leave=["cleaning", "verifying"], enter="failed", failure=failure, **_signed(reclaim, "failed", reasons)
     )
-    root = reclaim.lease.root
-    move(
-        machines.get(reclaim.machine_id),
-        leave="reclaiming",
-        enter="quarantined",
-        state_reason=failure,
-        needs_reimage=root,
-    )
+    machine = machines.get(reclaim.machine_id)
+    needs_reimage = reclaim.lease.root or machine.needs_reimage
+    move(machine, leave="reclaiming", enter="quarantined", state_reason=failure, needs_reimage=needs_reimage)
     _tell("reclaim.failed", reclaim, by=SYSTEM, outcome="failed", reasons=list(reasons))
+
+
+def give_up(machine: Machine, reason: str, *, by: Actor) -> None:
+    """Its reclaim can prove nothing any more. Called inside the transaction that holds the machine."""
+    reclaim = Reclaim.get(Reclaim.machine == machine, Reclaim.state << ("cleaning", "verifying"))
+    command = Command.get_or_none(Command.id == reclaim.command_id, Command.state == "queued")
+    if command is not None:
+        commands.cancel(command, by=by, reason=reason)
+    _fail(reclaim, [reason])
 
 
 def _signed(reclaim: Reclaim, result: str, reasons: Sequence[str]) -> dict[str, Any]:

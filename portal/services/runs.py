@@ -113,7 +113,7 @@ def queue(playbook: str, machines: Sequence[Machine], *, purpose: str = "operato
 
     Options: `tags` (some of the playbook's roles), `check` (change nothing, show what would change), `reclaim_id` (the
     reclaim that waits for the verdict). Raises Invalid if a name, an option or the list is wrong, Conflict if a machine
-    has no confirmed host key, is retired, or is leased and the playbook would disturb its tenant.
+    has no confirmed host key, is retired, or is leased or frozen and the playbook would disturb its tenant.
     """
     chosen = _playbook(playbook)
     tags, kept = _options(chosen, options)
@@ -191,7 +191,7 @@ def _hosts(machines: Sequence[Machine]) -> list[Machine]:
 
 
 def _refuse_disruption(playbook: Playbook, hosts: list[Machine]) -> None:
-    """Nothing that may disturb a tenant where one is.
+    """Nothing that may disturb a tenant where one is, or may be by a host's word that we have not heard.
 
     Holds the machines until the transaction ends: a lease that begins at this moment sees the run, or the run sees it.
     """
@@ -200,6 +200,9 @@ def _refuse_disruption(playbook: Playbook, hosts: list[Machine]) -> None:
     if not playbook.disrupts:
         return
     hosts = [machines.lock(machine) for machine in sorted(hosts, key=lambda each: each.id)]
+    for machine in hosts:
+        if machine.frozen_reason is not None:
+            raise Conflict(f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.", code="machine_frozen")
     met = impact([machine for machine in hosts if machine.maintenance_since is None])
     if met.leases:
         names = ", ".join(sorted({lease.machine.name for lease in met.leases}))

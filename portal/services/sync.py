@@ -15,24 +15,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from portal import db
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.integrations.wake import Heard, wake
-from portal.models import Attempt, Command, JournalRecord, Lease, Machine, Task
-from portal.services import audit, commands, desired, events, heartbeats, leases, logs, machines, tasks
-from portal.services.actors import Actor, of_agent
+from portal.models import AgentCredential, Attempt, Command, JournalRecord, Lease, Machine, MachineReport, Task
+from portal.services import agents, audit, commands, desired, events, heartbeats, leases, logs, machines, tasks
+from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.heartbeats import Heartbeat
 from portal.services.memory import Memory
 
-if TYPE_CHECKING:  # agents.py hands results over to commands.py, which comes back here: the import would be a circle
-    from portal.services.agents import Agent
-
 Message = Mapping[str, Any]
 NOTHING: dict[str, list[Any]] = {"attempts": [], "command_results": [], "journal": []}
+NOT_FROZEN = dict.fromkeys(("frozen_reason", "frozen_at", "frozen_generation", "host_generation"))
+MOST_GENERATIONS = 1_000_000_000
 
 
 class NotYours(Conflict):
@@ -49,7 +48,10 @@ class Known:
     generation: int
     applied_generation: int | None
     frozen_reason: str | None
+    frozen_generation: int | None
+    host_generation: int | None
     is_thawing: bool
+    has_said_so: bool  # the last report that is kept says `frozen`
     leases: Any = None
     gpu_uuids: list[str] | None = None
     facts: Any = field(default=None)
@@ -61,6 +63,10 @@ class Known:
     def may_be_told(self) -> bool:
         """A frozen host gets no orders, but the one that ends it."""
         return self.frozen_reason is None or self.is_thawing
+
+    def awaits_its_word(self) -> bool:
+        """The portal was restored, and the host has not yet said whether it knows more."""
+        return self.frozen_generation is not None and self.host_generation is None
 
 
 _known: Memory[int, Known] = Memory()
@@ -84,22 +90,32 @@ def _know(machine_id: int) -> Known:
 
 
 def _load(machine_id: int) -> Known:
-    columns = (Machine.epoch, Machine.generation, Machine.applied_generation, Machine.frozen_reason)
-    row: Any = Machine.select(*columns).where(Machine.id == machine_id).tuples().get()
-    epoch, generation, applied_generation, frozen_reason = row
-    is_thawing = frozen_reason is not None and _is_thawing(machine_id)
-    return Known(epoch, generation, applied_generation, frozen_reason, is_thawing)
+    machine = machines.get(machine_id)
+    report = machines.find_report(machine)
+    return Known(
+        epoch=machine.epoch,
+        generation=machine.generation,
+        applied_generation=machine.applied_generation,
+        frozen_reason=machine.frozen_reason,
+        frozen_generation=machine.frozen_generation,
+        host_generation=machine.host_generation,
+        is_thawing=machine.frozen_reason is not None and _is_thawing(machine_id),
+        has_said_so=report is not None and report.frozen,
+    )
 
 
 def _is_thawing(machine_id: int) -> bool:
-    queued = Command.select().where(Command.machine == machine_id, Command.kind == "thaw", Command.state == "queued")
-    return bool(queued.exists())
+    return bool(_thaws(machine_id).exists())
+
+
+def _thaws(machine_id: int) -> Any:
+    return Command.select().where(Command.machine == machine_id, Command.kind == "thaw", Command.state == "queued")
 
 
 # The held call
 
 
-def hold(agent: Agent, request: Message, *, check: Callable[[], Agent]) -> dict[str, Any]:
+def hold(agent: agents.Agent, request: Message, *, check: Callable[[], agents.Agent]) -> dict[str, Any]:
     """Answer as soon as the machine is wanted otherwise than the agent knows, at the latest after `wait_s`.
 
     No database connection is held meanwhile. `check` authenticates again after waiting: a credential that has ended
@@ -107,7 +123,7 @@ def hold(agent: Agent, request: Message, *, check: Callable[[], Agent]) -> dict[
     """
     give_up_at = time.monotonic() + request["wait_s"]
     machine_id = agent.machine_id
-    _freeze_if_ahead(machine_id, request)
+    _mind_the_past(machine_id, request)
     with wake.listen(("machine.generation", machine_id), ("credential.ended", machine_id)) as ear:
         while True:
             known = _know(machine_id)
@@ -121,6 +137,8 @@ def hold(agent: Agent, request: Message, *, check: Callable[[], Agent]) -> dict[
 def _answer(machine_id: int, request: Message, known: Known, acks: Mapping[str, Any]) -> dict[str, Any]:
     wanted = None
     epoch, generation = known.epoch, known.generation
+    if not known.may_be_told() and known.frozen_generation is not None:
+        generation = known.frozen_generation  # whatever was counted here since, to the host we are behind
     if known.may_be_told() and not known.is_current(request):
         with db.connection():
             machine = machines.get(machine_id)
@@ -145,38 +163,104 @@ def _is_behind(epoch: str, generation: int, request: Message) -> bool:
     return bool(request["epoch"] == epoch and request["generation"] > generation)
 
 
-def _freeze_if_ahead(machine_id: int, request: Message) -> None:
-    """Nothing is sent to a host that knows more than we do, until an operator has compared the two."""
+def freeze_all(reason: str) -> int:
+    """The portal comes from a backup: nothing is sent to any host until it has said that it knows no more than we do.
+
+    Called inside the transaction that restored; returns how many. A host that was never enrolled has nothing to say.
+    """
+    enrolled = AgentCredential.select(AgentCredential.machine).where(AgentCredential.state << agents.ALIVE)
+    hosts = list(Machine.select().where(Machine.id << enrolled, Machine.state != "retired").order_by(Machine.id))
+    for machine in hosts:
+        given = {"frozen_reason": reason, "frozen_at": utcnow(), "host_generation": None}
+        Machine.update(frozen_generation=Machine.generation, **given).where(Machine.id == machine.id).execute()
+        MachineReport.update(frozen=False).where(MachineReport.machine == machine).execute()
+        for command in list(_thaws(machine.id)):
+            commands.cancel(command, by=SYSTEM, reason=reason)  # it was the word of the past that ends here
+        audit.record("machine.frozen", machine, by=SYSTEM, reason=reason, generation=machine.generation)
+    return len(hosts)
+
+
+def _mind_the_past(machine_id: int, request: Message) -> None:
+    """Nothing is sent to a host that knows more than we do, until an operator has compared the two.
+
+    A portal that was restored compares with what it was then: what it counted on since says nothing of the past.
+    """
     known = _know(machine_id)
-    if known.frozen_reason is not None or not _is_behind(known.epoch, known.generation, request):
+    if known.is_thawing and request["epoch"] == known.epoch:
         return
-    with db.connection():
-        machine = machines.get(machine_id)  # what is remembered may be older than what the agent was told elsewhere
-        if _is_behind(machine.epoch, machine.generation, request):
-            host, ours = request["generation"], machine.generation
-            _freeze(machine, f"The host holds generation {host}, the portal only {ours}: was an older backup restored?")
-    _known.drop(machine_id)
+    if known.frozen_reason is None:
+        if _is_behind(known.epoch, known.generation, request):
+            with db.connection():
+                machine = machines.get(machine_id)  # what we remember may be older than what it was told elsewhere
+                if _is_behind(machine.epoch, machine.generation, request):
+                    _freeze(machine, _disagreement(machine.generation, request), request)
+            _known.drop(machine_id)
+    elif known.awaits_its_word():
+        other_epoch = request["epoch"] not in (None, known.epoch)
+        if other_epoch or request["generation"] > (known.frozen_generation or 0):
+            with db.connection():
+                machine = machines.get(machine_id)
+                _freeze(machine, _disagreement(machine.frozen_generation, request), request)
+            _known.drop(machine_id)
+    elif _credible(request) > (known.host_generation or 0):
+        with db.connection(), db.atomic():
+            Machine.update(host_generation=_credible(request)).where(
+                Machine.id == machine_id, Machine.frozen_reason.is_null(False)
+            ).execute()
+        _known.drop(machine_id)
 
 
-def _freeze(machine: Machine, reason: str) -> None:
+def _disagreement(ours: int | None, request: Message) -> str:
+    host = request["generation"]
+    return f"The host holds generation {host}, the portal only {ours}: was an older backup restored?"
+
+
+def _credible(request: Message) -> int:
+    """The host's generation, as far as a column and what follows it have room: a host may say anything."""
+    return min(int(request["generation"]), MOST_GENERATIONS)
+
+
+def _freeze(machine: Machine, reason: str, request: Message) -> None:
     with db.atomic():
-        changed = Machine.update(frozen_reason=reason).where(Machine.id == machine.id, Machine.frozen_reason.is_null())
-        if changed.execute() == 1:
-            audit.record("machine.frozen", machine, by=of_agent(machine), outcome="failed", reason=reason)
-            events.write("machine.frozen", machine_id=machine.id)
+        machine = machines.lock(machine)
+        if machine.frozen_reason is not None and machine.host_generation is not None:
+            return  # another connection was first
+        machine.frozen_reason, machine.frozen_at = reason, machine.frozen_at or utcnow()
+        machine.frozen_generation = machine.frozen_generation or machine.generation
+        machine.host_generation = _credible(request)
+        machine.save()
+        told = {"generation": machine.frozen_generation, "host_generation": machine.host_generation}
+        audit.record("machine.frozen", machine, by=of_agent(machine), outcome="failed", reason=reason, **told)
+        events.write("machine.frozen", machine_id=machine.id)
+
+
+def _believe(machine_id: int) -> None:
+    """The host knows no more than the portal did when it was restored: nothing was lost between the two."""
+    with db.atomic():
+        machine = machines.lock(machines.get(machine_id))
+        if machine.frozen_generation is None or machine.host_generation is not None:
+            return
+        _go_on(machine, by=of_agent(machine), reason="The host holds no later state than the backup.")
+        events.write("machine.generation", machine_id=machine_id)  # not a new one, but now it may be told
+    _known.drop(machine_id)
 
 
 def thawed(machine: Machine, *, by: Actor) -> None:
     """The host has taken the operator's word: it goes on from the portal's state."""
-    Machine.update(frozen_reason=None).where(Machine.id == machine.id).execute()
-    audit.record("machine.frozen_ended", machine, by=by)
+    with db.atomic():
+        _go_on(machines.lock(machine), by=by, reason="The host has taken the operator's word.")
+
+
+def _go_on(machine: Machine, *, by: Actor, reason: str) -> None:
+    Machine.update(**NOT_FROZEN).where(Machine.id == machine.id).execute()
+    audit.record("machine.frozen_ended", machine, by=by, reason=reason)
     events.write("machine.thawed", machine_id=machine.id)
 
 
 # The report
 
 
-def report(agent: Agent, request: Message) -> dict[str, Any]:
+def report(agent: agents.Agent, request: Message) -> dict[str, Any]:
     """Take in what the host observed; the answer says what is kept, and may be dropped there.
 
     Raises NotYours for a report that names another machine's lease, attempt or command: nothing of it is kept.
@@ -184,14 +268,18 @@ def report(agent: Agent, request: Message) -> dict[str, Any]:
     told = request["report"]
     received_at = utcnow()
     heartbeat = _heartbeat(agent.machine_id, told, received_at)
-    _freeze_if_ahead(agent.machine_id, request)
+    _mind_the_past(agent.machine_id, request)
     known = _know(agent.machine_id)
     acks: Mapping[str, Any] = NOTHING
+    if known.awaits_its_word() and request["epoch"] == known.epoch and not told["frozen"]:
+        with db.connection():
+            _believe(agent.machine_id)
+        known = _know(agent.machine_id)
     if not _is_news(told, known):
         pass
     elif _is_deaf(request, told, known):
         with db.connection():
-            _note_frozen(agent.machine_id, told)
+            _note_frozen(agent.machine_id, request, known, heartbeat)
     else:
         with db.connection():
             acks = _take_in(agent.machine_id, request, told, known)
@@ -232,17 +320,26 @@ def _uuids(told: Message) -> list[str] | None:
 
 
 def _is_deaf(request: Message, told: Message, known: Known) -> bool:
-    """Of a host that is frozen, or lives in another past, only its heartbeat is heard."""
+    """Of a host that is frozen, here or there, or lives in another past, only its heartbeat is heard.
+
+    What it says of leases and tasks may be of a past that we have lost: no id is looked at, so none can be wrong.
+    """
     other_epoch = request["epoch"] not in (None, known.epoch)
-    return bool(told["frozen"] or other_epoch or _is_behind(known.epoch, known.generation, request))
+    is_frozen = told["frozen"] or not known.may_be_told()
+    return bool(is_frozen or other_epoch or _is_behind(known.epoch, known.generation, request))
 
 
-def _note_frozen(machine_id: int, told: Message) -> None:
-    if told["frozen"] and _know(machine_id).frozen_reason is None:
-        _freeze(
-            machines.get(machine_id), "The host has frozen itself: what the portal said did not follow what it knew."
-        )
-        _known.drop(machine_id)
+def _note_frozen(machine_id: int, request: Message, known: Known, heartbeat: Heartbeat) -> None:
+    """That it is frozen is kept at once: whoever thaws it relies on what it says of its leases."""
+    is_new = known.frozen_reason is None or known.awaits_its_word()
+    if not heartbeat.frozen or known.is_thawing or (known.has_said_so and not is_new):
+        return
+    if is_new:
+        reason = "The host has frozen itself: what the portal said did not follow what it knew."
+        _freeze(machines.get(machine_id), reason, request)
+    heartbeats.note(heartbeat)
+    heartbeats.flush()
+    _known.drop(machine_id)
 
 
 def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> dict[str, Any]:

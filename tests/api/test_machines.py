@@ -472,7 +472,7 @@ def test_a_frozen_host_is_thawed_with_a_new_epoch(staff: Any) -> None:
 
 def test_a_ready_machine_whose_host_knows_more_leases_than_we_do_is_quarantined_by_a_thaw(tenant: Tenant) -> None:
     host = ready_host()
-    forgotten = {"lease_id": 4711, "login": "lease4711"}
+    forgotten = {"lease_id": 4711, "login": "lease4711", "state": "closed"}
     host.report(frozen=True, leases=[forgotten])
     machines.thaw(host.machine, by=SYSTEM, reason="restored from yesterday")
     assert (host.state, host.machine.needs_reimage) == ("quarantined", True)
