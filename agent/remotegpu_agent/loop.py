@@ -362,8 +362,9 @@ class Agent:
         named = {lease.lease_id: lease for lease in held.desired.leases} if held.desired else {}
         entries = {entry.lease_id: entry for entry in self.leases.entries()}
         strangers = {entry.lease_id for entry in entries.values() if entry.disowned}
-        unshut = {lease_id for lease_id, lease in host.leases.items() if not lease.is_shut()}
-        ids = sorted(set(named) | (unshut - strangers))
+        # Frozen, it tells of all that is not cleaned: an operator compares that with what a restored portal remembers.
+        alive = {lease_id for lease_id, lease in host.leases.items() if held.frozen or not lease.is_shut()}
+        ids = sorted(set(named) | (alive - strangers))
         guarded = end_survives_reboot()
         observed = []
         for lease_id in ids[:64]:
