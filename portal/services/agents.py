@@ -130,7 +130,7 @@ def _check_not_enrolled_since(row: EnrollToken, machine: Machine) -> None:
 
 def _let_in(machine: Machine, request: Mapping[str, Any], *, address: str | None) -> Enrolled:
     by = of_agent(machine, address=address)
-    _cancel_rotations(machine, by=by, reason="The agent was enrolled again.")
+    commands.cancel_all(machine, "rotate_credential", by=by, reason="The agent was enrolled again.")
     pending = (AgentCredential.machine == machine) & (AgentCredential.state == "pending")
     AgentCredential.update(state="ended", ended_at=utcnow()).where(pending).execute()
     row, secret = _new_credential(machine)
@@ -236,19 +236,13 @@ def rotate(machine: Machine, *, by: Actor) -> Command:
     """
     with db.atomic():
         machine = machines.lock(machine)
-        queued: Command | None = _rotations(machine).first()
+        queued: Command | None = commands.queued(machine, "rotate_credential").first()
         if queued is not None:
             return queued
         row, secret = _new_credential(machine)
         audit.record("agent.credential_rotating", machine, by=by, credential_id=row.id)
         sealed = vault.encrypt(secret)
         return commands.queue(machine, "rotate_credential", by=by, credential_id=row.id, sealed=sealed)
-
-
-def _rotations(machine: Machine) -> Any:
-    return Command.select().where(
-        Command.machine == machine, Command.kind == "rotate_credential", Command.state == "queued"
-    )
 
 
 def rotation_finished(command: Command, *, by: Actor) -> None:
@@ -260,18 +254,13 @@ def rotation_finished(command: Command, *, by: Actor) -> None:
         _tell_ended(command.machine_id)
 
 
-def _cancel_rotations(machine: Machine, *, by: Actor, reason: str) -> None:
-    for command in list(_rotations(machine)):
-        commands.cancel(command, by=by, reason=reason)
-
-
 # End
 
 
 def end_credentials(machine: Machine, *, by: Actor) -> None:
     """Nobody speaks for this machine any more, until an agent is enrolled anew."""
     with db.atomic():
-        _cancel_rotations(machine, by=by, reason="The machine's credentials have ended.")
+        commands.cancel_all(machine, "rotate_credential", by=by, reason="The machine's credentials have ended.")
         _expire_tokens(machine)
         alive = (AgentCredential.machine == machine) & (AgentCredential.state << ALIVE)
         ended = AgentCredential.update(state="ended", ended_at=utcnow()).where(alive).execute()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import peewee
+
 from portal import db
 from portal.db import utcnow
 from portal.errors import Conflict, Error, NotFound
@@ -57,12 +59,23 @@ def cancel(command: Command, *, by: Actor, reason: str) -> None:
         events.desired_changed(command.machine_id)
 
 
+def cancel_all(machine: Machine, kind: str, *, by: Actor, reason: str) -> None:
+    """Send none of this kind any more: an order that outlives its occasion would be carried out at the next one."""
+    for command in list(queued(machine, kind)):
+        cancel(command, by=by, reason=reason)
+
+
+def queued(machine: Machine | int, kind: str) -> peewee.ModelSelect[Command]:
+    """Those of this kind that the agent has not answered."""
+    return Command.select().where(Command.machine == machine, Command.kind == kind, Command.state == "queued")
+
+
 def to_send(machine: Machine) -> list[dict[str, Any]]:
     """The commands that the agent shall carry out, oldest first, as the protocol writes them."""
-    queued = Command.select().where(Command.machine == machine, Command.state == "queued").order_by(Command.id)
+    orders = Command.select().where(Command.machine == machine, Command.state == "queued").order_by(Command.id)
     return [
         {"command_id": command.id, "kind": command.kind, "args": _args(command, machine)}
-        for command in queued
+        for command in orders
         if not _is_overtaken(command, machine)
     ]
 

@@ -426,6 +426,7 @@ def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
         _begin_anew(machine, seen)
         if lost or not is_heard:
             _distrust(get(machine.id), lost, by=by)
+        commands.cancel_all(machine, "thaw", by=by, reason="The machine is thawed again.")
         commands.queue(machine, "thaw", by=by, epoch=machine.epoch, generation=machine.generation)
         audit.record("machine.thawed", machine, by=by, reason=reason, lost_leases=lost, is_heard=is_heard)
     return get(machine.id)
@@ -525,6 +526,7 @@ def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[st
         machine.host_key = machine.host_key_confirmed_at = machine.host_keys_offered = None
         machine.save()
         Machine.update(**sync.NOT_FROZEN).where(Machine.id == machine.id).execute()
+        commands.cancel_all(machine, "thaw", by=by, reason="The host was installed anew.")
         agents.end_credentials(machine, by=by)
         MachineReport.delete().where(MachineReport.machine == machine).execute()
         audit.record("machine.reimaged", machine, by=by, reason=reason)

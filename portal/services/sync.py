@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from portal import db
@@ -105,11 +106,7 @@ def _load(machine_id: int) -> Known:
 
 
 def _is_thawing(machine_id: int) -> bool:
-    return bool(_thaws(machine_id).exists())
-
-
-def _thaws(machine_id: int) -> Any:
-    return Command.select().where(Command.machine == machine_id, Command.kind == "thaw", Command.state == "queued")
+    return bool(commands.queued(machine_id, "thaw").exists())
 
 
 # The held call
@@ -142,7 +139,8 @@ def _answer(machine_id: int, request: Message, known: Known, acks: Mapping[str, 
     if known.may_be_told() and not known.is_current(request):
         with db.connection():
             machine = machines.get(machine_id)
-            if not _is_behind(machine.epoch, machine.generation, request):
+            is_frozen = machine.frozen_reason is not None and not known.is_thawing  # by another process, just now
+            if not is_frozen and not _is_behind(machine.epoch, machine.generation, request):
                 wanted = desired.desired_of(machine)
         epoch, generation = machine.epoch, machine.generation
     return {
@@ -174,8 +172,7 @@ def freeze_all(reason: str) -> int:
         given = {"frozen_reason": reason, "frozen_at": utcnow(), "host_generation": None}
         Machine.update(frozen_generation=Machine.generation, **given).where(Machine.id == machine.id).execute()
         MachineReport.update(frozen=False).where(MachineReport.machine == machine).execute()
-        for command in list(_thaws(machine.id)):
-            commands.cancel(command, by=SYSTEM, reason=reason)  # it was the word of the past that ends here
+        commands.cancel_all(machine, "thaw", by=SYSTEM, reason=reason)  # the word of the past that ends here
         audit.record("machine.frozen", machine, by=SYSTEM, reason=reason, generation=machine.generation)
     return len(hosts)
 
@@ -242,7 +239,6 @@ def _believe(machine_id: int) -> None:
             return
         _go_on(machine, by=of_agent(machine), reason="The host holds no later state than the backup.")
         events.write("machine.generation", machine_id=machine_id)  # not a new one, but now it may be told
-    _known.drop(machine_id)
 
 
 def thawed(machine: Machine, *, by: Actor) -> None:
@@ -255,6 +251,7 @@ def _go_on(machine: Machine, *, by: Actor, reason: str) -> None:
     Machine.update(**NOT_FROZEN).where(Machine.id == machine.id).execute()
     audit.record("machine.frozen_ended", machine, by=by, reason=reason)
     events.write("machine.thawed", machine_id=machine.id)
+    db.db.after_commit(partial(_known.drop, machine.id))
 
 
 # The report

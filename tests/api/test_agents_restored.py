@@ -320,6 +320,19 @@ def test_no_login_and_no_uid_of_the_lost_past_comes_a_second_time(
     assert allocate(ready_host("gpu-3"), tenant).id > here.id, "and ids go on from there, for everybody"
 
 
+def test_two_operators_who_thaw_at_once_leave_no_thaw_for_the_next_time(past: Past) -> None:
+    """It would be sent when the host freezes again, and nobody would have compared anything."""
+    freeze(past)
+    machines.thaw(past.machine, by=SYSTEM, reason="compared")
+    thaw(past)
+    assert past.machine.frozen_reason is None
+    assert not commands.queued(past.machine, "thaw").exists()
+    past.agent.generation += 5
+    assert past.agent.report()["desired"] is None
+    assert "older backup" in str(past.machine.frozen_reason)
+    assert past.agent.hold()["desired"] is None
+
+
 def test_a_host_that_says_absurd_numbers_harms_nobody(past: Past, tenant: Tenant) -> None:
     most = 2**31 - 1
     come_back(past.file)

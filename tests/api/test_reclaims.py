@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, 
 from portal.services import keys, leases, machines, reclaims, reports, runs
 from portal.services.actors import SYSTEM
 from portal.services.leases import CannotAllocate
+from tests.api.test_leases import at_once
 from tests.factories import actor_of
 from tests.support import rental
 from tests.support.rental import Host, clean_result, ready_host, reclaim_of, tomorrow, verdict
@@ -237,6 +239,17 @@ def test_a_tenant_who_had_root_leaves_a_machine_that_must_be_installed_anew(host
 
 
 # What a quarantined machine cannot do, and its way out
+
+
+def test_of_two_who_reclaim_a_quarantined_machine_at_once_one_is_told_so(database: Any, tenant: Tenant) -> None:
+    host = ready_host("gpu-1")
+    ended = rental.end(host, rental.allocate(host, tenant))
+    rental.reclaim(host, ended, said=verdict(home="failed"))
+    again = partial(reclaims.request, host.machine, by=SYSTEM, reason="once more")
+    outcomes = at_once(again, again, again)
+    assert sum(isinstance(each, Reclaim) for each in outcomes) == 1
+    assert sum(isinstance(each, Conflict) for each in outcomes) == 2
+    assert (host.state, reclaim_of(ended).number) == ("reclaiming", 2)
 
 
 def test_a_quarantined_machine_is_leased_to_nobody(host: Host, ended: Lease, tenant: Tenant) -> None:
