@@ -191,9 +191,12 @@ static void hang(void)
     signal(SIGTERM, SIG_IGN);
     signal(SIGINT, SIG_IGN);
     signal(SIGHUP, SIG_IGN);
+    pid_t parent = getpid();
     for (;;) {
         if (vfork() == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != parent) /* killed before we could ask to be told */
+                _exit(0);
             for (;;)
                 pause();
         }
