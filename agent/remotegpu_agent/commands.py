@@ -190,8 +190,8 @@ class Operations:
     def _baseline(self) -> dict[str, Any]:
         from remotegpu_agent import baseline
 
-        if any(not entry.is_closed for entry in self._leases.entries()):
-            raise Refusal("a lease is open: what a tenant changed must not become the machine's normal state")
+        if refusal := refuse_baseline(self._leases.entries()):
+            raise Refusal(refusal)
         return baseline.take()
 
     def clean(self, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +226,13 @@ class Operations:
                 self._journal.record("lease.logs_lost", lease_id=lease_id, detail=detail)
                 return
             time.sleep(0.1)
+
+
+def refuse_baseline(entries: Iterable[Entry]) -> str | None:
+    """Why no baseline may be taken now: what a tenant left must not become the machine's normal state."""
+    for entry in entries:
+        return f"lease {entry.lease_id} has not been cleaned from this host: reclaim the machine, or install it anew"
+    return None
 
 
 def refuse_clean(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from remotegpu_agent.commands import Commands, Refusal, refuse_clean
+from remotegpu_agent.commands import Commands, Refusal, refuse_baseline, refuse_clean
 from remotegpu_agent.leases import Entry
 from remotegpu_agent.protocol import Command, Desired, DesiredLease
 from tests.support.waiting import until
@@ -129,6 +129,14 @@ def lease(lease_id: int, *, is_open: bool) -> DesiredLease:
 def entry(lease_id: int, *, is_closed: bool, login: str | None = None, uid: int | None = None) -> Entry:
     closed_at = NOW if is_closed else None
     return Entry(lease_id, login or f"lease{lease_id}", uid or 20000 + lease_id, NOW, closed_at, (), None, False)
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_what_a_tenant_left_never_becomes_the_baseline(is_closed: bool) -> None:
+    reason = refuse_baseline([entry(17, is_closed=is_closed)])
+    assert reason is not None
+    assert "lease 17 has not been cleaned" in reason
+    assert refuse_baseline([]) is None
 
 
 def test_a_lease_that_is_closed_and_alone_may_be_cleaned() -> None:
