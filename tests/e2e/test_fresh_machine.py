@@ -206,5 +206,5 @@ def test_without_root_and_docker_the_tests_refuse_before_anything_is_set_up(visi
 
 @pytest.mark.slow
 def test_the_fast_tests_need_nothing_more(visitor: Visitor) -> None:
-    passed = visitor.run("make test-fast", timeout_s=SET_UP_S)
+    passed = visitor.run("make test-fast", check=False, timeout_s=SET_UP_S)
     assert re.search(r"^[1-9]\d* passed, 0 failed, 0 skipped$", passed.stdout, re.M), passed.stdout[-2000:]
