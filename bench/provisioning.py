@@ -49,11 +49,13 @@ dpkg-query --show --showformat='package ${Package} ${Version} ${db:Status-Abbrev
 find /etc /opt /usr/local /home -xdev \( -type f -o -type l \) -not -path '*/__pycache__/*' -not -path '*/shiv/*' \
     -not -name 'ssh_host_*' -not -name '*-' -not -path /etc/shadow -not -path /etc/machine-id -not -path /etc/hostname \
     -not -path /etc/hosts -not -path /etc/resolv.conf -not -path '/etc/fake-gpu/*' -not -name ld.so.cache \
+    -not -name '.sudo_as_admin_successful' -not -path /etc/passwd -not -path /etc/group -not -path /etc/gshadow \
     -not -path '/home/ops/*' -not -path /etc/apt/apt.conf.d/50testhost | sort |
     while read -r path; do
         if [ -L "$path" ]; then echo "link $path $(readlink "$path")"
         else echo "file $path $(stat -c '%a %U' "$path") $(sha256sum <"$path")"; fi
     done
+getent passwd group | cut -d: -f1,4,6,7 | sed -E 's/^([^:]*):[0-9]+/\1/' | sort
 for unit in ssh cron docker prometheus-node-exporter remotegpu-firewall remotegpu-lease-guard remotegpu-agent; do
     echo "unit $unit $(systemctl is-enabled $unit) $(systemctl is-active $unit)"
 done

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.world import INSTALLER_PASSWORD, PROVISION_TIMEOUT_S, Person, World
+from tests.e2e.world import INSTALLER_PASSWORD, PROVISION_TIMEOUT_S, Person, World, new_key
 from tests.hosts import Host
 from tests.hosts.docker import boot, gateway_address
 from tests.support.portal import Portal, running
@@ -34,6 +34,7 @@ class Rental:
 def rental() -> Iterator[Rental]:
     """A prepared Debian 13 with eight GPUs, onboarded; portal and host end with the block."""
     with portal() as world, booted("host", prepared=True) as host:
+        host.authorize("ops", new_key(world.folder / "operator").with_suffix(".pub").read_text())
         world.add(host)
         world.confirm(host)
         world.provision(host)
