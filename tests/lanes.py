@@ -69,8 +69,9 @@ FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=2)
 LANES = (
     FAST,
     Lane("services", ("tests/integration",), PLAIN),
-    Lane("rental", ("tests/e2e",), "hosts and not postgresql", hosts=True),
-    Lane("rental-postgresql", ("tests/e2e",), "hosts and postgresql", hosts=True),
+    Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
+    Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
+    Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", hosts=True),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
