@@ -12,7 +12,8 @@ import pytest
 from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts
 from tests.hosts.fixtures import EACH_SUITE, BootHost
 
-pytestmark = pytest.mark.hosts
+# Whatever is tried on hosts shows every day that they are machines; in detail only here.
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 
 @pytest.fixture(params=EACH_SUITE)
