@@ -21,6 +21,7 @@ from pathlib import Path
 from bench.figures import Figure, show
 from portal import db
 from portal.cli.init import init
+from portal.integrations import queue
 from portal.migrate import migrate
 from portal.models import Machine
 from portal.services import config, inventory, runs, vault
@@ -30,9 +31,11 @@ from portal.worker import directory
 from portal.worker.main import Worker
 from tests.hosts import boot
 from tests.support.runs import make_machine
+from tests.support.waiting import until
 
 GOAL = 1.05
 ROUNDS = 3
+RUN_TIMEOUT_S = 300.0
 TASKS = 40  # about as many as gpu_hosts.yml has on a host where nothing is to be done
 
 
@@ -71,6 +74,7 @@ def host_record(folder: Path) -> Iterator[tuple[Machine, Settings]]:
     migrate()
     config.use(settings)
     vault.unlock(settings)
+    queue.use(settings)
     host = boot(f"bench-runs-{os.getpid()}", "bookworm", prepared=True)
     try:
         host.authorize("ops", settings.ssh_key_file.with_suffix(".pub").read_text())
@@ -108,8 +112,8 @@ def worker(settings: Settings, project: Path) -> Iterator[None]:
 def through_portal(machine: Machine) -> float:
     began = time.monotonic()
     run = runs.queue("gpu_hosts", [machine], by=SYSTEM)
-    while not runs.is_ended(run := runs.get_run(run.id)):
-        time.sleep(0.05)
+    until(lambda: runs.is_ended(runs.get_run(run.id)), f"run {run.id} to end", timeout_s=RUN_TIMEOUT_S, every_s=0.05)
+    run = runs.get_run(run.id)
     if run.state != "succeeded":
         raise RuntimeError(f"the run is {run.state}: {run.reason}")
     return time.monotonic() - began
