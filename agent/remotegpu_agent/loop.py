@@ -56,6 +56,7 @@ LOOK_AGAIN_S = 10.0  # how often the host is compared with the plan when nothing
 RETRY_S = 2.0  # ... after a step failed
 TASK_POLL_S = 0.1  # how often the logs of running tasks are looked at
 QUIET_POLL_S = 5.0
+QUOTA_POLL_S = 1.0  # how often it is looked whether they are over their quota
 FROZEN_POLL_S = 3.0
 DEFAULT_INTERVAL_S = 15.0
 DEFAULT_QUOTA_BYTES = 64 * 1024 * 1024
@@ -101,6 +102,7 @@ class Agent:
         self._troubles: dict[int, str] = {}  # lease id → what went wrong at the last try
         self._said: frozenset[object] = frozenset()
         self._looked_for_lost_at = 0.0
+        self._dropped_at = 0.0
         self._seq = int(time.time() * 1000)
         self._facts_sent_at: float | None = None
         self._contact_written_at = -1.0
@@ -385,7 +387,7 @@ class Agent:
             is_full = time.monotonic() >= next_full_at
             news = self._news()
             if not is_full and news <= self._said:
-                self._drop_excess()
+                self._drop_excess_if_due()
                 self._telling.wait(
                     min(next_full_at - time.monotonic(), TASK_POLL_S if self.tasks.unfinished() else QUIET_POLL_S)
                 )
@@ -462,9 +464,14 @@ class Agent:
         until = time.monotonic() + wait_s
         while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
             self._drop_excess()
-            self._stopping.wait(min(1.0, left_s))
+            self._stopping.wait(min(QUOTA_POLL_S, left_s))
+
+    def _drop_excess_if_due(self) -> None:
+        if time.monotonic() - self._dropped_at >= QUOTA_POLL_S:
+            self._drop_excess()
 
     def _drop_excess(self) -> None:
+        self._dropped_at = time.monotonic()
         desired = self.state.held.desired
         try:
             self.tasks.drop_excess(quota_bytes=desired.log_quota_bytes if desired else DEFAULT_QUOTA_BYTES)
