@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -468,7 +469,7 @@ def problems_of(world: World, host: Host) -> list[str]:
 
 
 def add_a_key(world: World, host: Host, lease: Any, person: Person) -> Path:
-    key = new_key(world.folder / f"later-{host.name}")
+    key = new_key(Path(tempfile.mkdtemp(dir=world.folder)) / f"later-{lease['id']}")
     person.client.post("customer/keys", name=key.name, key=key.with_suffix(".pub").read_text())
     until(lambda: can_sign_in(host, lease["login"], key), "the new key to work", timeout_s=20)
     return key
