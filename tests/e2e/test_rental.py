@@ -76,7 +76,11 @@ def rental(onboarded: Rental) -> Rental:
     return onboarded
 
 
+# What does not ask for a certain database is told on one of them: the two lanes are as long as each other.
 on_sqlite = pytest.mark.parametrize("house", ["sqlite"], indirect=True)
+on_postgresql = pytest.mark.parametrize(
+    "house", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
+)
 
 
 def test_a_bare_machine_is_rented_and_comes_back_clean(rental: Rental) -> None:
@@ -119,7 +123,7 @@ def test_a_port_that_is_open_from_outside_alone_quarantines(rental: Rental, suit
     clean_again(world, host)
 
 
-@on_sqlite
+@on_postgresql
 def test_an_agent_speaks_for_its_own_host_alone(rental: Rental) -> None:
     """Root on one host, with that host's credential, says that the other host's lease is closed: refused, and kept."""
     world, (own, other) = rental.world, rental.hosts.values()
@@ -180,7 +184,7 @@ exit 3
 """
 
 
-@on_sqlite
+@on_postgresql
 @pytest.mark.parametrize("suite", ["bookworm"])
 def test_work_goes_on_while_the_agent_is_away(rental: Rental, suite: str) -> None:
     """Network cut, agent stopped, agent killed: afterwards exit code and log are there, byte for byte."""
