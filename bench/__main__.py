@@ -30,6 +30,9 @@ class Shared:
             self._rental = self._stack.enter_context(rental())
         return self._rental
 
+    def tell(self) -> str:
+        return self._rental.tell() if self._rental else ""
+
 
 # In this order: the agent is measured on a host that nobody has used, and the last one stops the portal.
 BENCHES: dict[str, Callable[[Shared], list[Figure]]] = {
@@ -69,6 +72,7 @@ def take(names: list[str]) -> tuple[list[Figure], list[str]]:
                 taken = BENCHES[name](shared)
             except Exception:
                 traceback.print_exc()
+                print(shared.tell(), file=sys.stderr)
                 failed.append(name)
             else:
                 show(taken)

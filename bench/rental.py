@@ -29,6 +29,13 @@ class Rental:
     tenant_id: int
     person: Person
 
+    def tell(self) -> str:
+        """What host and portal said last: both are gone once the block is over."""
+        journal = self.host.run(
+            "journalctl --no-pager --output=short-precise --lines=60; systemctl list-jobs", check=False
+        )
+        return f"--- the host:\n{journal.stdout}\n--- the portal:\n{self.world.portal.tail()}"
+
 
 @contextmanager
 def rental() -> Iterator[Rental]:
