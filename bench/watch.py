@@ -6,6 +6,7 @@ figure: they are made before anything is measured.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -71,8 +72,11 @@ class Watcher:
 
     def _order(self, look: str, *arguments: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([look, arguments, EVERY_S]) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps([look, arguments, EVERY_S]) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._is_gone() from None
         said = self._say()
         assert said == "watching", said
 
@@ -80,8 +84,11 @@ class Watcher:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the watcher on the host ended")
+            raise self._is_gone()
         return line.strip()
+
+    def _is_gone(self) -> RuntimeError:
+        return RuntimeError(f"the watcher on the host ended with status {self._process.wait(5)}")
 
 
 @contextmanager
@@ -91,7 +98,8 @@ def watcher(host: Host) -> Iterator[Watcher]:
     try:
         yield Watcher(process)
     finally:
-        process.stdin.close()  # type: ignore[union-attr]  # given as a pipe; its end is the end of the program
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # type: ignore[union-attr]  # given as a pipe; its end is the end of the program
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:  # still waiting for what did not go away
