@@ -134,7 +134,7 @@ class Commands:
         return [record for record in self._read_all() if record["epoch"] == epoch]
 
     def _read_all(self) -> list[dict[str, Any]]:
-        """Every record; read again only after a change, since the reporter asks ten times a second."""
+        """Every record; read again only after a change, since the reporter asks several times a second."""
         version = self._version
         if self._cached[0] != version:
             found = [find_json(path) for path in sorted(self._directory.glob("*.json"))]
