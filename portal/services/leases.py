@@ -234,8 +234,11 @@ def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
 def _run_refusals(machine: Machine) -> Iterable[Problem]:
     run = runs.find_disrupting(machine)
     if run is not None:
-        what = f"Run {run.id} ({run.playbook}) is {run.state} on {machine.name} and may disturb whoever leases it"
-        yield Problem("disruptive_run", f"{what}: wait for its end, or cancel it.")
+        yield Problem(
+            "disruptive_run",
+            f"Run {run.id} ({run.playbook}) is {run.state} on {machine.name} and may disturb whoever leases it: "
+            "wait for its end, or cancel it.",
+        )
 
 
 def _not_ready(machine: Machine) -> Problem:
