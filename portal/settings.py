@@ -6,6 +6,7 @@ refusal to start, never a default. docs/operator.md lists every setting; a test 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -47,6 +48,11 @@ class Settings:
     default_retain_s: int = 24 * 3600
     workers: int = 1
     people_limit: str = "1200 per minute"  # requests from one address; agents are not counted
+    prometheus_url: str | None = None  # without it charts say so, and live values come from the agents
+    prometheus_user: str | None = None
+    prometheus_password: str = field(default="", repr=False)
+    prometheus_token: str = field(default="", repr=False)
+    metrics_allow: str = ""  # addresses and networks that read /metrics without a token
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
     encryption_key: str = field(default="", repr=False)
@@ -101,6 +107,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given.setdefault("bind", _bind_for(str(given["public_url"])))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
     _check_public_url(settings.public_url)
+    _check_monitoring(settings)
     return settings
 
 
@@ -143,3 +150,22 @@ def _check_public_url(url: str) -> None:
         raise SettingsError(f"PUBLIC_URL: {url!r} is not an address such as https://portal.example.org:8443")
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise SettingsError(f"PUBLIC_URL: {url!r} is plain http; agents refuse that except on loopback; use https")
+
+
+def _check_monitoring(settings: Settings) -> None:
+    url = settings.prometheus_url
+    parts = urlsplit(url or "http://none")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+        raise SettingsError(  # it may hold a password, so it is not repeated
+            "PROMETHEUS_URL: is not an address such as http://127.0.0.1:9090; "
+            "user and password go into PROMETHEUS_USER and PROMETHEUS_PASSWORD"
+        )
+    try:
+        networks(settings.metrics_allow)
+    except ValueError as error:
+        raise SettingsError(f"METRICS_ALLOW: {error}; write addresses or networks with commas between them") from None
+
+
+def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """`10.0.0.5, fd00::/8` as networks. Raises ValueError that names the one which is none."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())

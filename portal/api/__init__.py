@@ -15,6 +15,7 @@ from portal.api import (
     keys,
     leases,
     machines,
+    prometheus,
     runs,
     staff,
     streams,
@@ -43,4 +44,5 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     tasks.customer_bp,
     tasks.admin_bp,
     streams.bp,
+    prometheus.bp,
 )  # fmt: skip

@@ -97,14 +97,26 @@ def family_id() -> int | None:
 
 
 def _identify(scope: str | None) -> User:
-    header = request.headers.get("Authorization", "")
-    if header.startswith(f"Bearer {tokens.PREFIX}"):
-        user = tokens.user_of(header.removeprefix("Bearer "), scope=scope)
+    if secret := _api_token():
+        user = tokens.user_of(secret, scope=scope)
         g.user, g.user_kind = user, "token"
         return user
     verify_jwt_in_request()
     g.user, g.user_kind, g.family_id = jwt_user._get_current_object(), "user", get_jwt()["family"]
     return current_user()
+
+
+def _api_token() -> str | None:
+    """The API token that came along: as bearer, or as the password of basic, which some programs know alone.
+
+    Basic only reads: a browser that was given one sends it by itself, with a form of somebody else's page as well.
+    """
+    given = request.authorization
+    if given is None:
+        return None
+    is_basic = given.type == "basic" and request.method == "GET"
+    secret = given.token if given.type == "bearer" else given.password if is_basic else None
+    return secret if secret and secret.startswith(tokens.PREFIX) else None
 
 
 def _document(view: Callable[..., Any], scope: str | None) -> Callable[..., Any]:

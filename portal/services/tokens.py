@@ -23,6 +23,7 @@ PREFIX = "rgt_"
 SCOPES = {
     "inventory": "read the machines as the inventory plugin does",
     "network": "export names and openings for Pulumi",
+    "prometheus": "read targets and metrics as Prometheus does",
     "read": "read lists and details",
     "admin": "change machines, leases and runs",
 }

@@ -59,6 +59,10 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
         ("PUBLIC_URL", "https://portal.example.org/path", "is not an address"),
         ("RUN_TIMEOUT_S", "an hour", "is not a number"),
         ("OFFLINE_AFTER_S", "soon", "is not a number"),
+        ("PROMETHEUS_URL", "127.0.0.1:9090", "is not an address"),
+        ("PROMETHEUS_URL", "http://user:word@127.0.0.1:9090", "PROMETHEUS_PASSWORD"),
+        ("METRICS_ALLOW", "127.0.0.1, everybody", "'everybody'"),
+        ("METRICS_ALLOW", "10.0.0.1/8", "has host bits set"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_reason(environ: dict[str, str], name: str, value: str, reason: str) -> None:
@@ -67,5 +71,6 @@ def test_a_wrong_setting_is_named_with_the_reason(environ: dict[str, str], name:
 
 
 def test_settings_show_no_secret(environ: dict[str, str]) -> None:
-    settings: Settings = load(environ)
+    settings: Settings = load({**environ, "PROMETHEUS_PASSWORD": "pw-1", "PROMETHEUS_TOKEN": "pw-2"})
+    assert "pw-" not in repr(settings)
     assert all(environ[name.upper()] not in repr(settings) for name in SECRET_FILES)
