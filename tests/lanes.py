@@ -36,6 +36,7 @@ PACKAGES = {
     "postgresql": "pg_ctlcluster",
     "redis-server": "redis-server",
     "chromium": "chromium",
+    "prometheus": "promtool",
     "util-linux": "nsenter",
     "sshpass": "sshpass",
     "iputils-ping": "ping",
