@@ -52,6 +52,9 @@ class Settings:
     prometheus_user: str | None = None
     prometheus_password: str = field(default="", repr=False)
     prometheus_token: str = field(default="", repr=False)
+    alertmanager_url: str | None = None  # without it silences are the portal's alone, and lost deliveries stay lost
+    alertmanager_user: str | None = None
+    alertmanager_password: str = field(default="", repr=False)
     metrics_allow: str = ""  # addresses and networks that read /metrics without a token
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
@@ -153,13 +156,13 @@ def _check_public_url(url: str) -> None:
 
 
 def _check_monitoring(settings: Settings) -> None:
-    url = settings.prometheus_url
-    parts = urlsplit(url or "http://none")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
-        raise SettingsError(  # it may hold a password, so it is not repeated
-            "PROMETHEUS_URL: is not an address such as http://127.0.0.1:9090; "
-            "user and password go into PROMETHEUS_USER and PROMETHEUS_PASSWORD"
-        )
+    for name in ("prometheus", "alertmanager"):
+        parts = urlsplit(getattr(settings, f"{name}_url") or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+            raise SettingsError(  # it may hold a password, so it is not repeated
+                f"{name.upper()}_URL: is not an address such as http://127.0.0.1:9090; "
+                f"user and password go into {name.upper()}_USER and {name.upper()}_PASSWORD"
+            )
     try:
         networks(settings.metrics_allow)
     except ValueError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from portal.api import (
     agents,
+    alerts,
     audit,
     auth,
     customer_machines,
@@ -45,4 +46,6 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     tasks.admin_bp,
     streams.bp,
     prometheus.bp,
+    alerts.bp,
+    alerts.webhook_bp,
 )  # fmt: skip

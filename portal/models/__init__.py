@@ -1,5 +1,6 @@
 """The tables. No rule lives here; `services/` is the only caller that writes."""
 
+from portal.models.alerts import Alert, AlertRule, AlertSilence
 from portal.models.base import Table
 from portal.models.leases import Grant, Lease, Reclaim
 from portal.models.machines import (
@@ -29,12 +30,15 @@ TABLES: tuple[type[Table], ...] = (
     User, Tenant, Membership, SshKey, RefreshFamily, ApiToken, SignInFailure,
     Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
     Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
-    AuditEntry, Event, Setting, NamedLock,
+    AuditEntry, Event, Setting, NamedLock, Alert, AlertSilence, AlertRule,
 )  # fmt: skip
 
 __all__ = [
     "TABLES",
     "AgentCredential",
+    "Alert",
+    "AlertRule",
+    "AlertSilence",
     "ApiToken",
     "Attempt",
     "AuditEntry",

@@ -68,6 +68,13 @@ COMMAND: Transitions = MappingProxyType(
     {"queued": ("done", "failed", "cancelled"), "done": (), "failed": (), "cancelled": ()}
 )
 
+# One episode of an alert. Fired again after it was resolved, it is a new row with the same fingerprint.
+ALERT: Transitions = MappingProxyType(
+    {"firing": ("acknowledged", "resolved"), "acknowledged": ("resolved",), "resolved": ()}
+)
+
+ALERT_SILENCE: Transitions = MappingProxyType({"active": ("ended",), "ended": ()})
+
 LEASE_OPEN = ("active", "ending")
 TASK_LIVE = ("queued", "starting", "running")
 TASK_ENDED = ("succeeded", "failed", "stopped", "timed_out", "lost")
@@ -76,3 +83,5 @@ GRANT_KINDS = ("keys", "tasks")
 GRANT_STATES = ("open", "closed", "unknown")
 USER_ROLES = ("admin", "operator", "customer")
 MEMBER_ROLES = ("owner", "member", "viewer")
+ALERT_OPEN = ("firing", "acknowledged")
+ALERT_SEVERITIES = ("critical", "warning", "info")

@@ -21,6 +21,7 @@ from portal.services.actors import Actor
 
 PREFIX = "rgt_"
 SCOPES = {
+    "alerts": "deliver alerts as Alertmanager does",
     "inventory": "read the machines as the inventory plugin does",
     "network": "export names and openings for Pulumi",
     "prometheus": "read targets and metrics as Prometheus does",

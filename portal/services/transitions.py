@@ -11,8 +11,8 @@ from typing import Any
 
 from portal.db import db, utcnow
 from portal.errors import Conflict
-from portal.models import Attempt, Command, Lease, Machine, Reclaim, Run, Table, Task
-from portal.models.states import COMMAND, LEASE, MACHINE, RECLAIM, RUN, TASK, Transitions
+from portal.models import Alert, AlertSilence, Attempt, Command, Lease, Machine, Reclaim, Run, Table, Task
+from portal.models.states import ALERT, ALERT_SILENCE, COMMAND, LEASE, MACHINE, RECLAIM, RUN, TASK, Transitions
 
 TABLES: Mapping[type[Table], Transitions] = {
     Machine: MACHINE,
@@ -22,6 +22,8 @@ TABLES: Mapping[type[Table], Transitions] = {
     Attempt: TASK,
     Reclaim: RECLAIM,
     Command: COMMAND,
+    Alert: ALERT,
+    AlertSilence: ALERT_SILENCE,
 }
 
 

@@ -143,6 +143,8 @@ def test_every_body_refuses_fields_that_it_does_not_name(app, spec):
         content = operation.get("requestBody", {}).get("content", {}).get("application/json")
         if content is None or rule.startswith("/api/v1/agent/"):
             continue  # what agents send is checked by agent/protocol
+        if rule == "/api/v1/alerts/webhook":
+            continue  # a later Alertmanager says more, and its alerts must not be lost over it
         schema = content["schema"]
         if "$ref" in schema:
             schema = spec["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from portal.db import atomic, utcnow
-from portal.models import Attempt, Command, Lease, Machine, Reclaim, Run, Table, Task
+from portal.models import Alert, AlertSilence, Attempt, Command, Lease, Machine, Reclaim, Run, Table, Task
 from portal.services.transitions import TABLES, WrongState, move
 from tests.factories import make_machine, make_tenant, make_user
 
@@ -44,6 +45,17 @@ def a_command(state: str) -> Command:
     return Command.create(machine=a_machine("ready"), kind="baseline", state=state)
 
 
+def an_alert(state: str) -> Alert:
+    now = utcnow()
+    return Alert.create(
+        fingerprint=uuid.uuid4().hex, source="portal", name="a", severity="info", state=state, starts_at=now
+    )
+
+
+def an_alert_silence(state: str) -> AlertSilence:
+    return AlertSilence.create(fingerprint=uuid.uuid4().hex, reason="known", ends_at=utcnow(), state=state)
+
+
 MAKERS: dict[type[Table], Callable[[str], Any]] = {
     Machine: a_machine,
     Lease: a_lease,
@@ -52,6 +64,8 @@ MAKERS: dict[type[Table], Callable[[str], Any]] = {
     Attempt: an_attempt,
     Reclaim: a_reclaim,
     Command: a_command,
+    Alert: an_alert,
+    AlertSilence: an_alert_silence,
 }
 
 
