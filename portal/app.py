@@ -15,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import IntegerConverter
 
 from portal import api, start, web
-from portal.api import agents, auth, docs, health, problems
+from portal.api import agents, auth, docs, health, metrics, problems
 from portal.db import db
 from portal.services import users
 from portal.settings import Settings
@@ -47,6 +47,7 @@ def build(settings: Settings) -> Flask:
     app.url_map.converters["int"] = IdConverter
     app.config.from_mapping(config_of(settings))
     app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {agents.PREFIX: agents.door()})  # type: ignore[method-assign]  # Flask's documented way
+    app.wsgi_app = metrics.counting(app.wsgi_app)  # type: ignore[method-assign]  # Flask's documented way
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]  # Flask's documented way
@@ -109,6 +110,7 @@ def _register(app: Flask) -> None:
         smorest.register_blueprint(blueprint)
     app.register_blueprint(docs.bp)
     app.register_blueprint(health.bp)
+    app.register_blueprint(metrics.bp)
     for pages in web.BLUEPRINTS:
         app.register_blueprint(pages)
     frame.install(app)

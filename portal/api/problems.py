@@ -95,7 +95,7 @@ def _answer(error: Exception) -> Response:
         return error.get_response()  # type: ignore[return-value]  # a redirect is no problem
     problem = of(error)
     page = current_app.extensions.get("error_page")
-    if page is not None and not request.path.startswith("/api/"):
+    if page is not None and not request.path.startswith(("/api/", "/metrics")):
         answer: Response = page(problem)
     else:
         answer = response(problem)

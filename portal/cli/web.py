@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +26,9 @@ def run(args: argparse.Namespace) -> None:  # noqa: ARG001 - it takes none
     _bear_broken_handshakes()
     from portal.settings import load
 
-    _serve(load())
+    settings = load()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counting_directory(settings.instance_dir))
+    _serve(settings)
 
 
 def _patch_postgresql() -> None:
@@ -40,6 +45,22 @@ def _bear_broken_handshakes() -> None:
     from gevent.hub import Hub
 
     Hub.NOT_ERROR = (*Hub.NOT_ERROR, ssl.SSLError)
+
+
+def counting_directory(instance_dir: Path) -> Path:
+    """Where the web processes of this server count requests together (api/metrics.py).
+
+    Each start has a folder of its own, since a counter begins anew with it; those of servers that are gone are removed.
+    Two may run side by side for a while: the new one beside the old one that still answers.
+    """
+    home = instance_dir / "metrics"
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = home / str(os.getpid())
+    for folder in home.iterdir():
+        if folder == own or not (Path("/proc") / folder.name).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    own.mkdir(mode=0o700)
+    return own
 
 
 def _serve(settings: Settings) -> None:
