@@ -127,7 +127,7 @@ def _close_lease(options: argparse.Namespace) -> int:
             time.sleep(early_s)
         try:
             leases.close(options.lease_id, "its end has come")
-        except ToolFailed as error:
+        except (ToolFailed, OSError) as error:
             print(f"lease {options.lease_id}: {error}", file=sys.stderr)
             time.sleep(CLOSE_RETRY_S)
         else:
@@ -148,7 +148,7 @@ def _lease_guard(_: argparse.Namespace) -> int:
                 leases.close(entry.lease_id, "its end came while the host was off")
             else:
                 leases.arm_timer(entry.lease_id, entry.ends_at)
-        except ToolFailed as error:
+        except (ToolFailed, OSError) as error:
             print(f"lease {entry.lease_id}: {error}", file=sys.stderr)
             code = EX_FAILED
     return code

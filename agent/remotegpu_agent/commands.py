@@ -17,6 +17,7 @@ from remotegpu_agent.credential import Credential
 from remotegpu_agent.files import find_json, write_json
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import Entry, Leases
+from remotegpu_agent.observe.tools import ToolFailed
 from remotegpu_agent.protocol import Command, Desired
 from remotegpu_agent.state import State
 from remotegpu_agent.tasks import Tasks
@@ -70,7 +71,10 @@ class Commands:
                     self._is_working = False
                     return
                 epoch, command = self._queue[0]
-            self._carry_out(epoch, command)
+            try:
+                self._carry_out(epoch, command)
+            except OSError:  # its result could not be kept: it has none, so it is taken up again
+                log.exception("command %d", command.command_id)
             with self._lock:
                 self._queue.pop(0)
 
@@ -84,7 +88,10 @@ class Commands:
             "starts": starts,
             "result": None,
         }
-        self._write(path, record)
+        try:
+            self._write(path, record)
+        except OSError as error:  # a full disk: cleaning makes room, and an order that was not counted may be repeated
+            log.error("command %d: its start cannot be noted: %s", command.command_id, error)
         log.info("command %d: %s", command.command_id, command.kind)
         if starts > MOST_STARTS:
             outcome: Outcome = (False, f"interrupted {MOST_STARTS} times; look at the agent's log on the host", None)
@@ -207,13 +214,17 @@ class Operations:
         if refusal:
             raise Refusal(refusal)
         lease_id = args["lease_id"]
-        self._leases.close(lease_id, "it is to be cleaned")
+        try:
+            self._leases.close(lease_id, "it is to be cleaned")
+        except ToolFailed as error:  # cleaning does all of it once more, and looks what is left
+            log.warning("lease %d: %s", lease_id, error)
         self._wait_until_sent(lease_id)
         self._journal.record("lease.cleaning", lease_id=lease_id)
         self._tasks.forget_lease(lease_id)
         result: dict[str, Any] = cleaning.clean(dict(args))
         why = f"lease {lease_id} was cleaned from this host; a lease that has been cleaned is not opened again"
         self._leases.disown(lease_id, why, is_cleaned=result["passed"])
+        self._leases.reserve.keep()
         self._journal.record("lease.cleaned", lease_id=lease_id, detail={"passed": result["passed"]})
         return result
 

@@ -41,6 +41,10 @@ class Config:
     def credential_file(self) -> Path:
         return self.state_dir / "credential.json"
 
+    @property
+    def reserve_dir(self) -> Path:
+        return self.state_dir / "reserve"
+
 
 def load(path: Path = CONFIG_FILE) -> Config:
     """Read and check. Raises ConfigError."""

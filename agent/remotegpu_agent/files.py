@@ -5,6 +5,7 @@ here, by temporary file, fsync and rename, under a lock. Here is no knowledge of
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -54,6 +55,36 @@ def find_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); move it away and restart the agent") from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk has no room, or no number for one more file."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+class Reserve:
+    """Room on the disk that is given up once a tenant has taken all the rest, so that its end can be noted.
+
+    Of files as well as of bytes: ten million empty files leave no number for another one.
+    """
+
+    def __init__(self, directory: Path, *, count: int = 8, each_bytes: int = 256 * 1024) -> None:
+        self._directory, self._count, self._each_bytes = directory, count, each_bytes
+
+    def keep(self) -> None:
+        """Take what is missing of it, as far as there is room."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            for number in range(self._count):
+                path = self._directory / str(number)
+                if not path.exists():
+                    with path.open("wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, self._each_bytes)
+
+    def give_up(self) -> None:
+        """Let go of all of it."""
+        for path in self._directory.glob("*"):
+            path.unlink(missing_ok=True)
 
 
 def find_text(path: Path) -> str | None:

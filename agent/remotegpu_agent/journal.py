@@ -5,14 +5,17 @@ so every write is under a lock and every read looks whether the file changed. He
 """
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from remotegpu_agent.files import locked, sync_directory, write_atomic
+from remotegpu_agent.files import is_full, locked, sync_directory, write_atomic
 from remotegpu_agent.protocol import format_time, now
+
+log = logging.getLogger(__name__)
 
 COMPACT_AT_BYTES = 256 * 1024
 
@@ -32,19 +35,23 @@ class Journal:
         attempt_id: int | None = None,
         detail: dict[str, Any] | None = None,
     ) -> None:
-        """Note what is now true. On the disk when this returns."""
-        self._append(
-            [
-                {
-                    "id": str(uuid.uuid4()),
-                    "at": format_time(now()),
-                    "event": event,
-                    "lease_id": lease_id,
-                    "attempt_id": attempt_id,
-                    "detail": detail or {},
-                }
-            ]
-        )
+        """Note what is now true. On the disk when this returns, unless that is full: what happened must not fail
+        because nobody will hear of it.
+        """
+        entry = {
+            "id": str(uuid.uuid4()),
+            "at": format_time(now()),
+            "event": event,
+            "lease_id": lease_id,
+            "attempt_id": attempt_id,
+            "detail": detail or {},
+        }
+        try:
+            self._append([entry])
+        except OSError as error:
+            if not is_full(error):
+                raise
+            log.error("the disk is full, so this is told here only: %s", json.dumps(entry))
 
     def pending(self, limit: int = 500) -> list[dict[str, Any]]:
         """The oldest records that the portal has not acknowledged."""

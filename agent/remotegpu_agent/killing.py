@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.tools import ToolFailed, run
-from remotegpu_agent.protocol import UIDS
 
 SSHD_PROGRAMS = ("/usr/sbin/sshd", "/usr/lib/openssh/sshd-session", "/usr/lib/openssh/sshd-auth")
 _LOOK_AGAIN_S = 0.02
@@ -62,22 +62,24 @@ def end_all(login: str, uid: int, *, deadline_s: float) -> set[int]:
             return set()
         if time.monotonic() > deadline:
             return mine | theirs
-        _kill_at_once(uid)
+        kill_at_once(uid)
         for pid in mine | theirs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_LOOK_AGAIN_S)
 
 
-def _kill_at_once(uid: int) -> None:
+def kill_at_once(uid: int) -> None:
     """One kill(-1) as that very user. The kernel walks all processes while none can fork, so a fork bomb does not
-    outrun it.
+    outrun it. Raises nothing: whoever calls looks what is left.
     """
-    if uid not in UIDS:
-        raise ValueError(f"UID {uid} is no lease's")
-    with contextlib.suppress(ToolFailed):  # the shell kills itself as well; the loop looks what is left
-        argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "sh", "-c", "kill -KILL -1"]
-        run(argv, ok=(0, -signal.SIGKILL), timeout_s=5)
+    if uid < FIRST_PERSON:
+        raise ValueError(f"UID {uid} is no person's")
+    # Without its own limit: a user with more processes than the one we were started with may become nobody's program
+    # any more (EAGAIN from execve), and that is the very user who has to go.
+    argv = ["prlimit", "--nproc=unlimited", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    with contextlib.suppress(ToolFailed):
+        run([*argv, "sh", "-c", "kill -KILL -1"], ok=(0, -signal.SIGKILL), timeout_s=5)  # ... itself as well
 
 
 def _statuses() -> Iterator[tuple[int, dict[str, str]]]:

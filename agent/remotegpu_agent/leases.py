@@ -20,7 +20,7 @@ from typing import Any
 
 from remotegpu_agent import killing, systemd
 from remotegpu_agent.config import Config
-from remotegpu_agent.files import Table, find_text, write_atomic
+from remotegpu_agent.files import Reserve, Table, find_text, is_full, write_atomic
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.observe import docker
 from remotegpu_agent.observe.tools import ToolFailed, run
@@ -62,6 +62,7 @@ class Leases:
         self._journal = journal
         self._stop_tasks = stop_tasks
         self._register = Table(config.state_dir / "leases.json")
+        self.reserve = Reserve(config.reserve_dir)
 
     # Look
 
@@ -164,7 +165,10 @@ class Leases:
             "--expiredate": "1970-01-02",
             "--comment": f"RemoteGPU lease {lease.lease_id}",
         }
-        run(["useradd", "--create-home", *(part for option in account.items() for part in option), lease.login])
+        # No further user ids: what runs as one of those would be counted and killed as nobody's.
+        no_more = ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
+        options = (part for option in account.items() for part in option)
+        run(["useradd", "--create-home", *no_more, *options, lease.login])
         home.chmod(0o700)  # a home that was there already keeps the mode it had
         self._journal.record(
             "lease.login_made", lease_id=lease.lease_id, detail={"login": lease.login, "uid": lease.uid}
@@ -219,7 +223,13 @@ class Leases:
 
     def _write_keys_file(self, login: str, text: str) -> None:
         self._config.keys_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_atomic(self._keys_file(login), text.encode(), mode=0o644)
+        path = self._keys_file(login)
+        try:
+            write_atomic(path, text.encode(), mode=0o644)
+        except OSError as error:
+            if not is_full(error) or not path.exists():
+                raise
+            path.write_bytes(text.encode())  # in place: it opens to nobody before it opens to those who are left
 
     def _keys_file(self, login: str) -> Path:
         return self._config.keys_dir / login
@@ -228,29 +238,34 @@ class Leases:
 
     def close(self, lease_id: int, reason: str) -> None:
         """Nobody in, nothing running. May be called again and by two at once. Raises ToolFailed when something
-        resisted.
+        resisted: all the rest is done by then, also where a tenant has filled the disk.
         """
         entry = self.find(lease_id)
         if entry is None:
             return
         started = time.monotonic()
-        failures = [failure for failure in (self._shut(entry), *self._end(entry, reason)) if failure]
+        failures = [failure for failure in (*self._shut(entry), *self._end(entry, reason)) if failure]
+        if not failures:
+            failures = [failure for failure in [_attempt(lambda: self._note_closed(entry, reason, started))] if failure]
         if failures:
+            self.reserve.give_up()  # its processes are dead: what failed for want of room has some at the next try
             raise ToolFailed("; ".join(failures))
+        if systemd.find_timer(timer_unit(lease_id)) is not None:
+            systemd.stop(f"{timer_unit(lease_id)}.timer")
+
+    def _note_closed(self, entry: Entry, reason: str, started: float) -> None:
         with self._register.change() as register:
-            line = register[str(lease_id)]
+            line = register[str(entry.lease_id)]
             is_news = line["closed_at"] is None
             line.update(closed_at=line["closed_at"] or format_time(now()), key_fingerprints=[])
         if is_news:
             detail = {"reason": reason, "duration_s": round(time.monotonic() - started, 3)}
-            self._journal.record("lease.closed", lease_id=lease_id, detail=detail)
-        if systemd.find_timer(timer_unit(lease_id)) is not None:
-            systemd.stop(f"{timer_unit(lease_id)}.timer")
+            self._journal.record("lease.closed", lease_id=entry.lease_id, detail=detail)
 
-    def _shut(self, entry: Entry) -> str | None:
+    def _shut(self, entry: Entry) -> Iterable[str | None]:
         """No new session from here on: the keys file first, since it needs no program to be started."""
-        self._write_keys_file(entry.login, "")
-        return _attempt(lambda: self._expire(entry.login))
+        yield _attempt(lambda: self._write_keys_file(entry.login, ""))
+        yield _attempt(lambda: self._expire(entry.login))
 
     @staticmethod
     def _expire(login: str) -> None:
@@ -297,7 +312,7 @@ def _attempt(act: Callable[[], None]) -> str | None:
     try:
         act()
     except (ToolFailed, docker.DockerFailed, OSError) as error:
-        return str(error)
+        return str(error) or type(error).__name__
     return None
 
 

@@ -116,6 +116,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stopping.set())
         prune_unpacked()
+        self.leases.reserve.keep()
         self.gpu.start()
         self.gpu.ask()
         reconciler = self._thread("reconcile", self._reconcile_forever)
@@ -209,7 +210,7 @@ class Agent:
             try:
                 is_new = self._sync(portal, report=None, wait_s=HELD_WAIT_S)
                 backoff.succeeded()
-            except (PortalError, ProtocolError) as error:
+            except (PortalError, ProtocolError, OSError) as error:
                 log.warning("held call: %s", error)
                 self._stopping.wait(backoff.next_s())
                 continue
@@ -276,7 +277,11 @@ class Agent:
 
     def _reconcile_forever(self) -> None:
         while not self._stopping.is_set():
-            is_at_rest = self.reconcile()
+            try:
+                is_at_rest = self.reconcile()
+            except OSError as error:  # a full disk must not stop what comes after
+                log.error("reconcile: %s", error)
+                is_at_rest = False
             self._wanted.wait(self._pause_s() if is_at_rest else RETRY_S)
             self._wanted.clear()
 
@@ -403,7 +408,7 @@ class Agent:
                 log.error("report: %s: dropped %s", error, error.items)
                 self._drop_strangers(error.items)
                 self._wait_and_drop(backoff.next_s())
-            except (PortalError, ProtocolError) as error:
+            except (PortalError, ProtocolError, OSError) as error:
                 log.warning("report: %s", error)
                 self._facts_sent_at = None
                 self._wait_and_drop(backoff.next_s())

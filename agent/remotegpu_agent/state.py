@@ -5,13 +5,16 @@ forgotten leases that are running here. Then the host is frozen: nothing is open
 end at their own time) until an operator thaws it. Here is no network and no host.
 """
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remotegpu_agent.files import find_json, write_json
+from remotegpu_agent.files import find_json, is_full, write_json
 from remotegpu_agent.protocol import Command, Desired, ProtocolError, read_desired
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class State:
         self._path = path
         self._lock = threading.Lock()
         self._held = self._load()
+        self._unwritten: dict[str, Any] | None = None  # what is wanted, where the disk had no room for it
 
     @property
     def held(self) -> Held:
@@ -110,7 +114,16 @@ class State:
             after = judge(before, answer, machine_id=machine_id, thaws_done=thaws_done)
             if after != before:
                 kept = raw if after.desired is not before.desired else self._raw()
-                self._write(after, kept)
+                try:
+                    self._write(after, kept)
+                    self._unwritten = None
+                except OSError as error:
+                    if not is_full(error):
+                        raise
+                    # A tenant that has filled the disk must not be out of reach by that. After a restart the file
+                    # tells of an older generation, and the portal sends this one again.
+                    log.error("the disk is full: generation %d is held in memory only", after.generation)
+                    self._unwritten = kept
                 self._held = after
             return before, after
 
@@ -126,6 +139,8 @@ class State:
         write_json(self._path, value)
 
     def _raw(self) -> dict[str, Any] | None:
+        if self._unwritten is not None:
+            return self._unwritten
         value = find_json(self._path)
         return value["desired"] if value else None
 

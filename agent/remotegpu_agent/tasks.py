@@ -19,6 +19,7 @@ tasks too.
 import base64
 import contextlib
 import grp
+import logging
 import os
 import shlex
 import shutil
@@ -39,6 +40,8 @@ from remotegpu_agent.logs import LogMark
 from remotegpu_agent.observe.tools import ToolFailed, run
 from remotegpu_agent.plan import HostAttempt
 from remotegpu_agent.protocol import DesiredAttempt, format_time, now, parse_time
+
+log = logging.getLogger(__name__)
 
 EXIT_CHDIR = 200  # as systemd has it
 RECORDER = "record-exit.sh"
@@ -244,7 +247,11 @@ class Tasks:
 
     def start(self, order: DesiredAttempt, login: str, home: Path) -> None:
         """Start the attempt's unit as the lease's user. Raises CannotStart; the attempt has then ended as failed."""
-        attempt = self._prepare(order, login, home)
+        try:
+            attempt = self._prepare(order, login, home)
+        except CannotStart as error:
+            self.end_unstarted(order, "failed", str(error))
+            raise
         try:
             run(self._unit_argv(order, attempt, login), timeout_s=60)
         except ToolFailed as error:
@@ -348,7 +355,10 @@ class Tasks:
     @staticmethod
     def _mark_stopped(attempt: Attempt, reason: str) -> None:
         if attempt.stop_order() is None:
-            write_json(attempt.root / "stop.json", {"reason": reason, "at": format_time(now())})
+            try:
+                write_json(attempt.root / "stop.json", {"reason": reason, "at": format_time(now())})
+            except OSError as error:  # a task that has filled the disk is stopped all the same
+                log.error("attempt %d: that it was stopped cannot be noted: %s", attempt.attempt_id, error)
 
     def _conclude(self, attempt: Attempt, state: str, reason: str) -> None:
         write_json(attempt.root / "exit.json", {"state": state, "reason": reason[:400], "at": format_time(now())})

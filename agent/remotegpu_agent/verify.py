@@ -167,6 +167,9 @@ def _tasks(asked: Asked) -> Iterator[str]:
     patterns = ["remotegpu-task-*"] + ([f"remotegpu-lease-end-{asked.lease_id}.*"] if asked.lease_id else [])
     for unit, _load, active in _units(*patterns):
         yield f"{unit} is {active}"
+    if asked.uid is not None:
+        for path in _find(["/var/lib/remotegpu-tasks"], "-mindepth", "1", "-maxdepth", "1", "-gid", str(asked.uid)):
+            yield f"{path} is left of a task"
 
 
 def _units(*patterns: str) -> Iterator[tuple[str, str, str]]:

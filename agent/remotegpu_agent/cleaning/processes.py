@@ -6,17 +6,19 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from remotegpu_agent import killing
+from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
 from remotegpu_agent.observe import ports, processes
 from remotegpu_agent.observe.processes import Process
 from remotegpu_agent.observe.tools import ToolFailed, run
 
+TASK_FOLDERS = "/var/lib/remotegpu-tasks"
 _DEADLINE_S = 10.0
 _PAUSE_S = 0.02
 
@@ -50,12 +52,17 @@ def end_connections(scope: Scope, found: list[Finding]) -> Iterator[str]:
 
 
 def look_for_tasks(scope: Scope) -> Iterator[Finding]:
-    """Units of the lease's tasks, and the timer of its end."""
+    """Units of the lease's tasks, what lies there of them (no other step enters that folder), and the timer of its
+    end.
+    """
     for unit in _units("remotegpu-task-*"):
         if unit.get("User") in (scope.login, str(scope.uid)):
             yield Finding(unit["Id"], f"task unit {unit['Id']} is {unit['ActiveState']}")
     for unit in _units(f"remotegpu-lease-end-{scope.lease_id}.*"):
         yield Finding(unit["Id"], f"{unit['Id']} is {unit['ActiveState']}")
+    for entry in os.scandir(TASK_FOLDERS) if os.path.isdir(TASK_FOLDERS) else ():
+        if scope.is_its_group(entry.stat(follow_symlinks=False).st_gid):
+            yield Finding(entry.path, f"{entry.path} is left of a task")
 
 
 def _units(pattern: str) -> list[dict[str, str]]:
@@ -65,9 +72,10 @@ def _units(pattern: str) -> list[dict[str, str]]:
 
 
 def end_tasks(scope: Scope, found: list[Finding]) -> Iterator[str]:
-    """Kill each task's cgroup, then let systemd forget the unit."""
+    """Kill each task's cgroup, let systemd forget the unit, then remove command, environment and log."""
     for finding in found:
-        yield from stop_unit(finding.subject)
+        is_folder = finding.subject.startswith("/")
+        yield from remove.remove(finding.subject) if is_folder else stop_unit(finding.subject)
     wait_until(lambda: not list(look_for_tasks(scope)))
 
 
@@ -112,29 +120,12 @@ def end_processes(scope: Scope, found: list[Finding]) -> Iterator[str]:
     seen = [finding.subject for finding in found]
     while True:
         for uid in sorted(scope.uids | {uid for process in seen for uid in process.uids if scope.is_tenants(uid)}):
-            _kill_all_of(uid)
+            killing.kill_at_once(uid)
         yield from _kill(seen)
         seen = [finding.subject for finding in look_for_processes(scope)]
         if not seen or time.monotonic() > deadline:
             return
         time.sleep(_PAUSE_S)
-
-
-def _kill_all_of(uid: int) -> None:
-    # A shell of the system, changed to that uid: kill(-1) spares only the caller, and no fork can slip through it.
-    subprocess.run(
-        ["/bin/sh", "-c", "kill -KILL -1"],
-        user=uid,
-        group=uid,
-        extra_groups=[],
-        env={"PATH": "/usr/bin:/bin"},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        timeout=_DEADLINE_S,
-        check=False,
-    )
 
 
 def _kill(those: Iterable[Process]) -> Iterator[str]:

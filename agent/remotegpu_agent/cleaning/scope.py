@@ -14,12 +14,12 @@ from typing import Any
 
 from remotegpu_agent.baseline import homes_of
 from remotegpu_agent.observe import accounts
+from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.tools import read_text
 
 LEASE_KEYS = "/etc/remotegpu/authorized_keys"
 LEASE_GROUP = "remotegpu-leases"
 LEASE_UIDS = range(20000, 60000)
-FIRST_PERSON = 1000  # below are the users and groups of the system and of packages
 _LEASE_LOGIN = re.compile(r"lease[0-9]{1,10}")
 
 

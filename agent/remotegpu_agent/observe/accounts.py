@@ -11,6 +11,7 @@ from remotegpu_agent.observe.tools import read_text
 # Files with one line for each name; a line that comes or goes is a user or group that comes or goes.
 BY_NAME = ("/etc/passwd", "/etc/group", "/etc/subuid", "/etc/subgid")
 SECRET = ("/etc/shadow", "/etc/gshadow")
+FIRST_PERSON = 1000  # below are the users and groups of the system and of packages
 _DAY_S = 24 * 3600
 
 

@@ -27,7 +27,9 @@ def find_tool(name: str) -> str | None:
 def run(
     argv: Sequence[str], *, stdin: str | None = None, timeout_s: float = 30, ok: Sequence[int] = (0,), cwd: str = "/"
 ) -> str:
-    """The program's output. Raises ToolFailed when it is missing, too slow, or exits with a code outside `ok`."""
+    """The program's output. Raises ToolFailed when it is missing, cannot start, is too slow, or exits with a code
+    outside `ok`.
+    """
     program = find_tool(argv[0])
     if program is None:
         raise ToolFailed(f"{argv[0]} is not installed")
@@ -44,6 +46,8 @@ def run(
         )
     except subprocess.TimeoutExpired as error:
         raise ToolFailed(f"{argv[0]} gave no answer within {timeout_s:.0f} s") from error
+    except OSError as error:  # a tenant may have taken the last process number, or the last of the memory
+        raise ToolFailed(f"{argv[0]} could not be started: {error.strerror}") from error
     if done.returncode not in ok:
         said = printable(done.stderr.strip() or done.stdout.strip())[:400]
         raise ToolFailed(f"{argv[0]} exited with {done.returncode}: {said}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_a_failure_is_a_result_too(tmp_path: Path, error: Exception) -> None:
     result = result_of(orders)
     assert result["ok"] is False
     assert str(error) in result["message"]
+
+
+def test_an_order_is_carried_out_though_the_disk_is_full_and_told_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleaning is what makes room: it must not wait for any."""
+    operations = Operations()
+    orders = commands(tmp_path, operations)
+    write = orders._write
+
+    def no_room(path: Path, record: dict[str, Any]) -> None:
+        if len(operations.done) < 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, record)
+
+    monkeypatch.setattr(orders, "_write", no_room)
+    for _ in range(2):
+        orders.consider(desired(baseline()))
+        until(partial(_is_idle, orders), "the end of the attempt", every_s=0.01)
+    assert result_of(orders)["ok"] is True
+    assert operations.done == [1, 1]
 
 
 def test_an_order_that_is_interrupted_again_and_again_is_given_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 from pathlib import Path
 
@@ -64,3 +65,15 @@ def test_the_file_shrinks_once_it_is_worth_it(tmp_path: Path, monkeypatch: pytes
     assert path.stat().st_size < 4000
     journal.acknowledge([waiting[-1]["id"]])
     assert path.stat().st_size == 0
+
+
+def test_what_happens_is_not_stopped_by_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.record("lease.opened", lease_id=3)
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal, "_append", no_room)
+    journal.record("lease.closed", lease_id=3)
+    assert [record["event"] for record in journal.pending()] == ["lease.opened"]

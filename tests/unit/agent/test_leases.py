@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from remotegpu_agent import leases
+from remotegpu_agent import files, killing, leases, systemd
 from remotegpu_agent.config import Config
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import Leases, expiry_stamp, parse_openssh_version
+from remotegpu_agent.observe.tools import ToolFailed
 from remotegpu_agent.protocol import DesiredLease, Key
 from remotegpu_agent.systemd import calendar
 
@@ -73,3 +75,51 @@ def test_the_timer_is_set_in_utc_whatever_the_host_thinks() -> None:
     assert calendar(END) == "2026-07-01 10:30:00 UTC"
     assert calendar(END.astimezone(timezone(timedelta(hours=-5)))) == "2026-07-01 10:30:00 UTC"
     assert calendar(END.replace(microsecond=250_000)) == "2026-07-01 10:30:00.250000 UTC"
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Leases]:
+    """A host with lease 17 on it, whose tenant has filled the disk; `killed` tells who was killed."""
+    config = Config("https://portal.example", state_dir=tmp_path / "state", keys_dir=tmp_path / "keys")
+    for directory in (config.state_dir, config.keys_dir):
+        directory.mkdir()
+    (config.keys_dir / "lease17").write_text("ssh-ed25519 AAAA a\n")
+    there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None)
+    there._note(DesiredLease(17, "lease17", 20017, True, END, ()), closed_at=None)
+    there.reserve.keep()
+    monkeypatch.setattr(leases, "stop_containers", lambda _lease_id: None)
+    monkeypatch.setattr(leases, "_settle_user_manager", lambda _uid: None)
+    monkeypatch.setattr(systemd, "find_timer", lambda _unit: None)
+
+    def kill(login: str, _uid: int, **_: float) -> set[int]:
+        KILLED.append(login)
+        return set()
+
+    monkeypatch.setattr(killing, "end_all", kill)
+
+    def no_room(*_: object, **__: object) -> None:
+        if any(config.reserve_dir.iterdir()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(leases, "write_atomic", no_room)
+    monkeypatch.setattr(files, "write_atomic", no_room)
+    yield there
+    KILLED.clear()
+
+
+KILLED: list[str] = []
+
+
+def test_a_tenant_that_has_filled_the_disk_is_ended_all_the_same(full: Leases, tmp_path: Path) -> None:
+    with pytest.raises(ToolFailed, match="No space left on device"):
+        full.close(17, "its end has come")
+    assert KILLED, "no process may go on because nothing can be noted"
+    assert (tmp_path / "keys" / "lease17").read_text() == "", "nobody gets in"
+    full.close(17, "its end has come")  # what was kept in reserve is there for the next try
+
+
+def test_a_key_that_is_removed_is_out_of_the_file_though_the_disk_is_full(full: Leases, tmp_path: Path) -> None:
+    lease = DesiredLease(17, "lease17", 20017, True, END, (Key("SHA256:b", "ssh-ed25519 BBBB b"),))
+    with pytest.raises(OSError, match="No space left"):  # the register cannot be written, and it is tried again
+        full.write_keys(lease)
+    assert (tmp_path / "keys" / "lease17").read_text() == full.render_keys(lease)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import state as state_module
 from remotegpu_agent.protocol import Desired, ProtocolError, read_desired
 from remotegpu_agent.state import Answer, Held, State, judge
 
@@ -134,3 +136,22 @@ def test_what_was_held_survives_a_restart_frozen_or_not(tmp_path: Path) -> None:
     assert again.frozen is not None
     assert again.desired == desired(4)
     assert (tmp_path / "desired.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_wanted_counts_though_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant that has filled the disk must not be out of reach by that: its Stop comes down all the same."""
+    state = State(tmp_path / "desired.json")
+    state.begin(EPOCH)
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(state_module, "write_json", no_room)
+        state.adopt(answer(state.held, desired(6)), raw(6), machine_id=7)
+    assert state.held == Held(EPOCH, 6, desired(6))
+    assert State(tmp_path / "desired.json").held == Held(EPOCH), "after a restart the portal sends it again"
+    state.adopt(answer(state.held, None, generation=3), None, machine_id=7)
+    kept = State(tmp_path / "desired.json").held
+    assert (kept.generation, kept.desired) == (6, desired(6)), "what had no room then is written with what comes next"
+    assert kept.frozen is not None
