@@ -95,9 +95,12 @@ def agent_version() -> str:
     return str(getattr(remotegpu_agent, "__version__", "0"))
 
 
-def read_files(section: str, homes: list[str]) -> Snapshot:
-    """A section of files as it is now; `homes` are those of the baseline's users, not of whoever came later."""
-    keeps_content = {"etc": _is_public, "local_programs": None}.get(section, _is_no_secret)
+def read_files(section: str, homes: list[str], *, keep: Callable[[str], bool] | None = None) -> Snapshot:
+    """A section of files as it is now; `homes` are those of the baseline's users, not of whoever came later.
+
+    `keep` says whose content is taken along; None is whatever may have to be put back.
+    """
+    keeps_content = keep or {"etc": _is_public, "local_programs": None}.get(section, _is_no_secret)
     return files.snapshot(roots_of(section, homes), skip=lambda path: is_left_out(section, path), keep=keeps_content)
 
 
@@ -150,12 +153,12 @@ def read_accounts() -> dict[str, Any]:
 
 def read_special() -> dict[str, Any]:
     """Set-uid, set-gid and capability files now."""
-    found = {}
-    for each in special.walk():
-        if each.is_special:
-            entry = files.look_at(each.path) or {}
-            found[each.path] = {**entry, "capabilities": each.capabilities}
-    return dict(sorted(found.items()))
+    return dict(sorted((each.path, special_entry(each)) for each in special.walk() if each.is_special))
+
+
+def special_entry(each: special.Found) -> dict[str, Any]:
+    """One of them, with the digest of its content."""
+    return {**(files.look_at(each.path) or {}), "capabilities": each.capabilities}
 
 
 def read_linger() -> list[str]:

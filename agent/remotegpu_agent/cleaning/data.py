@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from remotegpu_agent.baseline import TEMPORARY_FOLDERS
 from remotegpu_agent.cleaning import remove
@@ -68,10 +69,12 @@ def look_for_temporary_files(scope: Scope) -> Iterator[Finding]:
     for folder in TEMPORARY_FOLDERS:
         if folder == "/dev/mqueue" or not os.path.isdir(folder):
             continue
-        for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-            owner = entry.stat(follow_symlinks=False).st_uid
-            if scope.owns(owner):
-                yield Finding(entry.path, f"{entry.path} of uid {owner}")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # services put their own there, and take it away
+                    owner = entry.stat(follow_symlinks=False).st_uid
+                    if scope.owns(owner):
+                        yield Finding(entry.path, f"{entry.path} of uid {owner}")
 
 
 def look_for_runtime_folder(scope: Scope) -> Iterator[Finding]:
@@ -106,18 +109,12 @@ def look_for_files(scope: Scope) -> Iterator[Finding]:
             yield Finding(each, f"{each.path} of uid {each.uid}, gid {each.gid}")
 
 
-def remove_files(scope: Scope, found: list[Finding]) -> Iterator[str]:
+def remove_files(scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
     """Remove what the tenant owns; what somebody else only shared with its group stays, without the group."""
-    yield from remove_paths(scope, [Finding(f.subject.path, f.text) for f in found if scope.owns(f.subject.uid)])
-    for path in sorted(f.subject.path for f in found if not scope.owns(f.subject.uid)):
-        try:
-            os.chown(path, -1, 0, follow_symlinks=False)
-            yield f"took {path} from the group"
-        except FileNotFoundError:
-            continue  # it lay in a folder that has been removed
+    for each in (finding.subject for finding in found):
+        yield from remove.remove(each.path) if scope.owns(each.uid) else remove.take_from_group(each.path)
 
 
-def remove_paths(_scope: Scope, found: list[Finding]) -> Iterator[str]:
-    """Remove each, outermost first; what lay below is gone by then."""
-    for finding in sorted(found, key=lambda each: str(each.subject)):
-        yield from remove.remove(finding.subject)
+def remove_paths(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
+    """Remove each, with all below it."""
+    yield from remove.remove_each(finding.subject for finding in found)

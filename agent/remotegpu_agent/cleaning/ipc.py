@@ -52,9 +52,10 @@ def look_for_queues(scope: Scope) -> Iterator[Finding]:
     """POSIX message queues of the tenant."""
     with _queues() as folder:
         for name in sorted(os.listdir(folder)):
-            owner = os.lstat(f"{folder}/{name}").st_uid
-            if scope.owns(owner):
-                yield Finding(name, f"POSIX queue /{name} of uid {owner}")
+            with contextlib.suppress(FileNotFoundError):  # its maker has just removed it
+                owner = os.lstat(f"{folder}/{name}").st_uid
+                if scope.owns(owner):
+                    yield Finding(name, f"POSIX queue /{name} of uid {owner}")
 
 
 def remove_queues(_scope: Scope, found: list[Finding]) -> Iterator[str]:

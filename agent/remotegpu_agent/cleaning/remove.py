@@ -12,40 +12,54 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from remotegpu_agent.observe import files, mounts
 from remotegpu_agent.observe.files import Entry
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEEPEST = 64
 _GET_FLAGS, _SET_FLAGS, _IMMUTABLE_OR_APPEND = 0x80086601, 0x40086602, 0x30
 
 
 def remove(path: str) -> Iterator[str]:
     """Remove whatever is at the path, with all below it. Yields what was done or why it could not be."""
+    yield from remove_each([path])
+
+
+def remove_each(paths: Iterable[str]) -> Iterator[str]:
+    """The same for each path, as they come."""
+    points = mounts.points()
+    for path in paths:
+        yield from _remove(path, points)
+
+
+def _remove(path: str, points: frozenset[str]) -> Iterator[str]:
     try:
-        parent = _open_folder(os.path.dirname(path))
+        parent = files.enter(os.path.dirname(path))
     except FileNotFoundError:
         return
     except OSError as error:
         yield f"could not reach {path}: {error.strerror}"
         return
     try:
-        yield from _Removal(parent, mounts.points()).of(os.path.basename(path), path)
+        yield from _Removal(parent, points).of(os.path.basename(path), path)
     finally:
         os.close(parent)
 
 
-def _open_folder(path: str) -> int:
-    folder = os.open("/", _FOLDER)
-    for name in [each for each in path.split("/") if each]:
-        try:
-            inner = os.open(name, _FOLDER, dir_fd=folder)
-        finally:
-            os.close(folder)
-        folder = inner
-    return folder
+def take_from_group(path: str) -> Iterator[str]:
+    """Give the file to root's group; its owner and content stay."""
+    try:
+        parent = files.enter(os.path.dirname(path))
+    except FileNotFoundError:
+        return  # it lay in a folder that has been removed
+    try:
+        os.chown(os.path.basename(path), -1, 0, dir_fd=parent, follow_symlinks=False)
+        yield f"took {path} from the group"
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(parent)
 
 
 class _Removal:
@@ -82,10 +96,11 @@ class _Removal:
             yield f"could not remove {path}: {error.strerror}"
 
     def _inside(self, folder: int, name: str, path: str, depth: int, folded: list[str]) -> Iterator[str]:
-        inner = os.open(name, _FOLDER, dir_fd=folder)
+        inner = os.open(name, files.FOLDER, dir_fd=folder)
         try:
-            for child in os.listdir(inner):
-                yield from self._at(inner, child, f"{path}/{child}", depth + 1, folded)
+            with os.scandir(inner) as children:  # no list of them: there may be a million
+                for child in children:
+                    yield from self._at(inner, child.name, f"{path}/{child.name}", depth + 1, folded)
         finally:
             os.close(inner)
 
@@ -117,7 +132,7 @@ def put_back(path: str, entry: Entry) -> Iterator[str]:
         yield from remove(path)
         now = None
     try:
-        folder = _open_folder(os.path.dirname(path))
+        folder = files.enter(os.path.dirname(path))
     except OSError as error:
         yield f"could not reach {path}: {error.strerror}"
         return

@@ -9,19 +9,21 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from remotegpu_agent import baseline
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit
-from remotegpu_agent.cleaning.scope import FIRST_PERSON, LEASE_GROUP, Scope
+from remotegpu_agent.cleaning.scope import LEASE_GROUP, Scope
 from remotegpu_agent.cleaning.step import Act, Finding, Look
 from remotegpu_agent.observe import accounts, files, special
+from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.files import Entry, Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, run
 
@@ -33,7 +35,7 @@ def look_for_changes(section: str) -> Look:
 
     def look(scope: Scope) -> Iterator[Finding]:
         before: Snapshot = scope.sections[section]
-        now = baseline.read_files(section, scope.homes)
+        now = baseline.read_files(section, scope.homes, keep=_names_keys)
         for path in sorted({*before, *now}):
             if section == "ssh_keys" and path == scope.keys_file:
                 continue  # the lease's own door is another step
@@ -45,9 +47,13 @@ def look_for_changes(section: str) -> Look:
     return look
 
 
+def _names_keys(path: str) -> bool:
+    return "/authorized_keys" in path
+
+
 def _in_words(path: str, before: Entry | None, now: Entry | None) -> str:
     text = f"{path} {files.difference(before, now)}"
-    if "/authorized_keys" in path and now is not None:
+    if _names_keys(path) and now is not None:
         added = sorted(_fingerprints(now) - _fingerprints(before))
         text += f" (keys added: {', '.join(added)})" if added else ""
     return text
@@ -284,20 +290,27 @@ def _accounts_locked() -> Iterator[None]:
 
 
 def look_for_special_files(scope: Scope) -> Iterator[Finding]:
-    """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing."""
+    """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing.
+
+    The content counts for those of the baseline alone: a tenant could have us read terabytes of the others.
+    """
     known: Snapshot = scope.sections["special_files"]
-    for path, now in baseline.read_special().items():
-        before = known.get(path)
+    for each in special.walk():
+        if not each.is_special:
+            continue
+        before = known.get(each.path)
+        now = {"mode": stat.S_IMODE(each.mode)} if before is None else baseline.special_entry(each)
         if not files.same(before, now):
-            yield Finding((path, before, now), f"{path} (mode {now['mode']:o}) {files.difference(before, now)}")
+            yield Finding(
+                (each.path, before, now), f"{each.path} (mode {now['mode']:o}) {files.difference(before, now)}"
+            )
 
 
-def disarm_special_files(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+def disarm_special_files(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
     """A packaged program loses the power it was given; anything else is removed. A changed one is named and left."""
-    packaged = special.packaged_paths() if found else frozenset()
-    for finding in found:
-        path, before, now = finding.subject
-        if before is None and path not in packaged:
+    packaged = functools.cache(special.packaged_paths)
+    for path, before, now in (finding.subject for finding in found):
+        if before is None and path not in packaged():
             yield from remove.remove(path)
         elif before is None or before.get("sha256") == now.get("sha256"):
             mode = now["mode"] & ~(stat.S_ISUID | stat.S_ISGID) if before is None else before["mode"]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit, wait_until
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
-from remotegpu_agent.observe import processes
+from remotegpu_agent.observe import files, processes
 from remotegpu_agent.observe.tools import ToolFailed, read_text, run
 
 _LINGER = "/var/lib/systemd/linger"
 _USER_UNITS = (".config/systemd", ".local/share/systemd")
+_MOST_UNITS = 1000  # that are told; the whole folder goes in any case
 
 
 def look_for_linger(scope: Scope) -> Iterator[Finding]:
@@ -40,9 +41,9 @@ def end_linger(_scope: Scope, found: list[Finding]) -> Iterator[str]:
 
 def look_for_user_units(scope: Scope) -> Iterator[Finding]:
     """Unit files in the tenant's home, and the user manager that runs them (disabling linger does not end it)."""
-    for folder in _USER_UNITS:
-        for path in sorted(Path(scope.home, folder).rglob("*")):
-            yield Finding(f"{scope.home}/{folder}", str(path))
+    for folder in (f"{scope.home}/{name}" for name in _USER_UNITS):
+        for path in itertools.islice(files.below(folder), _MOST_UNITS):
+            yield Finding(folder, path)
     for uid in sorted(scope.uids):
         state = re.search(r"^STATE=(.*)$", read_text(f"/run/systemd/users/{uid}") or "", re.MULTILINE)
         if state and state.group(1) != "closing":  # for some seconds logind remembers whom it has let go

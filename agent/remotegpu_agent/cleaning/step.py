@@ -33,22 +33,27 @@ class Finding:
 
 
 Look = Callable[[Scope], Iterable[Finding]]
-Act = Callable[[Scope, list[Finding]], Iterable[str]]
+Act = Callable[[Scope, Any], Iterable[str]]  # a list of findings, or the look itself where the step streams
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to look for, and how to be rid of it. `acts_anyway`: also where the look before it found nothing."""
+    """What to look for, and how to be rid of it.
+
+    `acts_anyway`: also where the look before it found nothing. `streams`: the act takes the findings while the look
+    goes on, for there may be a million of them.
+    """
 
     id: str
     look: Look
     act: Act
     acts_anyway: bool = False
+    streams: bool = False
 
     def first_look(self, scope: Scope) -> Any:
         """What is there before anything is touched, as evidence; None where it cannot be seen yet."""
         try:
-            return evidence(list(self.look(scope)))
+            return evidence(self.look(scope))
         except Exception:  # the second look decides, and will say why
             return None
 
@@ -57,9 +62,9 @@ class Step:
         began = time.monotonic()
         step = {"id": self.id, "result": "unknown", "reason": None, "before": before, "acted": self._act(scope)}
         try:
-            left = list(self.look(scope))
-            step |= {"result": "failed", "reason": reason(left)} if left else {"result": "passed"}
-            step["after"] = evidence(left)
+            left = evidence(self.look(scope))
+            step |= {"result": "failed", "reason": reason(left)} if left["count"] else {"result": "passed"}
+            step["after"] = left
         except NotApplicable as why:
             step |= {"result": "not_applicable", "reason": str(why), "after": None}
         except Exception as error:  # whatever went wrong: the host is not proven clean, and the next step still runs
@@ -70,15 +75,20 @@ class Step:
         """What was done about what is there now, up to the first error: it is told, and the second look judges."""
         done: list[str] = []
         try:
-            found = list(self.look(scope))
-            done.extend(printable(line)[:_EVIDENCE_CHARS] for line in self._lines(scope, found))
+            for line in self._lines(scope):
+                if len(done) < _EVIDENCE_LINES:
+                    done.append(printable(line)[:_EVIDENCE_CHARS])
         except NotApplicable:
             pass
         except Exception as error:
+            del done[_EVIDENCE_LINES - 1 :]
             done.append(printable(f"stopped by {_told(error)}")[:_EVIDENCE_CHARS])
-        return done[:_EVIDENCE_LINES]
+        return done
 
-    def _lines(self, scope: Scope, found: list[Finding]) -> Iterable[str]:
+    def _lines(self, scope: Scope) -> Iterable[str]:
+        if self.streams:
+            return self.act(scope, self.look(scope))
+        found = list(self.look(scope))
         return self.act(scope, found) if found or self.acts_anyway else ()
 
 
@@ -86,12 +96,20 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def evidence(found: list[Finding]) -> dict[str, Any]:
-    """The findings as JSON: how many, and each in words, as far as there is room."""
-    return {"count": len(found), "found": [str(each)[:_EVIDENCE_CHARS] for each in found[:_EVIDENCE_LINES]]}
+def evidence(found: Iterable[Finding]) -> dict[str, Any]:
+    """The findings as JSON: how many, and each in words, as far as there is room. The rest is counted and forgotten."""
+    count = 0
+    texts: list[str] = []
+    for each in found:
+        count += 1
+        if len(texts) < _EVIDENCE_LINES:
+            texts.append(str(each)[:_EVIDENCE_CHARS])
+    return {"count": count, "found": texts}
 
 
-def reason(found: list[Finding]) -> str:
-    """The findings in one sentence."""
-    text = "; ".join(str(each) for each in found)
-    return text if len(text) <= _REASON_CHARS else f"{text[: _REASON_CHARS - 20]} … ({len(found)} in all)"
+def reason(seen: dict[str, Any]) -> str:
+    """What `evidence` answered, in one sentence."""
+    text = "; ".join(seen["found"])
+    if len(text) <= _REASON_CHARS and seen["count"] == len(seen["found"]):
+        return text
+    return f"{text[: _REASON_CHARS - 20]} … ({seen['count']} in all)"

@@ -18,6 +18,8 @@ from typing import Any
 Entry = dict[str, Any]
 Snapshot = dict[str, Entry]
 
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PATH_MAX = 4096
 _READ_LIMIT_BYTES = 256 * 1024
 _DIGEST_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -54,6 +56,75 @@ def _walk(path: str, skip: Callable[[str], bool]) -> Iterator[str]:
         return
     for name in names:
         yield from _walk(os.path.join(path, name), skip)
+
+
+def open_folder(path: str) -> int:
+    """A descriptor of the folder, also where its path is longer than the kernel takes in one piece."""
+    folder = os.open("/", FOLDER)
+    for piece in _pieces(path):
+        try:
+            inner = os.open(piece, FOLDER, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
+
+
+def _pieces(path: str) -> Iterator[str]:
+    if len(os.fsencode(path)) < _PATH_MAX:
+        yield path
+        return
+    piece: list[str] = []
+    size = 0
+    for name in path.strip("/").split("/"):
+        length = len(os.fsencode(name)) + 1
+        if size + length >= _PATH_MAX:
+            yield "/".join(piece)
+            piece, size = [], 0
+        piece.append(name)
+        size += length
+    yield "/".join(piece)
+
+
+def enter(path: str) -> int:
+    """A descriptor of a folder on ground that a tenant may have prepared: no name on the way to it may be a link."""
+    folder = os.open("/", FOLDER)
+    for name in [each for each in path.split("/") if each]:
+        try:
+            inner = os.open(name, FOLDER, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
+
+
+def below(top: str) -> Iterator[str]:
+    """Every path at or below the top, as long as no link leads to it; nothing where it is not there."""
+    try:
+        parent = enter(os.path.dirname(top))
+    except OSError:  # not there, or a link: then what it leads to is not here
+        return
+    try:
+        facts = os.stat(os.path.basename(top), dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(parent)
+    if not stat.S_ISDIR(facts.st_mode):
+        yield top
+        return
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        handle = enter(folder)
+        try:
+            with os.scandir(handle) as entries:
+                for entry in entries:
+                    yield f"{folder}/{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{folder}/{entry.name}")
+        finally:
+            os.close(handle)
 
 
 def look_at(path: str, *, content: bool = False) -> Entry | None:

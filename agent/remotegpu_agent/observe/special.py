@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from remotegpu_agent.observe import docker, mounts
+from remotegpu_agent.observe import docker, files, mounts
 
 CLOSED_STORES = (f"{docker.ROOT}/", "/var/lib/containerd/", "/var/lib/remotegpu-agent/", "/var/lib/remotegpu-tasks/")
 
@@ -48,35 +48,42 @@ def is_closed_store(path: str) -> bool:
 
 
 def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
+    """One name at a time: of a million in one folder no list is made, and what the caller removes is not entered."""
     pending = [top]
     while pending:
         folder = pending.pop()
         try:
-            entries = list(os.scandir(folder))
+            handle = files.open_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        for entry in entries:
-            found = _look_at(entry)
-            if found is None or is_closed_store(entry.path):
-                continue
-            yield found
-            if stat.S_ISDIR(found.mode) and entry.path not in points:
-                pending.append(entry.path)
+        try:
+            with os.scandir(handle) as entries:
+                for entry in entries:
+                    found = _look_at(os.path.join(folder, entry.name), entry, handle)
+                    if found is None or is_closed_store(found.path):
+                        continue
+                    yield found
+                    if stat.S_ISDIR(found.mode) and found.path not in points:
+                        pending.append(found.path)
+        except FileNotFoundError:
+            continue  # the folder went while it was read
+        finally:
+            os.close(handle)
 
 
-def _look_at(entry: os.DirEntry[str]) -> Found | None:
+def _look_at(path: str, entry: os.DirEntry[str], folder: int) -> Found | None:
     try:
         facts = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return Found(entry.path, facts.st_mode, facts.st_uid, facts.st_gid, _capabilities(entry.path, facts.st_mode))
+    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, _capabilities(folder, entry.name, facts.st_mode))
 
 
-def _capabilities(path: str, mode: int) -> str | None:
+def _capabilities(folder: int, name: str, mode: int) -> str | None:
     if not stat.S_ISREG(mode):
         return None
-    try:
-        return os.getxattr(path, "security.capability", follow_symlinks=False).hex()
+    try:  # by way of the descriptor: the whole path may be longer than the kernel takes
+        return os.getxattr(f"/proc/self/fd/{folder}/{name}", "security.capability", follow_symlinks=False).hex()
     except OSError:
         return None  # ENODATA almost always; a file system without such attributes lends nothing either
 

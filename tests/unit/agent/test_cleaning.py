@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import network, restored, scope
+from remotegpu_agent.cleaning import data, network, remove, restored, scope
 from remotegpu_agent.cleaning.scope import Refused, Scope
-from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step
-from remotegpu_agent.observe import accounts, firewall
+from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
+from remotegpu_agent.observe import accounts, files, firewall, mounts, special
 from tests.support.dirt import WAYS
 
 PASSWD = {"root": ["root:x:0:0:root:/root:/bin/bash"], "ops": ["ops:x:1000:1000::/home/ops:/bin/bash"]}
@@ -91,6 +93,131 @@ def test_a_flood_of_findings_stays_within_the_protocols_limits() -> None:
     step = a_step(many, many).run(SCOPE, before=None)
     assert len(step["reason"]) <= 2000
     assert (step["after"]["count"], len(step["after"]["found"])) == (5000, 500)
+
+
+def test_a_million_findings_are_counted_and_not_kept() -> None:
+    def look(_scope: Scope) -> Iterator[Finding]:
+        return (Finding(f"/data/{number}", f"/data/{number} of uid 20017") for number in range(30_000))
+
+    def act(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
+        return (f"removed {finding.subject}" for finding in found)
+
+    tracemalloc.start()
+    step = Step("a_step", look, act, streams=True)
+    report = step.run(SCOPE, step.first_look(SCOPE))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2e6
+    assert [report[name]["count"] for name in ("before", "after")] == [30_000, 30_000]
+    assert report["reason"].endswith("… (30000 in all)")
+    assert len(report["acted"]) == 500
+
+
+def test_a_step_that_streams_acts_while_it_looks_and_tells_where_it_stopped() -> None:
+    left = [f"/data/{number}" for number in range(3)]
+
+    def look(_scope: Scope) -> Iterator[Finding]:
+        return (Finding(path, path) for path in list(left))
+
+    def act(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
+        for finding in found:
+            left.remove(finding.subject)
+            yield f"removed {finding.subject}"
+        raise OSError("the rest is out of reach")
+
+    step = Step("a_step", look, act, streams=True).run(SCOPE, before=None)
+    assert (step["result"], step["acted"][0]) == ("passed", "removed /data/0")
+    assert step["acted"][-1] == "stopped by OSError: the rest is out of reach"
+
+
+# --- ground that a tenant has prepared
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scope:
+    """A tenant whose files are those of whoever runs the test, on a machine that consists of one folder."""
+    monkeypatch.setattr(mounts, "local", lambda: [str(tmp_path)])
+    monkeypatch.setattr(data, "TEMPORARY_FOLDERS", (str(tmp_path),))
+    here = Scope(17, "lease17", os.getuid(), os.getgid(), str(tmp_path), SECTIONS | {"special_files": {}})
+    here.__dict__.update(uids=frozenset({os.getuid()}), subordinate_uids=())
+    return here
+
+
+def test_files_deeper_than_any_path_are_seen_and_removed(mine: Scope) -> None:
+    folder = os.open(mine.home, os.O_RDONLY)
+    for _ in range(40):
+        os.mkdir("d" * 200, dir_fd=folder)
+        inner = os.open("d" * 200, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(os.open("left", os.O_CREAT | os.O_WRONLY, 0o4755, dir_fd=folder))
+    os.close(folder)
+    found = list(data.look_for_files(mine))
+    assert len(found) == 41
+    assert found[-1].text.count("/d") == 40
+    assert [finding.text.count("/d") for finding in restored.look_for_special_files(mine)] == [40]
+    list(data.remove_files(mine, data.look_for_files(mine)))
+    assert list(data.look_for_files(mine)) == []
+    assert list(Path(mine.home).iterdir()) == []
+
+
+def test_a_folder_with_very_many_names_is_walked_and_emptied_without_a_list_of_them(mine: Scope) -> None:
+    folder = Path(mine.home, "many")
+    folder.mkdir()
+    for number in range(5_000):
+        os.close(os.open(folder / f"{number:0200}", os.O_CREAT | os.O_WRONLY))
+    tracemalloc.start()
+    assert evidence(data.look_for_files(mine))["count"] == 5_001
+    list(data.remove_paths(mine, data.look_for_temporary_files(mine)))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1.5e6
+    assert list(Path(mine.home).iterdir()) == []
+
+
+def test_a_temporary_file_that_goes_while_we_look_is_no_trouble(mine: Scope) -> None:
+    for number in range(3):
+        Path(mine.home, str(number)).touch()
+    look = data.look_for_temporary_files(mine)
+    seen = next(look).subject
+    for other in {"0", "1", "2"} - {Path(seen).name}:
+        Path(mine.home, other).unlink()
+    assert list(look) == []
+
+
+def test_links_in_place_of_the_folder_of_user_units_lead_nowhere(mine: Scope) -> None:
+    elsewhere = Path(mine.home, "elsewhere", "systemd")
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "his.service").touch()
+    config = Path(mine.home, ".config")
+    config.symlink_to("elsewhere")
+    assert unit_files(mine) == []
+    config.unlink()
+    config.mkdir()
+    (config / "systemd").symlink_to("/")
+    assert unit_files(mine) == [f"{config}/systemd"]
+    list(remove.remove(f"{config}/systemd"))
+    (config / "systemd" / "user").mkdir(parents=True)
+    (config / "systemd" / "user" / "left.service").symlink_to(elsewhere / "his.service")
+    assert unit_files(mine) == [f"{config}/systemd/user", f"{config}/systemd/user/left.service"]
+
+
+def unit_files(here: Scope) -> list[str]:
+    return [each for name in (".config/systemd", ".local/share/systemd") for each in files.below(f"{here.home}/{name}")]
+
+
+def test_the_content_of_a_tenants_own_set_uid_files_is_never_read(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand sparse ones of 64 MB each would keep the machine busy for hours."""
+    path = Path(mine.home, "left")
+    path.write_text("#!")
+    path.chmod(0o4755)
+    monkeypatch.setattr(files, "read_no_follow", lambda path: pytest.fail(f"read {path}"))
+    assert [finding.text for finding in restored.look_for_special_files(mine)] == [
+        f"{path} (mode 4755) is not in the baseline"
+    ]
+    monkeypatch.setattr(special, "packaged_paths", lambda: frozenset[str]())
+    list(restored.disarm_special_files(mine, restored.look_for_special_files(mine)))
+    assert not path.exists()
 
 
 # --- whom an order may touch
