@@ -56,8 +56,7 @@ class GpuProbe:
             sample, asked_at = self._sample, self._asked_at
         overdue_s = time.monotonic() - asked_at if asked_at is not None else 0.0
         if overdue_s > self._deadline_s:
-            message = f"NVML has not answered for {overdue_s:.0f} s: the driver hangs, a reboot may be needed"
-            return (sample or _unknown("stale", message)) | {"state": "stale", "message": message}
+            return _stale(sample, f"NVML has not answered for {overdue_s:.0f} s")
         return sample or _unknown("stale", "no sample yet")
 
     def stop(self) -> None:
@@ -86,11 +85,17 @@ class GpuProbe:
                 self._asked_at = time.monotonic()
             os.write(child.stdin.fileno(), b"probe\n")  # type: ignore[union-attr]  # Popen was given PIPE
             answer = json.loads(self._read_line(child))
+            self._terminated_at = None  # it answered after all: a later end is another matter
             self._accept(answer | {"sampled_at": format_time(now())})
         except (OSError, ValueError, EOFError) as error:
+            has_hung = self._terminated_at is not None
             self._reap()
             if not self._stopping.is_set():
-                self._accept(_unknown("error", f"the NVML process ended: {error}"))
+                self._accept(self._old() if has_hung else _unknown("error", f"the NVML process ended: {error}"))
+
+    def _old(self) -> dict[str, Any]:
+        """A child that had to be ended took nothing along: which GPUs there are, and when that was seen, holds."""
+        return _stale(self._sample, "NVML did not answer and its process was ended")
 
     def _running_child(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._child.poll() is not None:
@@ -151,6 +156,14 @@ def _unknown(state: str, message: str) -> dict[str, Any]:
         "nvml_version": None,
         "gpus": [],
     }
+
+
+def _stale(sample: dict[str, Any] | None, what: str) -> dict[str, Any]:
+    """The last sample, said to be old, and since when: nobody shall take its numbers for those of now."""
+    seen_at = sample["sampled_at"] if sample else None
+    since = f"the last values are of {seen_at}" if seen_at else "there are no values yet"
+    message = f"{what}; {since}: the driver hangs, a reboot may be needed"
+    return (sample or _unknown("stale", message)) | {"state": "stale", "message": message}
 
 
 def _true_processes(listed: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import gpu as gpu_module
 from remotegpu_agent import gpu_child
 from remotegpu_agent.gpu import GpuProbe, holds_gpu
 from tests.support.waiting import until
@@ -60,6 +62,47 @@ def test_a_child_that_hangs_makes_the_last_sample_stale_and_nobody_waits(probe_o
     conforms("gpu_report", stale)
     assert stale["sampled_at"] == good["sampled_at"]
     assert "the driver hangs" in stale["message"]
+
+
+def test_a_hung_child_that_ignores_term_is_killed_and_what_was_last_seen_stays_with_its_time(
+    probe_of: Callable[..., GpuProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_module, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(gpu_module, "GRACE_S", 0.2)
+    answer = ANSWER.replace('"gpus": []', f'"gpus": [{_json(GPU)}]')
+    pids, healed = tmp_path / "pids", tmp_path / "healed"
+    probe = probe_of(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n"
+        "sys.stdin.readline()\n"
+        f"if len(open({str(pids)!r}).read().split()) == 1 or os.path.exists({str(healed)!r}):\n"
+        f"    print({answer!r}, flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "time.sleep(1000)",
+        deadline_s=0.1,
+    )
+    probe.ask(wait_s=5)
+    good = probe.report()
+    assert good["state"] == "ok"
+    for children in (1, 2):  # a driver that still hangs takes the next child, too
+        probe.ask()
+        until(partial(_is_gone, pids, children), f"child {children} to be killed", timeout_s=10)
+        until(lambda: "was ended" in probe.report()["message"], "the word of it")
+        stale = probe.report()
+        conforms("gpu_report", stale)
+        assert (stale["state"], stale["sampled_at"]) == ("stale", good["sampled_at"])
+        assert [each["uuid"] for each in stale["gpus"]] == ["GPU-1"], "the GPUs are not forgotten"
+        assert f"the last values are of {good['sampled_at']}" in stale["message"]
+    healed.touch()
+    probe.ask(wait_s=5)
+    assert probe.report()["state"] == "ok"
+    assert probe.report()["sampled_at"] > good["sampled_at"]
+
+
+def _is_gone(pids: Path, number: int) -> bool:
+    """The child of that number has been there, and is there no more."""
+    started = pids.read_text().split()
+    return len(started) >= number and not Path("/proc", started[number - 1]).exists()
 
 
 def test_one_probe_is_in_flight_however_often_one_asks(probe_of: Callable[..., GpuProbe], tmp_path: Path) -> None:
