@@ -17,10 +17,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import peewee
-from playhouse.pool import PooledPostgresqlDatabase
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
 LOCK_WAIT_S = 30.0  # how long a writer waits for another writer before it gives up
+STALLED_S = 60.0  # after this long without a word inside a transaction, PostgreSQL takes its locks away
 BUSY_TIMEOUT_MS = 20  # inside SQLite's C code no greenlet can run, so it gives up soon and we wait ourselves
+
+AWAY = (peewee.OperationalError, peewee.InterfaceError, MaxConnectionsExceeded)
+"""What asking raises while the database cannot answer: it is down, held by another writer, or out of connections."""
 
 db = peewee.DatabaseProxy()
 
@@ -72,10 +76,25 @@ def _postgresql(url: str, max_connections: int) -> peewee.Database:
         max_connections=max_connections,
         stale_timeout=300,
         timeout=LOCK_WAIT_S,  # for a connection: whoever holds one may be waiting for another writer
-        options="-c timezone=UTC",
+        options=f"{_session()} {options.pop('options', '')}".strip(),
         **options,
     )
     return pool
+
+
+def _session() -> str:
+    """What our transactions rely on, whatever the server's or the role's defaults are.
+
+    Each statement sees what was committed before it: so a check made after `machines.lock` is true. Nobody waits for
+    ever for a process that hangs inside a transaction.
+    """
+    wanted = {
+        "timezone": "UTC",
+        "default_transaction_isolation": r"read\ committed",
+        "lock_timeout": f"{LOCK_WAIT_S * 1000:.0f}ms",
+        "idle_in_transaction_session_timeout": f"{STALLED_S * 1000:.0f}ms",
+    }
+    return " ".join(f"-c {name}={value}" for name, value in wanted.items())
 
 
 def is_sqlite() -> bool:

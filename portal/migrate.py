@@ -21,11 +21,13 @@ def migrate() -> list[str]:
         if is_sqlite():
             # No advisory lock there: each migration is a transaction, and the ledger's unique name refuses a second.
             return _run()
+        db.execute_sql("SET lock_timeout = 0")  # a migration may take long, and so may waiting for it
         db.execute_sql("SELECT pg_advisory_lock(%s)", (LOCK,))
         try:
             return _run()
         finally:
             db.execute_sql("SELECT pg_advisory_unlock(%s)", (LOCK,))
+            db.execute_sql("RESET lock_timeout")
 
 
 def _run() -> list[str]:

@@ -29,6 +29,8 @@ from portal.db import db
 
 log = logging.getLogger("portal.problems")
 
+LOCKED = ("database is locked", "due to lock timeout")  # as SQLite says it, and PostgreSQL
+
 CODES = {
     400: "malformed",
     401: "not_signed_in",
@@ -212,8 +214,8 @@ def _of_integrity(error: peewee.IntegrityError) -> Problem:
 
 
 def _is_busy(error: Exception) -> bool:
-    """Every connection of the pool is taken, or another writer held SQLite's lock for too long."""
-    is_locked = isinstance(error, peewee.OperationalError) and "database is locked" in str(error)
+    """Every connection of the pool is taken, or another writer held what we wanted for too long."""
+    is_locked = isinstance(error, peewee.OperationalError) and any(words in str(error) for words in LOCKED)
     return is_locked or isinstance(error, MaxConnectionsExceeded)
 
 

@@ -29,8 +29,6 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
-import peewee
-
 from portal.db import connection, db, utcnow
 from portal.models import Event
 
@@ -193,7 +191,7 @@ class Wake:
             try:
                 self._deliver(self._read())
                 pause = INTERVAL_S
-            except (peewee.PeeweeException, OSError):
+            except Exception:  # the poller is the only one of its process: without it nobody would be woken again
                 log.warning(
                     "The event table cannot be read; waiting calls are answered when their time is up.", exc_info=True
                 )

@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Any
 
 import orjson
-import peewee
 
 from portal import db
 from portal.models import MachineReport
@@ -115,7 +114,7 @@ class Buffer:
         for start in range(0, len(rows), ROWS):
             try:
                 _write(rows[start : start + ROWS])
-            except (peewee.OperationalError, peewee.InterfaceError):
+            except db.AWAY:
                 log.warning("Heartbeats cannot be written now; trying again.", exc_info=True)
                 self._keep(rows[start:])
                 break
@@ -154,7 +153,9 @@ def _write(rows: list[Heartbeat]) -> None:
         try:
             with db.atomic():
                 _upsert(rows)
-        except (peewee.IntegrityError, peewee.DataError) as error:
+        except db.AWAY:
+            raise
+        except Exception as error:  # whatever is wrong with one of them, the writer goes on
             if len(rows) == 1:
                 log.warning("The report of machine %s is not kept: %s", rows[0].machine_id, error)
                 return

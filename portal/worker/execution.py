@@ -17,9 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import peewee
-
-from portal.db import connection, utcnow
+from portal.db import AWAY, connection, utcnow
 from portal.errors import Error
 from portal.integrations.faults import point
 from portal.integrations.processes import Process
@@ -41,7 +39,6 @@ LOOK_S = 0.5  # how often a wish to cancel is looked for
 
 FAILURES = ("runner_on_failed", "runner_on_unreachable")
 T = TypeVar("T")
-DatabaseAway = (peewee.OperationalError, peewee.InterfaceError)
 
 
 @dataclass
@@ -79,11 +76,11 @@ class Execution:
             self._execute()
         except WrongState:
             LOG.warning("run %s is held by somebody else by now; what was done here is void", self._run.id)
-        except DatabaseAway:
+        except AWAY:
             LOG.exception("run %s: the database is away; the run is taken up when its lock has expired", self._run.id)
         except Exception as error:
             LOG.exception("run %s could not be executed", self._run.id)
-            with contextlib.suppress(WrongState, *DatabaseAway):
+            with contextlib.suppress(WrongState, *AWAY):
                 self._finish(Outcome("failed", reason=f"The worker could not execute it: {error}"))
         finally:
             directory.remove(self._path)
@@ -148,7 +145,7 @@ class Execution:
             try:
                 with connection():
                     written = write()
-            except DatabaseAway:
+            except AWAY:
                 if began > self._lock_ends_at:
                     raise
                 time.sleep(LISTEN_S)
@@ -172,7 +169,7 @@ class Execution:
             runner.keep_alive()
         elif now >= self._next_look:
             self._next_look = now + LOOK_S
-            with contextlib.suppress(*DatabaseAway), connection():
+            with contextlib.suppress(*AWAY), connection():
                 self._run = runs.get_run(self._run.id)
 
     def _hear(self, message: dict[str, Any]) -> None:

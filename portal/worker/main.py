@@ -12,10 +12,8 @@ import threading
 import uuid
 from pathlib import Path
 
-import peewee
-
 from portal import start
-from portal.db import connection
+from portal.db import AWAY, connection
 from portal.integrations import queue
 from portal.integrations.faults import point
 from portal.integrations.runner import end_leftovers
@@ -63,8 +61,10 @@ class Worker:
             try:
                 with connection():
                     self._look()
-            except peewee.DatabaseError:
+            except AWAY:
                 LOG.warning("the database does not answer; runs go on when it does", exc_info=True)
+            except Exception:  # of one run or directory: the worker is there for all of them
+                LOG.exception("looking for runs failed; the worker looks again")
             self._heard.wait(LOOK_S)
         for thread in (*self._threads, *helpers):
             thread.join()

@@ -6,9 +6,7 @@ import logging
 import threading
 import time
 
-import peewee
-
-from portal.db import connection
+from portal.db import AWAY, connection
 from portal.services import sweeps
 
 LOG = logging.getLogger(__name__)
@@ -21,5 +19,5 @@ def sweep_until(stopping: threading.Event, interval_s: float) -> None:
         try:
             with connection():
                 sweeping.go(time.monotonic())
-        except peewee.DatabaseError:
+        except AWAY:
             LOG.warning("the database does not answer; sweeping goes on when it does", exc_info=True)

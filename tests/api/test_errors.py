@@ -140,7 +140,12 @@ def test_an_unexpected_error_of_the_database_says_nothing_of_it(fresh_app):
 
 
 @pytest.mark.parametrize(
-    "error", [peewee.OperationalError("database is locked"), MaxConnectionsExceeded("Max connections exceeded")]
+    "error",
+    [
+        peewee.OperationalError("database is locked"),
+        peewee.OperationalError("canceling statement due to lock timeout\nCONTEXT: while updating a tuple"),
+        MaxConnectionsExceeded("Max connections exceeded"),
+    ],
 )
 def test_a_busy_database_asks_to_come_back(fresh_app, error):
     def fail():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peewee
 import pytest
 
 from portal.integrations import queue
@@ -232,6 +233,24 @@ def test_a_worker_hears_the_bell_at_once(work: Work, machine: Machine, monkeypat
     assert ended(first).state == "succeeded"
     second = runs.queue("gpu_hosts", [machine], by=SYSTEM)
     assert ended(second).state == "succeeded"
+
+
+def test_a_fault_while_looking_for_runs_does_not_end_the_worker(
+    work: Work, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("portal.worker.main.LOOK_S", 0.05)
+    real, faults = runs.claim, iter([OSError("no space left"), peewee.InterfaceError("connection already closed")])
+
+    def claim(token: str, *, lock_s: float) -> Run | None:
+        for fault in faults:
+            raise fault
+        return real(token, lock_s=lock_s)
+
+    monkeypatch.setattr(runs, "claim", claim)
+    run = runs.queue("gpu_hosts", [machine], by=SYSTEM)
+    work("- name: Say\n  ansible.builtin.debug: {msg: hello}")
+    assert ended(run).state == "succeeded"
+    assert [fault in caplog.text for fault in ("no space left", "connection already closed")] == [True, True]
 
 
 def test_nothing_is_started_when_no_host_is_left(work: Work, machine: Machine) -> None:

@@ -1,0 +1,151 @@
+"""What the portal relies on in a session of its database, and how it bears one that cannot answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import peewee
+import psycopg2
+import pytest
+
+from portal import db
+from portal.db import utcnow
+from portal.integrations.wake import Wake
+from portal.models import Machine, MachineReport
+from portal.services import events, heartbeats, machines
+from portal.services.heartbeats import Heartbeat
+from tests.factories import make_machine
+from tests.support.waiting import until
+
+ON_POSTGRESQL = pytest.mark.parametrize(
+    "database_url", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
+)
+
+
+def reconnect(url: str, **given: Any) -> Any:
+    db.db.close_all()
+    return db.connect(url, **given)
+
+
+@pytest.fixture
+def holder(database: Any, database_url: str) -> Iterator[Any]:
+    """Another program that has begun a transaction, took the row of the only machine, and hangs."""
+    make_machine("gpu-1")
+    connection = psycopg2.connect(database_url)
+    connection.cursor().execute("UPDATE machine SET remark = 'mine'")
+    yield connection
+    connection.close()
+
+
+@ON_POSTGRESQL
+def test_checks_see_what_was_committed_before_them_whatever_the_server_s_default_is(
+    database: Any, database_url: str
+) -> None:
+    """In a stricter isolation every second one of two who come at once would fail with an error of the database."""
+    name = database_url.rpartition("/")[2]
+    database.execute_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    database.execute_sql(f"ALTER DATABASE {name} SET timezone = 'Asia/Shanghai'")
+    fresh = reconnect(database_url)
+    shown = [fresh.execute_sql(f"SHOW {setting}").fetchone()[0] for setting in ("transaction_isolation", "timezone")]
+    assert shown == ["read committed", "UTC"]
+
+
+@ON_POSTGRESQL
+def test_options_of_the_address_are_added_to_ours(database: Any, database_url: str) -> None:
+    fresh = reconnect(f"{database_url}?options=-c%20statement_timeout%3D7s&application_name=trial")
+    shown = [fresh.execute_sql(f"SHOW {setting}").fetchone()[0] for setting in ("statement_timeout", "timezone")]
+    assert shown == ["7s", "UTC"]
+
+
+@ON_POSTGRESQL
+def test_who_waits_for_a_program_that_hangs_is_told_so_in_the_end(
+    database: Any, database_url: str, holder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "LOCK_WAIT_S", 0.2)
+    reconnect(database_url)
+    with pytest.raises(db.AWAY, match="lock timeout"), db.atomic():
+        machines.lock(Machine.get())
+
+
+def hold_until_another_writes(machine: Machine, other: Any) -> None:
+    with db.atomic():
+        machines.lock(machine)
+        other.cursor().execute("UPDATE machine SET remark = 'free'")  # returns when the lock is taken away
+        other.commit()
+        machines.get(machine.id)
+
+
+@ON_POSTGRESQL
+def test_a_program_that_hangs_inside_a_transaction_loses_its_locks(
+    database: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "STALLED_S", 0.3)
+    machine = make_machine("gpu-1")
+    reconnect(database_url)
+    own = psycopg2.connect(database_url)
+    try:
+        with pytest.raises(db.AWAY), db.connection():
+            hold_until_another_writes(machine, own)
+    finally:
+        own.close()
+    assert machines.get(machine.id).remark == "free"
+
+
+@ON_POSTGRESQL
+def test_who_writes_and_wakes_in_the_background_bears_a_pool_without_connections(
+    database: Any, database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(db, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(heartbeats, "FLUSH_S", 0.05)
+    machine = make_machine("gpu-1")
+    small = reconnect(database_url, max_connections=1)
+    own, buffer = Wake(), heartbeats.Buffer()
+    try:
+        with own.listen(("task.log", 7)) as ear:
+            with db.connection():  # the only one
+                small.execute_sql("SELECT 1")
+                buffer.note(_heartbeat(machine.id))
+                turned_away = ("cannot be written now", "cannot be read")
+                until(lambda: all(words in caplog.text for words in turned_away), "both to be turned away")
+            with db.connection(), db.atomic():
+                events.write("task.log", resource_id=7)
+            assert ear.wait(10)
+
+        def is_written() -> bool:
+            with db.connection():
+                return MachineReport.select().count() == 1
+
+        until(is_written, "the heartbeat to be written", timeout_s=10)
+    finally:
+        buffer.stop()
+        own.stop()
+
+
+def _heartbeat(machine_id: int) -> Heartbeat:
+    return Heartbeat(machine_id, utcnow(), 0.0, "0.1.0", "boot", 1, False, None, None, [])
+
+
+def test_a_fault_that_nobody_foresaw_ends_neither_of_them(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are the only ones of their process: without them no host is online, and nobody is woken."""
+    monkeypatch.setattr(heartbeats, "FLUSH_S", 0.05)
+    machine = make_machine("gpu-1")
+    real, faults = heartbeats._upsert, iter([ZeroDivisionError("once"), peewee.ProgrammingError("twice")])
+
+    def upsert(rows: list[Heartbeat]) -> None:
+        for fault in faults:
+            raise fault
+        real(rows)
+
+    monkeypatch.setattr(heartbeats, "_upsert", upsert)
+    buffer = heartbeats.Buffer()
+    try:
+        buffer.note(_heartbeat(machine.id))
+
+        def is_written() -> bool:
+            buffer.note(_heartbeat(machine.id))  # as the next report does
+            return MachineReport.select().count() == 1
+
+        until(is_written, "a later heartbeat to be written", timeout_s=10)
+    finally:
+        buffer.stop()
