@@ -29,6 +29,7 @@ KEEP_ALIVE_S = 15.0
 LIFE_S = 600.0  # shorter than an access token lives
 INTERNAL = ("machine.generation", "credential.ended")  # of no meaning to people
 KEEP_ALIVE = ": still here\n\n"
+PAGE = 500  # as many missed events are read at a time
 Reader = Callable[[], User | None]
 
 
@@ -86,7 +87,7 @@ def _events(ask: Reader, wanted: tuple[str, ...], last: int | None) -> Iterator[
     with wake.listen(*keys) as ear:
         yield KEEP_ALIVE
         sent: set[int] = set()
-        for heard in _missed(keys, last):
+        for heard in () if last is None else _missed(keys, last):
             sent.add(heard.id)
             yield from _told(heard, wanted)
         asked_at = time.monotonic()
@@ -110,20 +111,27 @@ def _keys(user: User | None) -> tuple[Key, ...]:
     return tuple(("tenant", tenant_id) for tenant_id in tenants.ids_of(user))
 
 
-def _missed(keys: tuple[Key, ...], last: int | None) -> list[Heard]:
-    """What came after the last event that was read, and shortly before it: ids commit out of order."""
-    if last is None:
-        return []
+def _missed(keys: tuple[Key, ...], last: int) -> Iterator[Heard]:
+    """What came after the last event that was read, and shortly before it: ids commit out of order.
+
+    Whoever was away for longer than events are kept is told all that there are.
+    """
     columns = (Event.id, Event.topic, Event.machine_id, Event.tenant_id, Event.resource_id, Event.data)
+    told: Any = Event.select(*columns).where(Event.topic.not_in(INTERNAL), Event.id != last)
+    if EVERYTHING not in keys:
+        told = told.where(Event.tenant_id << [tenant_id for _, tenant_id in keys])
     with connection():
         seen_at = Event.select(Event.at).where(Event.id == last).scalar()
-        if seen_at is None:
-            return []
-        since = seen_at - timedelta(seconds=WINDOW_S)
-        rows: Any = (
-            Event.select(*columns).where(Event.at > since, Event.id != last).order_by(Event.id).limit(1000).tuples()
-        )
-        return [heard for heard in (Heard(*row) for row in rows) if set(keys) & set(heard.heard_under())]
+    if seen_at is not None:
+        told = told.where(Event.at > seen_at - timedelta(seconds=WINDOW_S))
+    page: list[Any] = []
+    while True:
+        after = page[-1][0] if page else 0
+        with connection():
+            page = list(told.where(Event.id > after).order_by(Event.id).limit(PAGE).tuples())
+        yield from (Heard(*row) for row in page)
+        if len(page) < PAGE:
+            return
 
 
 def _told(heard: Heard, wanted: tuple[str, ...]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -97,6 +98,42 @@ def test_who_comes_back_is_told_what_came_meanwhile(
     heard = topics_heard(sign_in(customer), lambda: None, headers={"Last-Event-ID": str(last)})
     assert heard.count("task.running") >= 1
     assert "task.secret" not in heard
+
+
+@pytest.mark.parametrize("who", ["customer", "operator"])
+def test_however_much_happened_elsewhere_nothing_of_ones_own_is_missed(
+    request: pytest.FixtureRequest, sign_in: Any, tenant: Tenant, other_tenant: Tenant, who: str
+) -> None:
+    write("task.queued", tenant_id=tenant.id)
+    last = Event.select().order_by(-Event.id).get().id
+    noise = {"topic": "machine.generation", "tenant_id": other_tenant.id, "data": {}}
+    with db.atomic():
+        for _ in range(12):
+            Event.insert_many([noise] * 100).execute()
+    Event.insert_many([{**noise, "topic": "task.running"}] * (2 * streams.PAGE)).execute()
+    write("task.succeeded", tenant_id=tenant.id)
+    a_while_ago()
+    person = sign_in(request.getfixturevalue(who))
+    heard = topics_heard(person, lambda: None, headers={"Last-Event-ID": str(last)})
+    assert heard[-1] == "task.succeeded"
+    assert heard.count("task.running") == (0 if who == "customer" else 2 * streams.PAGE)
+
+
+def test_whoever_was_away_for_longer_than_events_are_kept_is_told_all_that_there_are(
+    sign_in: Any, customer: User, tenant: Tenant
+) -> None:
+    write("task.queued", tenant_id=tenant.id)
+    forgotten = Event.select().order_by(-Event.id).get()
+    write("task.running", tenant_id=tenant.id)
+    forgotten.delete_instance()
+    a_while_ago()
+    heard = topics_heard(sign_in(customer), lambda: None, headers={"Last-Event-ID": str(forgotten.id)})
+    assert heard == ["task.running"]
+
+
+def a_while_ago() -> None:
+    """What is there now has happened too long ago for whoever opens a stream to hear it as it comes."""
+    Event.update(at=utcnow() - timedelta(minutes=10)).execute()
 
 
 def test_a_stream_ends_with_the_membership_it_was_opened_for(
