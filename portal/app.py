@@ -11,12 +11,12 @@ from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
 from werkzeug.exceptions import BadRequest, LengthRequired
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
-from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import IntegerConverter
 
 from portal import api, start, web
 from portal.api import agents, auth, docs, health, metrics, problems
 from portal.db import db
+from portal.proxies import KnownProxies
 from portal.services import users
 from portal.settings import Settings
 from portal.web import frame
@@ -49,8 +49,7 @@ def build(settings: Settings) -> Flask:
     app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {agents.PREFIX: agents.door()})  # type: ignore[method-assign]  # Flask's documented way
     app.wsgi_app = metrics.counting(app.wsgi_app)  # type: ignore[method-assign]  # Flask's documented way
     if settings.trusted_proxies:
-        hops = settings.trusted_proxies
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]  # Flask's documented way
+        app.wsgi_app = KnownProxies(app.wsgi_app, settings.trusted_proxies)  # type: ignore[method-assign]  # the same
     auth.jwt.init_app(app)
     Babel(app, locale_selector=locale)
     limiter = Limiter(

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 MIN_SECRET_BYTES = 32
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+UNIX_SOCKET = "unix"  # among TRUSTED_PROXIES: who connects to the socket file has no address
 SAMPLES = ("changeme", "change-me", "secret", "example", "password", "sample")
 
 
@@ -35,7 +36,7 @@ class Settings:
     public_url: str
     bind: str
     redis_url: str | None = None
-    trusted_proxies: int = 0  # how many proxies in front set X-Forwarded-For
+    trusted_proxies: str = ""  # whose X-Forwarded-… headers count: addresses, networks, unix
     access_token_s: int = 15 * 60
     refresh_token_s: int = 14 * 24 * 3600
     report_interval_s: float = 15.0
@@ -110,6 +111,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given.setdefault("bind", _bind_for(str(given["public_url"])))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
     _check_public_url(settings.public_url)
+    _check_proxies(settings)
     _check_monitoring(settings)
     return settings
 
@@ -155,6 +157,16 @@ def _check_public_url(url: str) -> None:
         raise SettingsError(f"PUBLIC_URL: {url!r} is plain http; agents refuse that except on loopback; use https")
 
 
+def _check_proxies(settings: Settings) -> None:
+    try:
+        networks(settings.trusted_proxies, but=UNIX_SOCKET)
+    except ValueError as error:
+        raise SettingsError(
+            f"TRUSTED_PROXIES: {error}; write the addresses of the proxies in front, or their networks, with commas "
+            f"between them, or {UNIX_SOCKET} for one that comes over a socket file"
+        ) from None
+
+
 def _check_monitoring(settings: Settings) -> None:
     for name in ("prometheus", "alertmanager"):
         parts = urlsplit(getattr(settings, f"{name}_url") or "http://none")
@@ -169,6 +181,11 @@ def _check_monitoring(settings: Settings) -> None:
         raise SettingsError(f"METRICS_ALLOW: {error}; write addresses or networks with commas between them") from None
 
 
-def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """`10.0.0.5, fd00::/8` as networks. Raises ValueError that names the one which is none."""
-    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+def networks(text: str, *, but: str | None = None) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """`10.0.0.5, fd00::/8` as networks, without the word `but`. Raises ValueError that names the one which is none."""
+    return tuple(ipaddress.ip_network(word) for word in words(text) if word != but)
+
+
+def words(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]

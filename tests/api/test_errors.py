@@ -15,7 +15,7 @@ from playhouse.pool import MaxConnectionsExceeded
 
 from portal.app import create_app
 from portal.errors import Conflict
-from portal.models import Tenant, User
+from portal.models import AuditEntry, Tenant, User
 from portal.services import sessions
 from portal.services.sessions import Caller
 from tests.factories import PASSWORD, make_tenant
@@ -278,17 +278,62 @@ def test_answers_carry_the_headers_that_browsers_obey(client, app):
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_a_forwarded_address_counts_only_behind_a_known_proxy(database, settings, operator):
-    from portal.models import AuditEntry
+OURS, STRANGER, CALLER = "127.0.0.1", "203.0.113.9", "198.51.100.7"
 
-    for proxies, seen in ((0, "127.0.0.1"), (1, "198.51.100.7")):
-        app = create_app(dataclasses.replace(settings, trusted_proxies=proxies))
-        app.test_client().post(
+
+@pytest.mark.parametrize(
+    ("proxies", "sender", "forwarded", "seen"),
+    [
+        (OURS, OURS, CALLER, CALLER),
+        (OURS, OURS, f"1.2.3.4, {CALLER}", CALLER),  # the caller wrote the first part
+        (f"{OURS}, 10.0.0.0/8", OURS, f"1.2.3.4, {CALLER}, 10.1.2.3", CALLER),
+        (f"{OURS}, 10.0.0.0/8", OURS, "10.9.9.9", "10.9.9.9"),
+        (OURS, f"::ffff:{OURS}", "2001:db8::7", "2001:db8::7"),
+        (OURS, OURS, "no address, x", OURS),
+        (OURS, OURS, "", OURS),
+        ("unix", "", CALLER, CALLER),
+    ],
+)
+def test_a_forwarded_address_counts_as_far_as_known_proxies_wrote_it(
+    database, settings, proxies, sender, forwarded, seen
+):
+    assert who_called(settings, proxies, sender, forwarded) == f"{seen} portal.example.org True"
+
+
+@pytest.mark.parametrize(
+    ("proxies", "sender"), [("", OURS), (OURS, STRANGER), (OURS, ""), ("unix", OURS), ("10.0.0.0/8", STRANGER)]
+)
+def test_what_anybody_else_says_about_itself_counts_for_nothing(database, settings, proxies, sender):
+    assert who_called(settings, proxies, sender, CALLER) == f"{sender} localhost False"
+
+
+def who_called(settings, proxies, sender, forwarded):
+    """Address, host and whether by TLS, as the portal sees a request with forwarding headers."""
+    app = create_app(dataclasses.replace(settings, trusted_proxies=proxies))
+    app.add_url_rule("/who", view_func=lambda: f"{request.remote_addr} {request.host} {request.is_secure}")
+    headers = {
+        "X-Forwarded-For": forwarded,
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "portal.example.org",
+    }
+    return app.test_client().get("/who", environ_base={"REMOTE_ADDR": sender}, headers=headers).text
+
+
+def test_who_comes_past_the_proxy_cannot_choose_the_address_that_is_throttled_and_kept(database, settings, operator):
+    client = create_app(dataclasses.replace(settings, trusted_proxies="127.0.0.1", people_limit="2 per minute"))
+    codes = [
+        client.test_client()
+        .post(
             "/api/v1/auth/login",
-            json={"username": "olga", "password": PASSWORD},
-            headers={"X-Forwarded-For": "198.51.100.7"},
+            json={"username": "olga", "password": "wrong"},
+            headers={"X-Forwarded-For": f"198.51.100.{number}"},
+            environ_base={"REMOTE_ADDR": STRANGER},
         )
-        assert AuditEntry.select().order_by(-AuditEntry.id).first().address == seen
+        .status_code
+        for number in range(3)
+    ]
+    assert codes == [401, 401, 429]
+    assert {entry.address for entry in AuditEntry.select()} == {STRANGER}
 
 
 def test_a_request_gives_its_connection_back(client, operator, database):

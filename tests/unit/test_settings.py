@@ -59,6 +59,8 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
         ("PUBLIC_URL", "https://portal.example.org/path", "is not an address"),
         ("RUN_TIMEOUT_S", "an hour", "is not a number"),
         ("OFFLINE_AFTER_S", "soon", "is not a number"),
+        ("TRUSTED_PROXIES", "1", "write the addresses of the proxies"),
+        ("TRUSTED_PROXIES", "127.0.0.1, nginx", "'nginx' does not appear to be"),
         ("PROMETHEUS_URL", "127.0.0.1:9090", "is not an address"),
         ("PROMETHEUS_URL", "http://user:word@127.0.0.1:9090", "PROMETHEUS_PASSWORD"),
         ("METRICS_ALLOW", "127.0.0.1, everybody", "'everybody'"),
