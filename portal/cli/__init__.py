@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "worker": ("portal.cli.worker", "execute runs and sweep"),
     "migrate": ("portal.cli.migrate", "bring the database to the schema of this version"),
     "create-admin": ("portal.cli.create_admin", "create an administrator and print the one-time password"),
+    "create-token": ("portal.cli.create_token", "make the token of a program such as Prometheus and print it"),
     "reset-password": ("portal.cli.reset_password", "give somebody a new one-time password and end their sign-ins"),
     "verify-report": ("portal.cli.verify_report", "check a reclaim report with the public key alone"),
     "backup": ("portal.cli.backup", "write the whole database to a file"),
