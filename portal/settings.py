@@ -48,6 +48,7 @@ class Settings:
     agent_artifact: Path = Path("build/remotegpu-agent.pyz")
     default_retain_s: int = 24 * 3600
     workers: int = 1
+    host_ca_file: str | None = None  # whom hosts trust for PUBLIC_URL: a file, `system`, or the portal's own CA
     people_limit: str = "1200 per minute"  # requests from one address; agents are not counted
     prometheus_url: str | None = None  # without it charts say so, and live values come from the agents
     prometheus_user: str | None = None
@@ -69,6 +70,13 @@ class Settings:
     @property
     def ca_file(self) -> Path:
         return self.instance_dir / "ca" / "ca.pem"
+
+    @property
+    def ca_for_hosts(self) -> Path | None:
+        """The authority that hosts are told to trust for PUBLIC_URL; None: those of their own system."""
+        if self.host_ca_file is None:
+            return self.ca_file
+        return None if self.host_ca_file == "system" else Path(self.host_ca_file)
 
     @property
     def certificate_file(self) -> Path:
@@ -111,6 +119,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given.setdefault("bind", _bind_for(str(given["public_url"])))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
     _check_public_url(settings.public_url)
+    if settings.ca_for_hosts not in (None, settings.ca_file) and not Path(str(settings.host_ca_file)).is_file():
+        raise SettingsError(f"HOST_CA_FILE: there is no file {settings.host_ca_file}; name one in PEM, or `system`")
     _check_proxies(settings)
     _check_monitoring(settings)
     return settings

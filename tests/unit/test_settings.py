@@ -76,3 +76,16 @@ def test_settings_show_no_secret(environ: dict[str, str]) -> None:
     settings: Settings = load({**environ, "PROMETHEUS_PASSWORD": "pw-1", "PROMETHEUS_TOKEN": "pw-2"})
     assert "pw-" not in repr(settings)
     assert all(environ[name.upper()] not in repr(settings) for name in SECRET_FILES)
+
+
+def test_hosts_trust_the_portals_own_authority_unless_told_otherwise(environ: dict[str, str], tmp_path: Path) -> None:
+    site = tmp_path / "site.pem"
+    site.write_text("-----BEGIN CERTIFICATE-----")
+    assert load(environ).ca_for_hosts == tmp_path / "ca" / "ca.pem"
+    assert load({**environ, "HOST_CA_FILE": "system"}).ca_for_hosts is None
+    assert load({**environ, "HOST_CA_FILE": str(site)}).ca_for_hosts == site
+
+
+def test_an_authority_for_hosts_that_is_not_there_is_refused(environ: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="HOST_CA_FILE: there is no file"):
+        load({**environ, "HOST_CA_FILE": str(tmp_path / "none.pem")})
