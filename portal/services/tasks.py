@@ -21,7 +21,7 @@ from portal.errors import Conflict, Forbidden, Invalid, NotFound
 from portal.integrations.protocol import parse_time_or_none
 from portal.models import Attempt, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK, TASK_ENDED, TASK_LIVE
-from portal.services import audit, events, machines, tenants
+from portal.services import audit, batch, events, machines, tenants
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.transitions import move
 
@@ -435,6 +435,12 @@ def stop(task: Task, *, by: Actor) -> Task:
     return get(every(), task.id)
 
 
+def is_in_hand_of(task: Task, user: User) -> bool:
+    """Whether this person may stop it and try it again."""
+    own = task.created_by_id == user.id
+    return user.role != "customer" or tenants.may(user, task.lease.tenant_id, "use" if own else "manage")
+
+
 def _require_hand(task: Task, by: Actor) -> None:
     """Staff may; of the tenant, whoever created it and still has `use`, and whoever has `manage`."""
     if by.is_staff:
@@ -507,12 +513,12 @@ def lose_gone(now: datetime | None = None) -> int:
     silent.
     """
     now = now or utcnow()
-    lost = 0
-    for attempt in _live_with_report():
-        reason = _loss(attempt, now)
-        if reason is not None:
-            lost += _lose(attempt, reason)
-    return lost
+    return batch.each(_live_with_report(), lambda attempt: _lose_if_gone(attempt, now))
+
+
+def _lose_if_gone(attempt: Attempt, now: datetime) -> bool:
+    reason = _loss(attempt, now)
+    return reason is not None and _lose(attempt, reason)
 
 
 def _live_with_report() -> list[Attempt]:
