@@ -2,7 +2,7 @@
 
 Secrets are no part of it: what is encrypted stays encrypted, and needs the `secrets/` of the instance it came from.
 Generations and epochs come back as they were, on purpose: a host that has seen a newer generation freezes and asks,
-one that has not goes on by itself once it has said so (services/sync.py).
+one that has not goes on by itself once it has said so (services/frozen.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from portal.db import atomic, connection, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import TABLES, NamedLock, Table
 from portal.models.base import UtcDateTimeField
-from portal.services import sync
+from portal.services import frozen
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -77,7 +77,7 @@ def restore(file: Path, *, force: bool = False) -> dict[str, int]:
             for table in KEPT:
                 _read_table(table, Path(scratch) / _name(table))
             _reset_sequences()
-            sync.freeze_all(f"The portal was restored from a backup of {manifest['made_at'][:16]} UTC.")
+            frozen.freeze_all(f"The portal was restored from a backup of {manifest['made_at'][:16]} UTC.")
     return {name: int(count) for name, count in manifest["rows"].items()}
 
 

@@ -14,7 +14,7 @@ from portal.db import utcnow
 from portal.integrations import host_keys
 from portal.models import Run
 from portal.models.states import MACHINE
-from portal.services import config, leases, machines, overviews, reclaims, tenants
+from portal.services import config, frozen, leases, machines, overviews, provisioning, retirement, tenants
 from portal.services.overviews import LeaseView, MachineView
 
 bp = Blueprint("machines", __name__, url_prefix="/api/v1/admin/machines", description="Machines")
@@ -166,7 +166,7 @@ def edit(body: dict[str, Any], machine_id: int) -> MachineView:
 @bp.response(204)
 def delete(machine_id: int) -> None:
     """Delete a machine that was never leased and never touched; others are retired"""
-    machines.delete(machines.get(machine_id), by=actor())
+    retirement.delete(machines.get(machine_id), by=actor())
 
 
 class ConfirmIn(Schema):
@@ -204,7 +204,7 @@ class RunRef(Schema):
 @bp.response(202, RunRef)
 def provision(machine_id: int) -> Run:
     """Queue the run that makes it a GPU host; watch it at admin/runs/{id}"""
-    return machines.provision(machines.get(machine_id), by=actor())
+    return provisioning.provision(machines.get(machine_id), by=actor())
 
 
 class AllocateIn(Schema):
@@ -241,7 +241,7 @@ class ReclaimIn(Schema):
 def reclaim(body: dict[str, Any], machine_id: int) -> MachineView:
     """End the lease, skip the retention of one that has ended, or clean a quarantined machine again"""
     machine = machines.get(machine_id)
-    reclaims.request(machine, by=actor(), **body)
+    leases.reclaim(machine, by=actor(), **body)
     return _shown(machines.get(machine.id))
 
 
@@ -276,7 +276,7 @@ class ReasonIn(Schema):
 @bp.response(200, MachineOut)
 def thaw(body: dict[str, Any], machine_id: int) -> MachineView:
     """The portal's word counts again for a host that froze"""
-    return _shown(machines.thaw(machines.get(machine_id), by=actor(), **body))
+    return _shown(frozen.thaw(machines.get(machine_id), by=actor(), **body))
 
 
 class ReimagedIn(ReasonIn):
@@ -289,7 +289,7 @@ class ReimagedIn(ReasonIn):
 @bp.response(200, MachineOut)
 def reimaged(body: dict[str, Any], machine_id: int) -> MachineView:
     """The quarantined host was installed anew: scan and confirm its new key, then provision it"""
-    return _shown(machines.reimaged(machines.get(machine_id), by=actor(), **body))
+    return _shown(retirement.reimaged(machines.get(machine_id), by=actor(), **body))
 
 
 @bp.post("/<int:machine_id>/retire")
@@ -298,7 +298,7 @@ def reimaged(body: dict[str, Any], machine_id: int) -> MachineView:
 @bp.response(200, MachineOut)
 def retire(body: dict[str, Any], machine_id: int) -> MachineView:
     """Never again; the history stays"""
-    return _shown(machines.retire(machines.get(machine_id), by=actor(), **body))
+    return _shown(retirement.retire(machines.get(machine_id), by=actor(), **body))
 
 
 @bp.delete("/<int:machine_id>/gpus/<string:gpu_uuid>")

@@ -18,12 +18,11 @@ from portal.db import utcnow
 from portal.errors import Conflict, NotSignedIn
 from portal.integrations.wake import Heard, wake
 from portal.models import AgentCredential, Command, EnrollToken, Machine
-from portal.services import audit, commands, events, machines, vault
+from portal.services import audit, commands, events, machines, provisioning, vault
 from portal.services.actors import Actor, of_agent
 from portal.services.memory import Memory
 
 TOKEN_LIFE = timedelta(hours=2)  # longer than a provisioning run may take
-ALIVE = ("pending", "current")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,9 @@ def _check_not_enrolled_since(row: EnrollToken, machine: Machine) -> None:
     if machine.state == "retired":
         raise Conflict(f"{machine.name} is retired.", code="retired")
     newer = AgentCredential.select().where(
-        AgentCredential.machine == machine, AgentCredential.state << ALIVE, AgentCredential.created_at >= row.created_at
+        AgentCredential.machine == machine,
+        AgentCredential.state << machines.ALIVE,
+        AgentCredential.created_at >= row.created_at,
     )
     if newer.exists():
         raise Conflict(
@@ -144,8 +145,8 @@ def _let_in(machine: Machine, request: Mapping[str, Any], *, address: str | None
         host_id=facts["machine_id"],
         host_id_before=(machine.facts or {}).get("machine_id"),
     )
-    machines.enrolled(machine, facts)
-    machines.seen_gpus(machine, request["gpu"]["gpus"])
+    provisioning.enrolled(machine, facts)
+    provisioning.seen_gpus(machine, request["gpu"]["gpus"])
     events.write("agent.enrolled", machine_id=machine.id)
     return Enrolled(machine, row.id, secret)
 
@@ -153,12 +154,6 @@ def _let_in(machine: Machine, request: Mapping[str, Any], *, address: str | None
 def _new_credential(machine: Machine) -> tuple[AgentCredential, str]:
     secret = secrets.token_urlsafe(32)
     return AgentCredential.create(machine=machine, token_sha256=_sha256(secret), state="pending"), secret
-
-
-def is_enrolled(machine: Machine) -> bool:
-    """Whether it has a credential that would be accepted."""
-    alive = AgentCredential.select().where(AgentCredential.machine == machine, AgentCredential.state << ALIVE)
-    return bool(alive.exists())
 
 
 # Use
@@ -198,7 +193,7 @@ def _take_into_use(row: AgentCredential) -> bool:
             return bool(state == "current")  # a parallel call was first
         older = (
             (AgentCredential.machine == row.machine_id)
-            & (AgentCredential.state << ALIVE)
+            & (AgentCredential.state << machines.ALIVE)
             & (AgentCredential.id < row.id)
         )
         AgentCredential.update(state="ended", ended_at=now).where(older).execute()
@@ -245,9 +240,11 @@ def rotate(machine: Machine, *, by: Actor) -> Command:
         return commands.queue(machine, "rotate_credential", by=by, credential_id=row.id, sealed=sealed)
 
 
-def rotation_finished(command: Command, *, by: Actor) -> None:
+@commands.when_ended("rotate_credential")
+def rotation_finished(command: Command) -> None:
     """The agent has kept the new credential, or says that it could not: then the old one stays."""
     if command.state == "failed":
+        by = of_agent(command.machine)
         unused = (AgentCredential.id == command.args["credential_id"]) & (AgentCredential.state == "pending")
         AgentCredential.update(state="ended", ended_at=utcnow()).where(unused).execute()
         audit.record("agent.rotation_failed", command.machine, by=by, outcome="failed", reason=command.message)
@@ -262,7 +259,7 @@ def end_credentials(machine: Machine, *, by: Actor) -> None:
     with db.atomic():
         commands.cancel_all(machine, "rotate_credential", by=by, reason="The machine's credentials have ended.")
         _expire_tokens(machine)
-        alive = (AgentCredential.machine == machine) & (AgentCredential.state << ALIVE)
+        alive = (AgentCredential.machine == machine) & (AgentCredential.state << machines.ALIVE)
         ended = AgentCredential.update(state="ended", ended_at=utcnow()).where(alive).execute()
         audit.record("agent.credentials_ended", machine, by=by, count=ended)
         _tell_ended(machine.id)

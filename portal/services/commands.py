@@ -1,12 +1,12 @@
 """Commands: one-off operations for the agent of one machine, from a closed list. Told in order: queue, send, finish.
 
 A command names its machine, and a cleaning its lease; it is executed once and its result is kept once. What a result
-means to the machine, the reclaim or the credential is told in their own modules.
+means is told where the order came from: that module has its function called with `@commands.when_ended(kind)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peewee
@@ -17,11 +17,28 @@ from portal.errors import Conflict, Error, NotFound
 from portal.integrations import protocol
 from portal.models import Command, Lease, Machine
 from portal.models.states import LEASE_OPEN
-from portal.services import agents, audit, events, machines, reclaims, sync, vault
+from portal.services import audit, events, machines, vault
 from portal.services.actors import Actor, of_agent
 from portal.services.transitions import move
 
 RESULTS = {"baseline": "baseline", "clean": "clean_result"}  # kind → what its result must look like
+
+
+Hearer = Callable[[Command], None]
+_hearers: dict[str, Hearer] = {}
+
+
+def when_ended(kind: str) -> Callable[[Hearer], Hearer]:
+    """Call the decorated function with every command of `kind` that the agent has answered.
+
+    It is called inside the transaction that keeps the answer; the command is done or failed, and has its result.
+    """
+
+    def keep(hearer: Hearer) -> Hearer:
+        _hearers[kind] = hearer
+        return hearer
+
+    return keep
 
 
 class NoBaseline(Conflict):
@@ -140,7 +157,7 @@ def finished(machine: Machine, reported: Mapping[str, Any]) -> None:
         audit.record(f"command.{command.state}", command, by=by, kind=command.kind, message=message)
         events.write("command.ended", machine_id=machine.id, resource_id=command.id, state=command.state)
         events.desired_changed(machine.id)
-        _hand_over(command, machine, by=by)
+        _hand_over(command, by=by)
 
 
 def _complaint(kind: str, result: Any) -> str | None:
@@ -159,20 +176,10 @@ def _without_secret(command: Command) -> dict[str, Any]:
     return {name: value for name, value in command.args.items() if name != "sealed"}
 
 
-def _hand_over(command: Command, machine: Machine, *, by: Actor) -> None:
-    """Tell the noun that waits for it. If it refuses, that is noted, and the result is kept all the same."""
+def _hand_over(command: Command, *, by: Actor) -> None:
+    """Tell who waits for it. If that module refuses, this is noted, and the result is kept all the same."""
     try:
         with db.atomic():
-            match command.kind:
-                case "baseline" if command.state == "done":
-                    machines.baseline_taken(machine, command.result)
-                case "baseline":
-                    machines.baseline_failed(machine, command.message or "no reason was given")
-                case "clean":
-                    reclaims.cleaned(command, command.result)
-                case "rotate_credential":
-                    agents.rotation_finished(command, by=by)
-                case "thaw" if command.state == "done":
-                    sync.thawed(machine, by=by)
+            _hearers[command.kind](command)
     except Error as error:
         audit.record("command.result_unused", command, by=by, outcome="refused", reason=error.message, code=error.code)

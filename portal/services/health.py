@@ -1,7 +1,7 @@
 """Reachability and health of a machine: computed from its last report, never stored, never mixed into its state.
 
 Pure: machine, expected GPUs, last report and the time in; the answer out. What follows from it (no allocation) is in
-leases.py.
+availability.py.
 """
 
 from __future__ import annotations

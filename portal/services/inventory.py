@@ -15,7 +15,7 @@ from portal.db import utcnow
 from portal.errors import Invalid
 from portal.models import Lease, Machine, Run
 from portal.models.states import LEASE_OPEN
-from portal.services import config
+from portal.services import agents, config, machines, reclaims
 from portal.services.actors import SYSTEM
 
 SCHEMA = 1
@@ -37,14 +37,14 @@ def of_all() -> dict[str, Any]:
     return document(Machine.select().where(Machine.state != "retired"))
 
 
-def document(machines: Iterable[Machine], *, for_run: RunFiles | None = None) -> dict[str, Any]:
+def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> dict[str, Any]:
     """The document for these machines. `left_out` names those that cannot be in it, and why.
 
     With `for_run` it holds what first contact and enrolment need; it must then be kept 0600 and deleted with the run.
     """
     hosts, left_out = [], []
     leased = {row.machine_id for row in Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)}
-    for machine in sorted(machines, key=lambda each: each.name):
+    for machine in sorted(chosen, key=lambda each: each.name):
         if machine.host_key is None:
             left_out.append({"name": machine.name, "reason": "its host key is not confirmed"})
             continue
@@ -57,7 +57,7 @@ def document(machines: Iterable[Machine], *, for_run: RunFiles | None = None) ->
 
 def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
     settings = config.current()
-    ca, public_key = settings.ca_file, settings.ssh_key_file.with_suffix(".pub")
+    ca, public_key = settings.ca_for_hosts, settings.ssh_key_file.with_suffix(".pub")
     values: dict[str, Any] = {
         "remotegpu_machine_id": machine.id,
         "remotegpu_portal_url": settings.public_url,
@@ -66,7 +66,7 @@ def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
         "remotegpu_login_user": machine.ssh_user,
         "remotegpu_operator_keys": [public_key.read_text().strip()] if public_key.exists() else [],
     }
-    if settings.is_secure and ca.exists():
+    if settings.is_secure and ca is not None and ca.exists():
         values["remotegpu_ca_pem"] = ca.read_text()
     return {
         "name": machine.name,
@@ -84,8 +84,6 @@ def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
 
 def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> None:
     """What only a run may know. The portal's own key is named by its file; it is never copied."""
-    from portal.services import agents, machines  # they queue runs: the import would be a circle
-
     entry["private_key_file"] = str(config.current().ssh_key_file)
     contact = machines.first_contact(machine) or {}
     entry["password"], entry["become_password"] = contact.get("password"), contact.get("become_password")
@@ -99,8 +97,6 @@ def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> No
 
 def _question(machine: Machine, files: RunFiles) -> dict[str, Any]:
     """What verify.yml compares the host with. After a lease the reclaim asks, with the login that must be refused."""
-    from portal.services import machines, reclaims  # they queue runs: the import would be a circle
-
     values: dict[str, Any] = {"remotegpu_verify_output": str(files.directory / "verdicts")}
     if files.run.purpose == "verify":
         asked = reclaims.verify_request(files.run, machine)

@@ -1,8 +1,9 @@
 """Leases: who has which machine, until when.
 
 A lease's life is told here in order: allocate, activate, extend, end, observed closed, ended; and beside it: continue
-one whose data is still retained, write one off. What a lease opens is in grants.py, how the machine gets clean in
-reclaims.py. Here is no HTTP and no host: callers pass who, why, and where it matters the time.
+one whose data is still retained, take the machine back, write a lease off. What stands in the way of one is in
+availability.py, what it opens in grants.py, how the machine gets clean in reclaims.py. Here is no HTTP and no host:
+callers pass who, why, and where it matters the time.
 
 Every change takes the machine's row first (`machines.lock`): what was checked stays true until the commit, and no two
 transactions wait for each other.
@@ -10,8 +11,7 @@ transactions wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,25 +21,15 @@ from portal.db import atomic, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK_LIVE
-from portal.services import audit, events, grants, machines, reclaims, runs, tasks, tenants
+from portal.services import audit, availability, batch, events, grants, machines, reclaims, tasks, tenants
 from portal.services.actors import SYSTEM, Actor, of_agent
+from portal.services.availability import CannotAllocate
 from portal.services.health import Problem
 from portal.services.transitions import WrongState, move
 
 LAST_UID = 59999  # beyond it begin those that Debian and systemd give away by themselves
 MAX_RETAIN_S = 90 * 24 * 3600
 TASKS_WAIT = timedelta(minutes=5)  # how long a closed lease waits for the exit codes of its tasks
-
-
-class CannotAllocate(Conflict):
-    """The machine cannot be leased now. `reasons` lists everything that stands in the way, each with its code."""
-
-    code = "cannot_allocate"
-
-    def __init__(self, reasons: Sequence[Problem]) -> None:
-        told = [{"code": reason.code, "message": reason.message} for reason in reasons]
-        super().__init__(" ".join(reason.message for reason in reasons), reasons=told)
-        self.reasons = tuple(reasons)
 
 
 # Look
@@ -112,8 +102,11 @@ def allocate(
             # The first statement takes the machine's row, so that every check below still holds at the commit.
             uid = _take_uid(machine)
             machine = machines.get(machine.id)
-            refusals = [*_tenant_refusals(to), *_overlaps(machine, starts_at or now, until, retain_s)]
-            refusals += _plan_refusals(machine) if starts_at else start_refusals(machine, now)
+            refusals = [
+                *availability.tenant_refusals(to),
+                *availability.overlaps(machine, starts_at or now, until, retain_s),
+            ]
+            refusals += availability.plan_refusals(machine) if starts_at else availability.start_refusals(machine, now)
             if refusals:
                 raise CannotAllocate(refusals)
             fields = {"tenant": to, "retain_s": retain_s, "root": root, "remark": remark, "probe_key": probe_key}
@@ -175,77 +168,6 @@ def _take_uid(machine: Machine) -> int:
     return following - 1
 
 
-def _tenant_refusals(tenant: Tenant) -> Iterable[Problem]:
-    archived = Tenant.select(Tenant.archived_at).where(Tenant.id == tenant.id).scalar()
-    if archived is not None:
-        yield Problem("tenant_archived", f"{tenant.name} is archived; restore the customer first.")
-
-
-def _overlaps(
-    machine: Machine, begins: datetime, until: datetime, retain_s: int, *, but: Lease | None = None
-) -> Iterable[Problem]:
-    """Other leases that hold the machine in the wanted time, or still retain data on it."""
-    wanted_end = until + timedelta(seconds=retain_s)
-    retained = Reclaim.select(Reclaim.lease).where(Reclaim.machine == machine, Reclaim.state == "waiting")
-    holding = (Lease.state << ("scheduled", *LEASE_OPEN)) | (Lease.id << retained)
-    for other in Lease.select().where(Lease.machine == machine, holding, Lease.id != (but.id if but else 0)):
-        other_end = (other.ended_at or other.ends_at) + timedelta(seconds=other.retain_s)
-        if other.starts_at < wanted_end and begins < other_end:
-            span = f"from {other.starts_at:%Y-%m-%d %H:%M} to {other_end:%Y-%m-%d %H:%M} UTC, its retention included"
-            yield Problem("overlap", f"Lease {other.id} has {machine.name} {span}.")
-
-
-def _plan_refusals(machine: Machine) -> Iterable[Problem]:
-    """For later, a machine need not be free or well now, but it must be one that is in service."""
-    if machine.state not in ("ready", "leased", "reclaiming"):
-        yield _not_ready(machine)
-    yield from _past_refusals(machine)
-
-
-def _past_refusals(machine: Machine) -> Iterable[Problem]:
-    """What is not settled about its past: the login and UID that we would choose may be somebody's there."""
-    if machine.frozen_reason is not None:
-        yield Problem("frozen", f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.")
-    if machine.needs_reimage:
-        yield Problem("needs_reimage", f"{machine.name} must be installed anew: {machine.state_reason}")
-
-
-def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
-    """Everything that keeps a lease from starting on this machine now, each with a message of its own."""
-    refusals: list[Problem] = []
-    if machine.state != "ready":
-        refusals.append(_not_ready(machine))
-    else:
-        if not machines.is_proven_clean(machine):
-            refusals.append(Problem("not_clean", f"{machine.name} has no passed reclaim report after its last lease."))
-        refusals += _run_refusals(machine)
-    health = machines.health_of(machine, now)
-    if health.reachability == "never":
-        refusals.append(Problem("offline", f"The agent of {machine.name} has never reported."))
-    elif not health.is_online:
-        since = f"{health.last_seen_at:%Y-%m-%d %H:%M} UTC"
-        refusals.append(Problem("offline", f"{machine.name} is offline; its last report is from {since}."))
-    refusals += health.problems
-    if machine.maintenance_since is not None:
-        refusals.append(Problem("maintenance", f"{machine.name} is in maintenance: {machine.maintenance_reason}"))
-    return refusals
-
-
-def _run_refusals(machine: Machine) -> Iterable[Problem]:
-    run = runs.find_disrupting(machine)
-    if run is not None:
-        yield Problem(
-            "disruptive_run",
-            f"Run {run.id} ({run.playbook}) is {run.state} on {machine.name} and may disturb whoever leases it: "
-            "wait for its end, or cancel it.",
-        )
-
-
-def _not_ready(machine: Machine) -> Problem:
-    why = f": {machine.state_reason}" if machine.state_reason else ""
-    return Problem("not_ready", f"{machine.name} is {machine.state}, not ready{why}.")
-
-
 # Activate
 
 
@@ -268,27 +190,29 @@ def activate_due(now: datetime | None = None) -> int:
     One whose machine is not ready then goes on waiting, and ends when its own end passes.
     """
     now = now or utcnow()
-    started = 0
     due = Lease.select().where(Lease.state == "scheduled", Lease.starts_at <= now).order_by(Lease.starts_at)
-    for lease in list(due):  # read to its end: on SQLite one that is half read keeps the loop from writing
-        try:
-            started += _start(lease, now)
-        except (CannotAllocate, WrongState, peewee.IntegrityError):
-            if lease.ends_at <= now:
-                end(lease, by=SYSTEM, reason="The machine was not ready before the lease's end.")
-    return started
+    return batch.each(due, lambda lease: _start_or_end(lease, now))
 
 
-def _start(lease: Lease, now: datetime) -> bool:
+def _start_or_end(lease: Lease, now: datetime) -> bool:
+    try:
+        _start(lease, now)
+    except (CannotAllocate, WrongState, peewee.IntegrityError):
+        if lease.ends_at <= now:
+            end(lease, by=SYSTEM, reason="The machine was not ready before the lease's end.")
+        return False
+    return True
+
+
+def _start(lease: Lease, now: datetime) -> None:
     with atomic():
         machine = machines.lock(lease.machine)
-        refusals = [*_tenant_refusals(lease.tenant), *start_refusals(machine, now)]
+        refusals = [*availability.tenant_refusals(lease.tenant), *availability.start_refusals(machine, now)]
         if lease.ends_at <= now:
             refusals.append(Problem("over", f"Lease {lease.id} is over."))
         if refusals:
             raise CannotAllocate(refusals)
         _activate(lease, machine, by=SYSTEM)
-    return True
 
 
 # Extend
@@ -313,7 +237,7 @@ def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
         if until <= lease.ends_at:
             later = f"Must be later than {lease.ends_at.isoformat()}; to stop earlier, end the lease."
             raise Invalid({"until": [later]})
-        overlaps = list(_overlaps(machine, lease.starts_at, until, lease.retain_s, but=lease))
+        overlaps = list(availability.overlaps(machine, lease.starts_at, until, lease.retain_s, but=lease))
         if overlaps:
             raise CannotAllocate(overlaps)
         before = lease.ends_at
@@ -333,8 +257,11 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
     if until <= now:
         raise Invalid({"until": ["Lies in the past."]})
     reclaims.cancel_waiting(lease, by=by, reason=f"Lease {lease.id} is extended.")
-    refusals = [*_tenant_refusals(lease.tenant), *_overlaps(machine, now, until, lease.retain_s, but=lease)]
-    refusals += [*_run_refusals(machine), *_past_refusals(machine)]
+    refusals = [
+        *availability.tenant_refusals(lease.tenant),
+        *availability.overlaps(machine, now, until, lease.retain_s, but=lease),
+    ]
+    refusals += [*availability.run_refusals(machine), *availability.past_refusals(machine)]
     if refusals:
         raise CannotAllocate(refusals)
     following = _write(
@@ -383,31 +310,67 @@ def _close(lease: Lease, *, by: Actor, reason: str, force: bool = False, where: 
     _tell("lease.ending", lease, by=by, reason=reason, force=force)
 
 
+def reclaim(
+    machine: Machine, *, by: Actor, reason: str, force: bool = False, confirm: str | None = None
+) -> Reclaim | None:
+    """Take the machine back: end its lease, skip the retention, or clean a quarantined one again.
+
+    `force` wipes at once what would still be retained, and needs the machine's name as `confirm`. Returns the reclaim,
+    or None while the lease must end first.
+    """
+    if not reason.strip():
+        raise Invalid({"reason": ["Say why; the customer and the report get to read it."]})
+    if force and confirm != machine.name:
+        raise Invalid({"confirm": [f"Type the machine's name, {machine.name}: the customer's data is wiped at once."]})
+    machine = machines.get(machine.id)
+    if machine.state == "quarantined":
+        return reclaims.again(machine, by=by, reason=reason)
+    lease = find_open(machine)
+    if lease is not None:
+        end(lease, by=by, reason=reason, force=force)
+        return None
+    waiting = reclaims.find_waiting(machine)
+    if waiting is None:
+        raise Conflict(f"{machine.name} is {machine.state}; there is nothing to reclaim.", code="wrong_state")
+    if not force:
+        until = waiting.due_at.isoformat(timespec="minutes")
+        raise Conflict(f"{machine.name} retains its data until {until}; use force to wipe it now.", code="retained")
+    return reclaims.skip_retention(waiting, by=by, reason=reason)
+
+
 def end_due(now: datetime | None = None) -> int:
     """Close the leases whose end has come; returns how many. The host has closed them by itself already."""
     now = now or utcnow()
-    closed = 0
-    for lease in list(Lease.select().where(Lease.state == "active", Lease.ends_at <= now)):
-        try:
-            with atomic():  # an extension that was committed meanwhile wins
-                machines.lock(lease.machine)
-                _close(lease, by=SYSTEM, reason="The agreed end has come.", where=Lease.ends_at <= now)
-            closed += 1
-        except WrongState:
-            continue
-    _finish_without_tasks(now)
-    return closed
+    return batch.each(
+        Lease.select().where(Lease.state == "active", Lease.ends_at <= now), lambda lease: _close_due(lease, now)
+    )
 
 
-def _finish_without_tasks(now: datetime) -> None:
-    """Closed on the host, but the end of a task was never told: its processes are dead, so the lease does not wait."""
-    for lease in list(Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT)):
-        if grants.get(lease, "keys").observed != "closed" or _awaits_tasks(lease, now):
-            continue
-        with atomic(), suppress(WrongState):  # it was closed by a report meanwhile
-            machines.lock(lease.machine)
-            grants.observe(lease, "tasks", "closed")
-            _finish(lease, by=SYSTEM)
+def _close_due(lease: Lease, now: datetime) -> bool:
+    with atomic():  # an extension that was committed meanwhile wins
+        machines.lock(lease.machine)
+        _close(lease, by=SYSTEM, reason="The agreed end has come.", where=Lease.ends_at <= now)
+    return True
+
+
+def finish_silent(now: datetime | None = None) -> int:
+    """End the leases that the host has closed and whose tasks' ends it never told; returns how many.
+
+    Their processes are dead, so the lease does not wait for ever.
+    """
+    now = now or utcnow()
+    silent = Lease.select().where(Lease.state == "ending", Lease.ending_at <= now - TASKS_WAIT)
+    return batch.each(silent, lambda lease: _finish_without_tasks(lease, now))
+
+
+def _finish_without_tasks(lease: Lease, now: datetime) -> bool:
+    if grants.get(lease, "keys").observed != "closed" or _awaits_tasks(lease, now):
+        return False
+    with atomic():
+        machines.lock(lease.machine)
+        grants.observe(lease, "tasks", "closed")
+        _finish(lease, by=SYSTEM)
+    return True
 
 
 # Observed by the host

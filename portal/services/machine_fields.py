@@ -1,6 +1,6 @@
 """What may be written down about a machine: each field checked, normalised, and the credential encrypted.
 
-The life of a machine is in machines.py; nothing here reads or writes a table.
+What becomes of it is in machines.py; nothing here reads or writes a table.
 """
 
 from __future__ import annotations

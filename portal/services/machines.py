@@ -1,8 +1,8 @@
-"""Machines: from a bare host that somebody typed in to one that can be leased, and to its retirement.
+"""Machines: what is written down about one, its pinned host key, and the row that everybody holds who changes it.
 
-A machine's life is told here in order: register, confirm the host key, provision, enrolled, baseline taken, ready;
-maintenance, edit, thaw, re-imaged, retire, delete. Who has it until when is in leases.py, how it gets clean in
-reclaims.py, how it is now in health.py. Nothing here dials a host.
+Told in order: look and hold, register, confirm the host key, in service. How it becomes ready is in provisioning.py,
+who has it until when in leases.py, how it gets clean in reclaims.py, how it is now in health.py, its end in
+retirement.py. Nothing here dials a host.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ import binascii
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
-from portal.models import Baseline, Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, RunHost
+from portal.models import AgentCredential, Baseline, Gpu, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
-from portal.services import agents, audit, commands, config, events, health, reclaims, reports, runs, sync, vault
-from portal.services.actors import SYSTEM, Actor, of_agent
+from portal.services import audit, config, events, health, vault
+from portal.services.actors import Actor
 from portal.services.machine_fields import Credential, checked
-from portal.services.transitions import move
 
-UNHEARD_WAIT = timedelta(minutes=10)  # how long a frozen host has to say what it knows before it is thawed unheard
-UIDS_SET_ASIDE = 500  # more than the leases that one machine has had between a backup and its restoration
-LEASES_SET_ASIDE = 1000  # the same for all machines together
-READY_DEADLINE = timedelta(minutes=15)  # from a successful run to the baseline; an agent that works needs seconds
+ALIVE = ("pending", "current")  # the states of a credential that is accepted
 
 
-# Look
+# Look, and hold
 
 
 def get(machine_id: int) -> Machine:
@@ -43,6 +39,17 @@ def get(machine_id: int) -> Machine:
     return machine
 
 
+def lock(machine: Machine) -> Machine:
+    """The machine's row as it is now, held until the transaction ends: checks made after this line stay true.
+
+    Whoever changes a machine, or its leases, reclaims, commands or tasks, takes it first: then no two transactions wait
+    for each other.
+    """
+    if Machine.update(name=Machine.name).where(Machine.id == machine.id).execute() != 1:
+        raise NotFound(f"There is no machine {machine.id} any more.")
+    return get(machine.id)
+
+
 def expected_gpus(machine: Machine) -> list[Gpu]:
     return list(Gpu.select().where(Gpu.machine == machine).order_by(Gpu.slot, Gpu.id))
 
@@ -50,6 +57,12 @@ def expected_gpus(machine: Machine) -> list[Gpu]:
 def find_report(machine: Machine) -> MachineReport | None:
     report: MachineReport | None = MachineReport.get_or_none(MachineReport.machine == machine)
     return report
+
+
+def is_enrolled(machine: Machine) -> bool:
+    """Whether its agent has a credential that would be accepted."""
+    alive = AgentCredential.select().where(AgentCredential.machine == machine, AgentCredential.state << ALIVE)
+    return bool(alive.exists())
 
 
 def health_of(machine: Machine, now: datetime) -> health.Health:
@@ -65,6 +78,14 @@ def limits() -> health.Limits:
 def first_contact(machine: Machine) -> Credential | None:
     """The credential in the clear, for the inventory of a run alone. None: the portal's own key works."""
     return None if machine.first_contact is None else json.loads(vault.decrypt(machine.first_contact))
+
+
+def find_baseline(machine: Machine) -> Baseline | None:
+    """The newest one: what a reclaim compares with."""
+    baseline: Baseline | None = (
+        Baseline.select().where(Baseline.machine == machine).order_by(Baseline.id.desc()).first()
+    )
+    return baseline
 
 
 # Register
@@ -164,200 +185,6 @@ def confirm_host_key(machine: Machine, wanted: str, *, by: Actor, reason: str | 
     return machine
 
 
-def lock(machine: Machine) -> Machine:
-    """The machine's row as it is now, held until the transaction ends: checks made after this line stay true.
-
-    Whoever changes a machine, or its leases, reclaims, commands or tasks, takes it first: then no two transactions wait
-    for each other.
-    """
-    if Machine.update(name=Machine.name).where(Machine.id == machine.id).execute() != 1:
-        raise NotFound(f"There is no machine {machine.id} any more.")
-    return get(machine.id)
-
-
-# Provision
-
-
-def provision(machine: Machine, *, by: Actor) -> Run:
-    """Queue the run that makes it a GPU host. From quarantined only after a re-image, from leased never."""
-    with atomic():
-        machine = lock(machine)
-        if machine.host_key is None:
-            raise Conflict("Confirm the machine's host key first.", code="host_key_not_confirmed")
-        if machine.needs_reimage and machine.state == "failed":
-            raise Conflict(f"{machine.name} must be installed anew: {machine.state_reason}", code="not_reimaged")
-        if machine.state == "quarantined" and not _is_reimaged_since_quarantine(machine):
-            raise Conflict(
-                "The machine is quarantined. Reclaim it again, or install it anew and say so.", code="not_reimaged"
-            )
-        move(machine, leave=["registered", "failed", "ready", "quarantined"], enter="provisioning")
-        run = runs.queue("gpu_hosts", [machine], purpose="provision", by=by)
-        audit.record("machine.provisioning", machine, by=by, run_id=run.id)
-        events.write("machine.provisioning", machine_id=machine.id, run_id=run.id)
-    return run
-
-
-def _is_reimaged_since_quarantine(machine: Machine) -> bool:
-    return machine.reimaged_at is not None and machine.reimaged_at >= machine.state_changed_at
-
-
-def run_finished(run: Run) -> None:
-    """A provisioning run is over: forget the password and ask for the baseline, or say why it failed."""
-    of_run = Machine.select().join(RunHost).where(RunHost.run == run, Machine.state == "provisioning")
-    for machine in list(of_run.order_by(Machine.id)):
-        if newest_provision_run(machine) != run:
-            continue
-        if run.state == "succeeded":
-            with atomic():
-                machine = lock(machine)
-                _forget_first_contact(machine)
-                _ask_for_baseline(machine)
-        else:
-            _fail(machine, f"The provisioning run {run.id} is {run.state}: {run.reason or 'see its output'}")
-
-
-def newest_provision_run(machine: Machine) -> Run | None:
-    of_machine = Run.select().join(RunHost).where(RunHost.machine == machine, Run.purpose == "provision")
-    run: Run | None = of_machine.order_by(Run.id.desc()).first()
-    return run
-
-
-def _forget_first_contact(machine: Machine) -> None:
-    """The run ended over the portal's own key: the credential that let us in first is worth nothing any more."""
-    forgotten = Machine.update(first_contact=None).where(Machine.id == machine.id, Machine.first_contact.is_null(False))
-    if forgotten.execute():
-        audit.record("machine.first_contact_forgotten", machine, by=SYSTEM)
-
-
-def _ask_for_baseline(machine: Machine) -> None:
-    """Both must be there, in whatever order they come: the finished run, and the agent that can take it."""
-    asked = Command.select().where(Command.machine == machine, Command.kind == "baseline", Command.state == "queued")
-    if _is_provisioned(machine) and agents.is_enrolled(machine) and not asked.exists():
-        commands.queue(machine, "baseline", by=SYSTEM)
-
-
-def _is_provisioned(machine: Machine) -> bool:
-    """The run has made it what it shall be; only the baseline is missing."""
-    run = newest_provision_run(machine)
-    return machine.state == "provisioning" and run is not None and run.state == "succeeded"
-
-
-def _fail(machine: Machine, reason: str) -> None:
-    with atomic():
-        machine = lock(machine)
-        move(machine, leave="provisioning", enter="failed", state_reason=reason)
-        audit.record("machine.failed", machine, by=SYSTEM, outcome="failed", reason=reason)
-        events.write("machine.failed", machine_id=machine.id)
-
-
-def fail_overdue(now: datetime) -> int:
-    """Machines whose run went well and whose agent then kept silent are failed; returns how many."""
-    overdue = 0
-    for machine in list(Machine.select().where(Machine.state == "provisioning")):
-        run = newest_provision_run(machine)
-        if run and run.state == "succeeded" and run.ended_at and run.ended_at + READY_DEADLINE <= now:
-            waited = f"within {READY_DEADLINE.total_seconds() / 60:.0f} min of run {run.id}"
-            missing = "no baseline" if agents.is_enrolled(machine) else "no agent enrolled"
-            _fail(
-                machine,
-                f"There came {missing} {waited}. Look at the agent's journal on the host, then provision again.",
-            )
-            overdue += 1
-    return overdue
-
-
-# The agent is there
-
-
-def enrolled(machine: Machine, facts: Mapping[str, Any]) -> None:
-    """The agent has its credential. Called inside the enrolment's transaction."""
-    with atomic():
-        machine = lock(machine)
-        Machine.update(facts=dict(facts)).where(Machine.id == machine.id).execute()
-        _ask_for_baseline(machine)
-
-
-def seen_gpus(machine: Machine, gpus: Iterable[Mapping[str, Any]]) -> None:
-    """Take the reported GPUs for the expected ones: while provisioning, and as long as none is known.
-
-    GPUs that are expected already stay expected when they are missing; `forget_gpu` is the way out. A UUID that is
-    another machine's fails the provisioning, with both names.
-    """
-    known = {gpu.uuid: gpu for gpu in expected_gpus(machine)}
-    new = [gpu for gpu in gpus if gpu["uuid"] not in known]
-    if not new or (known and machine.state != "provisioning"):
-        return
-    try:
-        with atomic():
-            for gpu in new:
-                _expect(machine, gpu)
-            audit.record("machine.gpus_expected", machine, by=of_agent(machine), uuids=[gpu["uuid"] for gpu in new])
-    except peewee.IntegrityError:
-        _refuse_gpus(machine, [gpu["uuid"] for gpu in new])
-
-
-def _expect(machine: Machine, gpu: Mapping[str, Any]) -> None:
-    Gpu.create(
-        machine=machine,
-        uuid=gpu["uuid"],
-        slot=gpu["index"],
-        name=gpu["name"],
-        memory_bytes=gpu["memory_total_bytes"],
-        serial=gpu["serial"],
-        pci_bus_id=gpu["pci_bus_id"],
-    )
-
-
-def _refuse_gpus(machine: Machine, uuids: Sequence[str]) -> None:
-    other = Gpu.select(Gpu, Machine).join(Machine).where(Gpu.uuid << uuids, Gpu.machine != machine).first()
-    if other is None:
-        return  # two reports of the same host at once: the other one has written them
-    if machine.state == "provisioning":
-        _fail(
-            machine, f"GPU {other.uuid} is already the machine {other.machine.name}'s, {machine.name} reports it too."
-        )
-
-
-def forget_gpu(machine: Machine, gpu_uuid: str, *, by: Actor, reason: str) -> None:
-    """An operator says that this GPU was taken out: it is expected no longer."""
-    with atomic():
-        if Gpu.delete().where(Gpu.machine == machine, Gpu.uuid == gpu_uuid).execute() != 1:
-            raise NotFound(f"{machine.name} is not expected to have a GPU {gpu_uuid}.")
-        audit.record("machine.gpu_forgotten", machine, by=by, uuid=gpu_uuid, reason=reason)
-
-
-def baseline_taken(machine: Machine, content: Mapping[str, Any]) -> None:
-    """What the host looks like before anybody leases it is kept, and the machine is ready.
-
-    Only a machine that is being provisioned takes one: a host that somebody has leased must not become its own measure.
-    """
-    with atomic():
-        machine = lock(machine)
-        if not _is_provisioned(machine):
-            audit.record("baseline.refused", machine, by=of_agent(machine), outcome="refused", state=machine.state)
-            return
-        digest = reports.digest(content)
-        taken_at = datetime.fromisoformat(content["taken_at"])
-        Baseline.create(machine=machine, digest=digest, content=dict(content), taken_at=taken_at)
-        move(machine, leave="provisioning", enter="ready", needs_reimage=False)
-        audit.record("machine.ready", machine, by=of_agent(machine), baseline=digest)
-        events.write("machine.ready", machine_id=machine.id)
-
-
-def baseline_failed(machine: Machine, reason: str) -> None:
-    """The agent could not take it; without one the machine could never be proven clean."""
-    if get(machine.id).state == "provisioning":
-        _fail(machine, f"The baseline could not be taken: {reason}")
-
-
-def find_baseline(machine: Machine) -> Baseline | None:
-    """The newest one: what a reclaim compares with."""
-    baseline: Baseline | None = (
-        Baseline.select().where(Baseline.machine == machine).order_by(Baseline.id.desc()).first()
-    )
-    return baseline
-
-
 # In service
 
 
@@ -376,6 +203,14 @@ def edit(machine: Machine, *, by: Actor, **changes: Any) -> Machine:
     except peewee.IntegrityError:
         raise _taken(fields, machine) from None
     return get(machine.id)
+
+
+def forget_gpu(machine: Machine, gpu_uuid: str, *, by: Actor, reason: str) -> None:
+    """An operator says that this GPU was taken out: it is expected no longer."""
+    with atomic():
+        if Gpu.delete().where(Gpu.machine == machine, Gpu.uuid == gpu_uuid).execute() != 1:
+            raise NotFound(f"{machine.name} is not expected to have a GPU {gpu_uuid}.")
+        audit.record("machine.gpu_forgotten", machine, by=by, uuid=gpu_uuid, reason=reason)
 
 
 def start_maintenance(machine: Machine, *, reason: str, until: datetime | None = None, by: Actor) -> Machine:
@@ -406,94 +241,6 @@ def end_maintenance(machine: Machine, *, by: Actor) -> Machine:
     return machine
 
 
-def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
-    """An operator has compared the portal with the host and says that the portal's word counts again.
-
-    The host closes what the portal does not name, and cleans nothing. If it has leases that the portal has lost, or was
-    not heard at all, somebody's data may be on it: it is leased to nobody any more before it is installed anew. Raises
-    Conflict if it is not frozen, or while it is still to say what it knows.
-    """
-    with atomic():
-        machine = lock(machine)
-        report = find_report(machine)
-        is_heard = report is not None and report.frozen
-        if not machine.frozen_reason and not is_heard:
-            raise Conflict("The host is not frozen.", code="not_frozen")
-        if not is_heard:
-            _check_waited(machine)
-        seen = report.leases if report is not None and is_heard else []
-        lost = _lost_leases(machine, seen)
-        _begin_anew(machine, seen)
-        if lost or not is_heard:
-            _distrust(get(machine.id), lost, by=by)
-        commands.cancel_all(machine, "thaw", by=by, reason="The machine is thawed again.")
-        commands.queue(machine, "thaw", by=by, epoch=machine.epoch, generation=machine.generation)
-        audit.record("machine.thawed", machine, by=by, reason=reason, lost_leases=lost, is_heard=is_heard)
-    return get(machine.id)
-
-
-def _check_waited(machine: Machine) -> None:
-    until = (machine.frozen_at or utcnow()) + UNHEARD_WAIT
-    if utcnow() < until:
-        raise Conflict(
-            f"{machine.name} has not yet said what it knows, so nobody can compare. Wait for its report. "
-            f"If none has come by {until:%H:%M} UTC, it can be thawed unheard, and must then be installed anew.",
-            code="unheard",
-        )
-
-
-def _lost_leases(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The logins that the host has and the portal does not: of a lease that is not its own, or that is over here.
-
-    One that has ended here may lie closed there for as long as its data is neither wiped nor found to be there.
-    """
-    here = Lease.select().where(Lease.machine == machine)
-    opened = {lease.login for lease in here.where(Lease.state << LEASE_OPEN)}
-    unclean = here.join(Reclaim).where(Reclaim.state << ("waiting", "cleaning", "verifying", "failed"))
-    closed = {lease.login for lease in unclean}
-    return sorted(
-        lease["login"]
-        for lease in seen
-        if lease["login"] not in opened and not (lease["state"] == "closed" and lease["login"] in closed)
-    )
-
-
-def _begin_anew(machine: Machine, seen: Sequence[Mapping[str, Any]]) -> None:
-    """A new epoch that goes on beyond everything the host has seen: generations, UIDs, and the ids that make logins."""
-    newest: int = Lease.select(peewee.fn.MAX(Lease.id)).scalar() or 0
-    told = max((lease["lease_id"] for lease in seen), default=0)
-    machine.epoch, machine.applied_generation = str(uuid.uuid4()), None
-    machine.generation = max(machine.generation, machine.host_generation or 0)
-    machine.host_generation = machine.host_generation or machine.frozen_generation
-    machine.next_uid += UIDS_SET_ASIDE
-    # A host may say anything: no single word of it uses up the ids of all the others.
-    machine.leases_above = max(newest, min(told, newest + 100 * LEASES_SET_ASIDE)) + LEASES_SET_ASIDE
-    machine.save()
-
-
-def _distrust(machine: Machine, lost: Sequence[str], *, by: Actor) -> None:
-    """From now on only a new installation makes it clean. A lease that has it now goes on until its end."""
-    why = (
-        f"The host holds leases that the portal has lost: {', '.join(lost)}."
-        if lost
-        else "The host was thawed unheard."
-    )
-    why += " Their data may be on it: install it anew."
-    Machine.update(needs_reimage=True).where(Machine.id == machine.id).execute()
-    match machine.state:
-        case "ready":
-            move(machine, leave="ready", enter="quarantined", state_reason=why)
-        case "provisioning":
-            move(machine, leave="provisioning", enter="failed", state_reason=why)
-        case "reclaiming":
-            reclaims.give_up(machine, why, by=by)
-        case _:
-            Machine.update(state_reason=why).where(Machine.id == machine.id).execute()
-    state = get(machine.id).state
-    audit.record("machine.needs_reimage", machine, by=by, outcome="failed", reason=why, state=state)
-    events.write(f"machine.{state}", machine_id=machine.id)
-
-
 def is_proven_clean(machine: Machine) -> bool:
     """Its last lease is followed by a reclaim that passed or by a new installation; or it was never leased."""
     used = Lease.select().where(Lease.machine == machine, Lease.activated_at.is_null(False))
@@ -505,59 +252,3 @@ def is_proven_clean(machine: Machine) -> bool:
     if machine.reimaged_at is not None and machine.reimaged_at >= last.ended_at:
         return True
     return bool(Reclaim.select().where(Reclaim.lease == last, Reclaim.state == "passed").exists())
-
-
-# The end
-
-
-def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[str, str] | None = None) -> Machine:
-    """The quarantined host was installed anew from outside: nothing of what we knew about it holds any more.
-
-    Scan and confirm its new host key, then provision. Its agent gets a new identity, its desired state a new epoch.
-    """
-    fields = checked({"credential": credential}) if credential else {}
-    with atomic():
-        machine = lock(machine)
-        if machine.state != "quarantined" and not (machine.state == "failed" and machine.needs_reimage):
-            raise Conflict(f"The machine is {machine.state}; only a quarantined one is re-imaged.", code="wrong_state")
-        for column, value in fields.items():
-            setattr(machine, column, value)
-        machine.epoch, machine.reimaged_at, machine.needs_reimage = str(uuid.uuid4()), utcnow(), False
-        machine.host_key = machine.host_key_confirmed_at = machine.host_keys_offered = None
-        machine.save()
-        Machine.update(**sync.NOT_FROZEN).where(Machine.id == machine.id).execute()
-        commands.cancel_all(machine, "thaw", by=by, reason="The host was installed anew.")
-        agents.end_credentials(machine, by=by)
-        MachineReport.delete().where(MachineReport.machine == machine).execute()
-        audit.record("machine.reimaged", machine, by=by, reason=reason)
-        events.write("machine.reimaged", machine_id=machine.id)
-    return machine
-
-
-def retire(machine: Machine, *, by: Actor, reason: str) -> Machine:
-    """Never again; its history stays, its address may be used by another machine."""
-    with atomic():
-        machine = lock(machine)
-        planned = Lease.select().where(Lease.machine == machine, Lease.state == "scheduled").first()
-        if planned is not None:
-            raise Conflict(f"Lease {planned.id} is scheduled on this machine; end it first.", code="has_leases")
-        move(machine, leave=["failed", "ready", "quarantined"], enter="retired", state_reason=reason)
-        Machine.update(first_contact=None).where(Machine.id == machine.id).execute()
-        Gpu.delete().where(Gpu.machine == machine).execute()  # the cards may go into another machine
-        agents.end_credentials(machine, by=by)
-        audit.record("machine.retired", machine, by=by, reason=reason)
-        events.write("machine.retired", machine_id=machine.id)
-    return get(machine.id)
-
-
-def delete(machine: Machine, *, by: Actor) -> None:
-    """Only what was never leased and never touched; the rest is retired and keeps its history."""
-    with atomic():
-        machine = lock(machine)
-        if Lease.select().where(Lease.machine == machine).exists():
-            raise Conflict("The machine has been leased; retire it, its history is kept.", code="has_leases")
-        if RunHost.select().where(RunHost.machine == machine).exists():
-            raise Conflict("The machine has runs in its history; retire it instead.", code="has_runs")
-        audit.record("machine.deleted", machine, by=by, name=machine.name, address=machine.address)
-        events.write("machine.deleted", machine_id=machine.id)
-        Machine.delete().where(Machine.id == machine.id).execute()

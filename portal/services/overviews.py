@@ -16,7 +16,7 @@ import peewee
 
 from portal.models import Gpu, Grant, Lease, Machine, MachineReport, Reclaim, Tenant, User
 from portal.models.states import LEASE_OPEN
-from portal.services import addresses, health, leases, machines, tenants
+from portal.services import addresses, availability, health, machines, tenants
 from portal.services.health import Health, Problem
 
 
@@ -187,7 +187,7 @@ def _waits_for(lease: Lease, now: datetime) -> tuple[Problem, ...]:
     """Why a lease that should have begun has not."""
     if lease.state != "scheduled" or lease.starts_at > now:
         return ()
-    return tuple(leases.start_refusals(lease.machine, now))
+    return tuple(availability.start_refusals(lease.machine, now))
 
 
 # A customer's machines

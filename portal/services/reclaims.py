@@ -7,7 +7,6 @@ lease itself is in leases.py, how a report is signed in reports.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -18,14 +17,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal.db import atomic, utcnow
-from portal.errors import Conflict, Invalid, NotFound, Unavailable
+from portal.errors import Conflict, NotFound, Unavailable
 from portal.models import Command, Lease, Machine, Reclaim, Run
 from portal.models.states import LEASE_OPEN, RUN_ENDED
-from portal.services import agents, audit, commands, events, evidence, leases, machines, reports, runs, vault
+from portal.services import agents, audit, batch, commands, events, evidence, machines, reports, runs, vault
 from portal.services.actors import SYSTEM, Actor
 from portal.services.transitions import WrongState, move
-
-LOG = logging.getLogger(__name__)
 
 CLEAN_DEADLINE = timedelta(minutes=20)  # an agent that is silent for longer has not cleaned
 VERIFY_DEADLINE = timedelta(hours=2)  # longer than any run may take
@@ -58,6 +55,12 @@ def search(*, state: str | None = None, machine_id: int | None = None) -> peewee
     if state is not None:
         query = query.where(Reclaim.state == state)
     return query if machine_id is None else query.where(Reclaim.machine == machine_id)
+
+
+def find_waiting(machine: Machine) -> Reclaim | None:
+    """The one that still retains its lease's data."""
+    reclaim: Reclaim | None = Reclaim.get_or_none(Reclaim.machine == machine, Reclaim.state == "waiting")
+    return reclaim
 
 
 def newest_of(machine: Machine) -> Reclaim | None:
@@ -130,35 +133,8 @@ def cancel_waiting(lease: Lease, *, by: Actor, reason: str) -> None:
     _tell("reclaim.cancelled", reclaim, by=by, reason=reason)
 
 
-def request(
-    machine: Machine, *, by: Actor, reason: str, force: bool = False, confirm: str | None = None
-) -> Reclaim | None:
-    """Take the machine back: end its lease, skip the retention, or clean a quarantined one again.
-
-    `force` wipes at once what would still be retained, and needs the machine's name as `confirm`. Returns the reclaim,
-    or None while the lease must end first.
-    """
-    if not reason.strip():
-        raise Invalid({"reason": ["Say why; the customer and the report get to read it."]})
-    if force and confirm != machine.name:
-        raise Invalid({"confirm": [f"Type the machine's name, {machine.name}: the customer's data is wiped at once."]})
-    machine = machines.get(machine.id)
-    if machine.state == "quarantined":
-        return _again(machine, by=by, reason=reason)
-    lease = leases.find_open(machine)
-    if lease is not None:
-        leases.end(lease, by=by, reason=reason, force=force)
-        return None
-    waiting: Reclaim | None = Reclaim.get_or_none(Reclaim.machine == machine, Reclaim.state == "waiting")
-    if waiting is None:
-        raise Conflict(f"{machine.name} is {machine.state}; there is nothing to reclaim.", code="wrong_state")
-    if not force:
-        until = waiting.due_at.isoformat(timespec="minutes")
-        raise Conflict(f"{machine.name} retains its data until {until}; use force to wipe it now.", code="retained")
-    return _skip_retention(waiting, by=by, reason=reason)
-
-
-def _skip_retention(reclaim: Reclaim, *, by: Actor, reason: str) -> Reclaim:
+def skip_retention(reclaim: Reclaim, *, by: Actor, reason: str) -> Reclaim:
+    """Wipe at once what would still be retained. Raises WrongState when it is not waiting any more."""
     with atomic():
         machines.lock(reclaim.machine)
         due = {"due_at": utcnow(), "force": True, "reason": reason, "requested_by": by.user}
@@ -169,7 +145,7 @@ def _skip_retention(reclaim: Reclaim, *, by: Actor, reason: str) -> Reclaim:
     return reclaim
 
 
-def _again(machine: Machine, *, by: Actor, reason: str) -> Reclaim:
+def again(machine: Machine, *, by: Actor, reason: str) -> Reclaim:
     """A new reclaim of the same lease: the failed one keeps its report. It cleans at once."""
     with atomic():
         machine = machines.lock(machine)
@@ -200,14 +176,8 @@ def _again(machine: Machine, *, by: Actor, reason: str) -> Reclaim:
 def advance_due(now: datetime | None = None) -> int:
     """Move every reclaim on whose time has come; returns how many. For the sweep."""
     now = now or utcnow()
-    moved = 0
     going_on = Reclaim.select().where(Reclaim.state << ("waiting", "cleaning", "verifying")).order_by(Reclaim.id)
-    for reclaim in list(going_on):
-        try:
-            moved += _advance(reclaim, now)
-        except Conflict as refusal:  # somebody was first, or it must not be now: the next sweep looks again
-            LOG.info("reclaim %s does not move on: %s", reclaim.id, refusal.message)
-    return moved
+    return batch.each(going_on, lambda reclaim: _advance(reclaim, now))
 
 
 def _advance(reclaim: Reclaim, now: datetime) -> bool:
@@ -268,7 +238,8 @@ def _clean_overdue(reclaim: Reclaim) -> bool:
     return True
 
 
-def cleaned(command: Command, result: Mapping[str, Any] | None) -> None:
+@commands.when_ended("clean")
+def cleaned(command: Command) -> None:
     """The agent's result of a cleaning. One that comes late or names another lease is refused and changes nothing."""
     with atomic():
         machines.lock(command.machine)
@@ -280,7 +251,7 @@ def cleaned(command: Command, result: Mapping[str, Any] | None) -> None:
         _refuse_other_lease(reclaim)
         if reclaim.state != "cleaning":
             raise WrongState(f"Reclaim {reclaim.id} is {reclaim.state}, it awaits no cleaning.", state=reclaim.state)
-        reasons = _faults(result, "steps")
+        reasons = _faults(command.result, "steps")
         if command.state != "done":
             reasons.insert(0, f"The agent could not clean: {command.message or 'it does not say why'}")
         if reasons:
@@ -340,6 +311,7 @@ def verify_request(run: Run, machine: Machine) -> VerifyRequest:
     return VerifyRequest(question, str(lease.login), _probe_key(lease))
 
 
+@runs.when_ended("verify")
 def run_finished(run: Run) -> None:
     """A verifying run is over: this decides whether the machine may be leased again."""
     reclaim = Reclaim.get_or_none(Reclaim.run_id == run.id)

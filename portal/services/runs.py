@@ -2,16 +2,16 @@
 
 A run's life is told here in order: queue, claim, keep, record, finish; and beside it: cancel, take over, lose. The row
 is the truth. A worker holds a run by `lock_token` until `lock_expires_at`, and whatever it says counts only while the
-token is its own. Here is no process and no host: starting and killing are in worker/, and what a run means for its
-machine is in machines.py and reclaims.py, which hear of its end in the transaction that writes it.
+token is its own. Here is no process and no host: starting and killing are in worker/. What its end means is told where
+the wish came from: that module has its function called with `@runs.when_ended(purpose)`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -20,13 +20,14 @@ from typing import Any
 import peewee
 
 from portal.db import atomic, db, utcnow
-from portal.errors import Conflict, Invalid, NotFound
+from portal.errors import Conflict, Error, Invalid, NotFound
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
 from portal.models import Lease, Machine, Run, RunEvent, RunHost, Task, User
 from portal.models.states import LEASE_OPEN, RUN_ENDED, TASK_LIVE
 from portal.services import audit, events
 from portal.services.actors import SYSTEM, Actor
+from portal.services.machines import lock
 from portal.services.transitions import WrongState, move
 
 LOG = logging.getLogger(__name__)
@@ -103,6 +104,20 @@ class Line:
     task: str | None = None
     data: dict[str, Any] | None = None
     at: datetime = field(default_factory=utcnow)
+
+
+Hearer = Callable[[Run], None]
+_hearers: dict[str, Hearer] = {}
+
+
+def when_ended(purpose: str) -> Callable[[Hearer], Hearer]:
+    """Call the decorated function with every run of this purpose that has ended, in the transaction that ends it."""
+
+    def keep(hearer: Hearer) -> Hearer:
+        _hearers[purpose] = hearer
+        return hearer
+
+    return keep
 
 
 # ── queue ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,11 +210,9 @@ def _refuse_disruption(playbook: Playbook, hosts: list[Machine]) -> None:
 
     Holds the machines until the transaction ends: a lease that begins at this moment sees the run, or the run sees it.
     """
-    from portal.services import machines  # they queue runs: the import would be a circle
-
     if not playbook.disrupts:
         return
-    hosts = [machines.lock(machine) for machine in sorted(hosts, key=lambda each: each.id)]
+    hosts = [lock(machine) for machine in sorted(hosts, key=lambda each: each.id)]
     for machine in hosts:
         if machine.frozen_reason is not None:
             raise Conflict(f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.", code="machine_frozen")
@@ -313,20 +326,20 @@ def _take(run: Run, token: str, lock_s: float) -> bool:
                 reason=None,
             )
             RunHost.update(active=True).where(RunHost.run == run).execute()
-            _refuse_disruption(PLAYBOOKS[run.playbook], machines_of(run))
+            _refuse_disruption(_playbook(run.playbook), machines_of(run))
             audit.record("run.running", run, by=SYSTEM, attempt=run.attempt)
             events.write("run.running", resource_id=run.id)
     except (WrongState, peewee.IntegrityError):  # somebody was first: to the run, or to one of its hosts
         return False
-    except Conflict as refusal:  # leased since it was queued
+    except Error as refusal:  # since it was queued: leased, or the playbook is gone with an upgrade
         _give_up(run.id, refusal)
         return False
     return True
 
 
-def _give_up(run_id: int, refusal: Conflict) -> None:
+def _give_up(run_id: int, refusal: Error) -> None:
     run = get_run(run_id)
-    with atomic():
+    with suppress(WrongState), atomic():  # somebody has just cancelled it
         move(run, leave="queued", enter="cancelled", ended_at=utcnow(), event_count=0, reason=refusal.message)
         _ended(run, by=SYSTEM)
 
@@ -413,10 +426,8 @@ def _ended(run: Run, *, by: Actor) -> None:
 
 
 def _hand_over(run: Run) -> None:
-    """Tell the noun that the run was for, in the same transaction. A run ends even if that noun objects."""
-    from portal.services import machines, reclaims  # they queue runs: the import would be a circle
-
-    hearer = {"provision": machines.run_finished, "verify": reclaims.run_finished}.get(run.purpose)
+    """Tell who waits for it, in the same transaction. A run ends even if that module objects."""
+    hearer = _hearers.get(run.purpose)
     if hearer is None:
         return
     try:
@@ -500,10 +511,14 @@ def lose(run: Run, token: str, *, reason: str, remains: str | None = None, lines
             remains=remains,
             event_count=_append(run.id, [*lines, closing]),
         )
-        if state == "lost" and PLAYBOOKS[run.playbook].repeatable and run.attempt < MAX_ATTEMPTS:
+        if state == "lost" and _is_repeatable(run) and run.attempt < MAX_ATTEMPTS:
             _queue_again(run)
         else:
             _ended(run, by=SYSTEM)
+
+
+def _is_repeatable(run: Run) -> bool:
+    return run.playbook in PLAYBOOKS and PLAYBOOKS[run.playbook].repeatable
 
 
 def _queue_again(run: Run) -> None:

@@ -9,8 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from portal.db import utcnow
-from portal.services import locks
+from portal.services import events, leases, locks, provisioning, reclaims, runs, seals, sessions, tasks
 
 LOG = logging.getLogger(__name__)
 
@@ -57,13 +56,12 @@ class Round:
 
 def all_sweeps() -> tuple[Sweep, ...]:
     """In this order: a lease that ends makes room for one that begins, and a reclaim begins after both."""
-    from portal.services import events, leases, machines, reclaims, runs, seals, sessions, tasks
-
     return (
         Sweep("leases.end_due", leases.end_due),
+        Sweep("leases.finish_silent", leases.finish_silent, every_s=10),
         Sweep("leases.activate_due", leases.activate_due),
         Sweep("reclaims.advance_due", reclaims.advance_due),
-        Sweep("machines.fail_overdue", lambda: machines.fail_overdue(utcnow()), every_s=10),
+        Sweep("provisioning.fail_overdue", provisioning.fail_overdue, every_s=10),
         Sweep("tasks.lose_gone", tasks.lose_gone),
         Sweep("seals.seal", seals.seal),
         Sweep("runs.sweep", runs.sweep, every_s=60),

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from portal import db
@@ -23,16 +22,26 @@ from portal.db import utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.integrations.wake import Heard, wake
-from portal.models import AgentCredential, Attempt, Command, JournalRecord, Lease, Machine, MachineReport, Task
-from portal.services import agents, audit, commands, desired, events, heartbeats, leases, logs, machines, tasks
-from portal.services.actors import SYSTEM, Actor, of_agent
+from portal.models import Attempt, Command, JournalRecord, Lease, Machine, Task
+from portal.services import (
+    agents,
+    audit,
+    commands,
+    desired,
+    frozen,
+    heartbeats,
+    leases,
+    logs,
+    machines,
+    provisioning,
+    tasks,
+)
+from portal.services.actors import of_agent
 from portal.services.heartbeats import Heartbeat
 from portal.services.memory import Memory
 
 Message = Mapping[str, Any]
 NOTHING: dict[str, list[Any]] = {"attempts": [], "command_results": [], "journal": []}
-NOT_FROZEN = dict.fromkeys(("frozen_reason", "frozen_at", "frozen_generation", "host_generation"))
-MOST_GENERATIONS = 1_000_000_000
 
 
 class NotYours(Conflict):
@@ -161,28 +170,12 @@ def _is_behind(epoch: str, generation: int, request: Message) -> bool:
     return bool(request["epoch"] == epoch and request["generation"] > generation)
 
 
-def freeze_all(reason: str) -> int:
-    """The portal comes from a backup: nothing is sent to any host until it has said that it knows no more than we do.
-
-    Called inside the transaction that restored; returns how many. A host that was never enrolled has nothing to say.
-    """
-    enrolled = AgentCredential.select(AgentCredential.machine).where(AgentCredential.state << agents.ALIVE)
-    hosts = list(Machine.select().where(Machine.id << enrolled, Machine.state != "retired").order_by(Machine.id))
-    for machine in hosts:
-        given = {"frozen_reason": reason, "frozen_at": utcnow(), "host_generation": None}
-        Machine.update(frozen_generation=Machine.generation, **given).where(Machine.id == machine.id).execute()
-        MachineReport.update(frozen=False).where(MachineReport.machine == machine).execute()
-        commands.cancel_all(machine, "thaw", by=SYSTEM, reason=reason)  # the word of the past that ends here
-        audit.record("machine.frozen", machine, by=SYSTEM, reason=reason, generation=machine.generation)
-    return len(hosts)
-
-
 def _mind_the_past(machine_id: int, request: Message) -> None:
     """Nothing is sent to a host that knows more than we do, until an operator has compared the two.
 
     A portal that was restored compares with what it was then: what it counted on since says nothing of the past.
     """
-    known = _know(machine_id)
+    known, generation = _know(machine_id), int(request["generation"])
     if known.is_thawing and request["epoch"] == known.epoch:
         return
     if known.frozen_reason is None:
@@ -190,68 +183,18 @@ def _mind_the_past(machine_id: int, request: Message) -> None:
             with db.connection():
                 machine = machines.get(machine_id)  # what we remember may be older than what it was told elsewhere
                 if _is_behind(machine.epoch, machine.generation, request):
-                    _freeze(machine, _disagreement(machine.generation, request), request)
+                    frozen.freeze(machine, generation)
             _known.drop(machine_id)
     elif known.awaits_its_word():
         other_epoch = request["epoch"] not in (None, known.epoch)
-        if other_epoch or request["generation"] > (known.frozen_generation or 0):
+        if other_epoch or generation > (known.frozen_generation or 0):
             with db.connection():
-                machine = machines.get(machine_id)
-                _freeze(machine, _disagreement(machine.frozen_generation, request), request)
+                frozen.freeze(machines.get(machine_id), generation)
             _known.drop(machine_id)
-    elif _credible(request) > (known.host_generation or 0):
-        with db.connection(), db.atomic():
-            Machine.update(host_generation=_credible(request)).where(
-                Machine.id == machine_id, Machine.frozen_reason.is_null(False)
-            ).execute()
+    elif generation > (known.host_generation or 0):
+        with db.connection():
+            frozen.note_generation(machine_id, generation)
         _known.drop(machine_id)
-
-
-def _disagreement(ours: int | None, request: Message) -> str:
-    host = request["generation"]
-    return f"The host holds generation {host}, the portal only {ours}: was an older backup restored?"
-
-
-def _credible(request: Message) -> int:
-    """The host's generation, as far as a column and what follows it have room: a host may say anything."""
-    return min(int(request["generation"]), MOST_GENERATIONS)
-
-
-def _freeze(machine: Machine, reason: str, request: Message) -> None:
-    with db.atomic():
-        machine = machines.lock(machine)
-        if machine.frozen_reason is not None and machine.host_generation is not None:
-            return  # another connection was first
-        machine.frozen_reason, machine.frozen_at = reason, machine.frozen_at or utcnow()
-        machine.frozen_generation = machine.frozen_generation or machine.generation
-        machine.host_generation = _credible(request)
-        machine.save()
-        told = {"generation": machine.frozen_generation, "host_generation": machine.host_generation}
-        audit.record("machine.frozen", machine, by=of_agent(machine), outcome="failed", reason=reason, **told)
-        events.write("machine.frozen", machine_id=machine.id)
-
-
-def _believe(machine_id: int) -> None:
-    """The host knows no more than the portal did when it was restored: nothing was lost between the two."""
-    with db.atomic():
-        machine = machines.lock(machines.get(machine_id))
-        if machine.frozen_generation is None or machine.host_generation is not None:
-            return
-        _go_on(machine, by=of_agent(machine), reason="The host holds no later state than the backup.")
-        events.write("machine.generation", machine_id=machine_id)  # not a new one, but now it may be told
-
-
-def thawed(machine: Machine, *, by: Actor) -> None:
-    """The host has taken the operator's word: it goes on from the portal's state."""
-    with db.atomic():
-        _go_on(machines.lock(machine), by=by, reason="The host has taken the operator's word.")
-
-
-def _go_on(machine: Machine, *, by: Actor, reason: str) -> None:
-    Machine.update(**NOT_FROZEN).where(Machine.id == machine.id).execute()
-    audit.record("machine.frozen_ended", machine, by=by, reason=reason)
-    events.write("machine.thawed", machine_id=machine.id)
-    db.db.after_commit(partial(_known.drop, machine.id))
 
 
 # The report
@@ -270,7 +213,8 @@ def report(agent: agents.Agent, request: Message) -> dict[str, Any]:
     acks: Mapping[str, Any] = NOTHING
     if known.awaits_its_word() and request["epoch"] == known.epoch and not told["frozen"]:
         with db.connection():
-            _believe(agent.machine_id)
+            frozen.believe(machines.get(agent.machine_id))
+        _known.drop(agent.machine_id)
         known = _know(agent.machine_id)
     if not _is_news(told, known):
         pass
@@ -333,7 +277,7 @@ def _note_frozen(machine_id: int, request: Message, known: Known, heartbeat: Hea
         return
     if is_new:
         reason = "The host has frozen itself: what the portal said did not follow what it knew."
-        _freeze(machines.get(machine_id), reason, request)
+        frozen.freeze(machines.get(machine_id), int(request["generation"]), reason=reason)
     heartbeats.note(heartbeat)
     heartbeats.flush()
     _known.drop(machine_id)
@@ -349,6 +293,8 @@ def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> 
         "command_results": _take_results(machine, told["command_results"]),
         "journal": _take_journal(machine, told["journal"]),
     }
+    if told["command_results"]:
+        _known.drop(machine_id)  # one of them may have ended the freeze
     leases.observed(machine, told["leases"])
     _take_hardware(machine, told, known)
     if not (told["attempts"] or told["command_results"]):
@@ -483,5 +429,5 @@ def _take_hardware(machine: Machine, told: Message, known: Known) -> None:
             _write(machine, facts=facts)
         known.facts = facts
     if uuids is not None and uuids != known.gpu_uuids:
-        machines.seen_gpus(machine, told["gpu"]["gpus"])
+        provisioning.seen_gpus(machine, told["gpu"]["gpus"])
         known.gpu_uuids = uuids

@@ -15,7 +15,18 @@ from portal.db import utcnow
 from portal.errors import Conflict, Error
 from portal.integrations import host_keys
 from portal.models import Machine
-from portal.services import config, leases, overviews, reclaims, runs, tenants
+from portal.services import (
+    availability,
+    config,
+    frozen,
+    leases,
+    overviews,
+    provisioning,
+    reclaims,
+    retirement,
+    runs,
+    tenants,
+)
 from portal.services import machines as fleet
 from portal.web import shapes
 from portal.web.acting import acting, page_asked
@@ -144,7 +155,7 @@ def confirm_host_key(machine_id: int) -> ResponseReturnValue:
 def provision(machine_id: int) -> ResponseReturnValue:
     found = fleet.get(machine_id)
     with acting(gettext("Provisioning is queued; its output follows here.")):
-        fleet.provision(found, by=actor())
+        provisioning.provision(found, by=actor())
     return _back(found)
 
 
@@ -198,7 +209,7 @@ def _allocate_page(machine: Machine, form: Form | None) -> str:
         machine=machine,
         form=form,
         tenants=list(tenants.search()),
-        refusals=leases.start_refusals(machine, now),
+        refusals=availability.start_refusals(machine, now),
         until=(now + timedelta(days=30)).strftime("%Y-%m-%dT%H:00"),
         retain_h=config.current().default_retain_s // 3600,
     )
@@ -209,7 +220,7 @@ def _allocate_page(machine: Machine, form: Form | None) -> str:
 def reclaim(machine_id: int) -> ResponseReturnValue:
     found, form = fleet.get(machine_id), Form.of_request(keep=())
     with acting(gettext("The machine is being taken back.")):
-        reclaims.request(
+        leases.reclaim(
             found,
             by=actor(),
             reason=form.text("reason"),
@@ -238,7 +249,7 @@ def maintenance(machine_id: int) -> ResponseReturnValue:
 def thaw(machine_id: int) -> ResponseReturnValue:
     found, form = fleet.get(machine_id), Form.of_request(keep=())
     with acting(gettext("The host follows the portal again.")):
-        fleet.thaw(found, by=actor(), reason=form.text("reason"))
+        frozen.thaw(found, by=actor(), reason=form.text("reason"))
     return _back(found)
 
 
@@ -247,7 +258,7 @@ def thaw(machine_id: int) -> ResponseReturnValue:
 def reimaged(machine_id: int) -> ResponseReturnValue:
     found, form = fleet.get(machine_id), Form.of_request(keep=())
     with acting(gettext("Scan and confirm its new host key, then provision it.")):
-        fleet.reimaged(found, by=actor(), reason=form.text("reason"), credential=_credential(form))
+        retirement.reimaged(found, by=actor(), reason=form.text("reason"), credential=_credential(form))
     return _back(found)
 
 
@@ -258,7 +269,7 @@ def retire(machine_id: int) -> ResponseReturnValue:
     with acting(gettext("The machine is retired; its history stays.")):
         if form.text("confirm") != found.name:
             raise Conflict(gettext("Type the machine's name to retire it."))
-        fleet.retire(found, by=actor(), reason=form.text("reason"))
+        retirement.retire(found, by=actor(), reason=form.text("reason"))
     return _back(found)
 
 
@@ -267,7 +278,7 @@ def retire(machine_id: int) -> ResponseReturnValue:
 def delete_machine(machine_id: int) -> ResponseReturnValue:
     found = fleet.get(machine_id)
     with acting(gettext("The machine %(name)s is deleted.", name=found.name)) as went_well:
-        fleet.delete(found, by=actor())
+        retirement.delete(found, by=actor())
     return redirect(url_for("web.machines"), 303) if went_well else _back(found)
 
 

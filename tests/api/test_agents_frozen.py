@@ -8,7 +8,7 @@ import pytest
 from flask import Flask
 
 from portal.models import Attempt, AuditEntry, Lease, Machine, MachineReport, Tenant, User
-from portal.services import heartbeats, machines
+from portal.services import frozen, heartbeats, machines
 from portal.services.actors import SYSTEM
 from tests.api.fake_agent import (
     FakeAgent,
@@ -80,7 +80,7 @@ def test_another_epoch_is_another_past(leased: Any) -> None:
 def test_an_operator_thaws_the_host_and_it_goes_on(leased: Any) -> None:
     machine, lease, attempt, agent = leased
     ahead(agent).report(frozen=True)
-    machines.thaw(machine, by=SYSTEM, reason="compared with the host")
+    frozen.thaw(machine, by=SYSTEM, reason="compared with the host")
 
     told = agent.await_order()
     (command,) = [each for each in told["commands"] if each["kind"] == "thaw"]

@@ -19,9 +19,9 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.integrations.wake import wake
 from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
-from portal.services import commands, grants, heartbeats, leases, machines, reclaims, runs, sync
+from portal.services import commands, frozen, grants, heartbeats, leases, machines, reclaims, runs, sync
 from portal.services.actors import SYSTEM
-from portal.services.leases import CannotAllocate
+from portal.services.availability import CannotAllocate
 from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, command_result, observed
 from tests.support import rental
 from tests.support.rental import Host, allocate, ready_host, tomorrow
@@ -75,7 +75,7 @@ def freeze(past: Past) -> None:
 
 def thaw(past: Past) -> dict[str, Any]:
     """An operator has compared; the host takes it. Returns what the host was told."""
-    machines.thaw(past.machine, by=SYSTEM, reason="compared with the host")
+    frozen.thaw(past.machine, by=SYSTEM, reason="compared with the host")
     told = past.agent.await_order()
     (command,) = [each for each in told["commands"] if each["kind"] == "thaw"]
     past.agent.report(command_results=[command_result(command["command_id"])])
@@ -233,7 +233,7 @@ def test_a_machine_with_somebody_s_lost_data_is_quarantined_at_the_end_of_its_le
     assert past.lost["login"] in str(past.machine.state_reason)
     assert cleanings() == 0, "what is on it was never ours to wipe"
     with pytest.raises(Conflict) as refusal:
-        reclaims.request(past.machine, by=SYSTEM, reason="again")
+        leases.reclaim(past.machine, by=SYSTEM, reason="again")
     assert refusal.value.code == "needs_reimage"
     with pytest.raises(CannotAllocate):
         allocate(past.host, other_tenant)
@@ -308,7 +308,7 @@ def test_no_login_and_no_uid_of_the_lost_past_comes_a_second_time(
     agent.hold()
     come_back(tmp_path / "backup.tar")
     agent.report(frozen=True)
-    machines.thaw(host.machine, by=SYSTEM, reason="nothing is left of it")
+    frozen.thaw(host.machine, by=SYSTEM, reason="nothing is left of it")
     told = agent.await_order()
     agent.report(command_results=[command_result(each["command_id"]) for each in told["commands"]])
     host.report()
@@ -323,7 +323,7 @@ def test_no_login_and_no_uid_of_the_lost_past_comes_a_second_time(
 def test_two_operators_who_thaw_at_once_leave_no_thaw_for_the_next_time(past: Past) -> None:
     """It would be sent when the host freezes again, and nobody would have compared anything."""
     freeze(past)
-    machines.thaw(past.machine, by=SYSTEM, reason="compared")
+    frozen.thaw(past.machine, by=SYSTEM, reason="compared")
     thaw(past)
     assert past.machine.frozen_reason is None
     assert not commands.queued(past.machine, "thaw").exists()
@@ -339,7 +339,7 @@ def test_a_host_that_says_absurd_numbers_harms_nobody(past: Past, tenant: Tenant
     past.agent.generation = most
     past.agent.report()
     past.agent.report(frozen=True, leases=[past.lost | {"lease_id": most, "login": f"lease{most}"}])
-    machines.thaw(past.machine, by=SYSTEM, reason="it lies")
+    frozen.thaw(past.machine, by=SYSTEM, reason="it lies")
     for _ in range(3):
         commands.queue(past.machine, "baseline", by=SYSTEM)
     assert allocate(ready_host("gpu-2"), tenant).id < 1_000_000
@@ -349,7 +349,7 @@ def test_a_host_is_not_thawed_before_it_has_said_what_it_knows(past: Past) -> No
     come_back(past.file)
     past.agent.hold()
     with pytest.raises(Conflict, match="has not yet said what it knows") as refusal:
-        machines.thaw(past.machine, by=SYSTEM, reason="in a hurry")
+        frozen.thaw(past.machine, by=SYSTEM, reason="in a hurry")
     assert refusal.value.code == "unheard"
     assert Command.select().where(Command.kind == "thaw").count() == 0
 
@@ -357,8 +357,8 @@ def test_a_host_is_not_thawed_before_it_has_said_what_it_knows(past: Past) -> No
 def test_a_host_that_stays_silent_is_thawed_unheard_and_then_installed_anew(past: Past) -> None:
     come_back(past.file)
     with atomic():
-        Machine.update(frozen_at=utcnow() - machines.UNHEARD_WAIT).where(Machine.id == past.host.id).execute()
-    machines.thaw(past.machine, by=SYSTEM, reason="its credential is lost")
+        Machine.update(frozen_at=utcnow() - frozen.UNHEARD_WAIT).where(Machine.id == past.host.id).execute()
+    frozen.thaw(past.machine, by=SYSTEM, reason="its credential is lost")
     assert (past.host.state, past.machine.needs_reimage) == ("leased", True)
     assert "unheard" in str(past.machine.state_reason)
     assert AuditEntry.get(AuditEntry.action == "machine.thawed").detail["is_heard"] is False

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from portal.models import Lease, Tenant, User
-from portal.services import leases, machines, reclaims
+from portal.services import leases, machines
 from portal.services.actors import SYSTEM
 from tests.support import rental
 from tests.support.rental import HOST_KEY, Host, allocate, ready_host, tomorrow
@@ -140,7 +140,7 @@ def test_the_tenant_before_sees_nothing_of_the_one_after(
     host: Host, lease: Lease, other_tenant: Tenant, customer: User, stranger: User, sign_in: SignIn
 ) -> None:
     rental.end(host, lease)
-    reclaims.request(host.machine, by=SYSTEM, reason="needed", force=True, confirm="gpu-1")
+    leases.reclaim(host.machine, by=SYSTEM, reason="needed", force=True, confirm="gpu-1")
     rental.reclaim(host, lease)
     host.report()
     allocate(host, other_tenant, until=tomorrow())

@@ -15,9 +15,9 @@ import pytest
 from portal.db import atomic, connection, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import Attempt, AuditEntry, Event, Grant, Lease, Machine, MachineReport, Task, Tenant, User
-from portal.services import agents, commands, desired, grants, leases, machines, reclaims, runs
+from portal.services import agents, availability, commands, desired, grants, leases, machines, reclaims, runs
 from portal.services.actors import SYSTEM
-from portal.services.leases import CannotAllocate
+from portal.services.availability import CannotAllocate
 from portal.services.runs import Outcome
 from portal.services.transitions import WrongState
 from tests.factories import actor_of
@@ -95,8 +95,8 @@ def test_a_machine_has_one_lease_at_a_time(host: Host, lease: Lease, other_tenan
 def test_the_database_refuses_a_second_open_lease_even_if_the_checks_are_wrong(
     host: Host, lease: Lease, other_tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "start_refusals", lambda *_: [])
-    monkeypatch.setattr(leases, "_overlaps", lambda *_args, **_kwargs: [])
+    monkeypatch.setattr(availability, "start_refusals", lambda *_: [])
+    monkeypatch.setattr(availability, "overlaps", lambda *_args, **_kwargs: [])
     with atomic():
         Machine.update(state="ready").where(Machine.id == host.id).execute()
     with pytest.raises(CannotAllocate, match="at this moment"):
@@ -539,9 +539,9 @@ def test_a_task_whose_end_is_never_told_does_not_hold_the_lease_for_ever(
     a_running_attempt(lease, customer)
     leases.end(lease, by=SYSTEM, reason="done")
     host.sees(lease, "closed")
-    leases.end_due(utcnow() + leases.TASKS_WAIT - timedelta(seconds=5))
+    assert leases.finish_silent(utcnow() + leases.TASKS_WAIT - timedelta(seconds=5)) == 0
     assert leases.get(lease.id).state == "ending"
-    leases.end_due(utcnow() + leases.TASKS_WAIT)
+    assert leases.finish_silent(utcnow() + leases.TASKS_WAIT) == 1
     assert leases.get(lease.id).state == "ended"
 
 

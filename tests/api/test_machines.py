@@ -12,7 +12,7 @@ import pytest
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AgentCredential, AuditEntry, Baseline, Command, Lease, Machine, Run, Tenant, User
-from portal.services import agents, heartbeats, leases, machines, runs
+from portal.services import frozen, heartbeats, leases, machines, provisioning, retirement, runs
 from portal.services.actors import SYSTEM
 from portal.services.heartbeats import Heartbeat
 from portal.services.transitions import WrongState
@@ -285,7 +285,7 @@ def test_a_bare_machine_becomes_ready(staff: Any) -> None:
 
 def test_the_agent_may_come_after_the_end_of_the_run(database: Any) -> None:
     host = Host(confirm(register()))
-    rental.finish_run(machines.provision(host.machine, by=SYSTEM))
+    rental.finish_run(provisioning.provision(host.machine, by=SYSTEM))
     assert Command.select().where(Command.kind == "baseline").count() == 0
     host.enrol()
     host.answers("baseline", rental.baseline())
@@ -294,9 +294,9 @@ def test_the_agent_may_come_after_the_end_of_the_run(database: Any) -> None:
 
 def test_the_password_is_forgotten_when_the_run_succeeded_and_not_before(database: Any) -> None:
     machine = confirm(register())
-    rental.finish_run(machines.provision(machine, by=SYSTEM), "failed")
+    rental.finish_run(provisioning.provision(machine, by=SYSTEM), "failed")
     assert machines.first_contact(machines.get(machine.id)) == {"password": "pw"}
-    rental.finish_run(machines.provision(machine, by=SYSTEM))
+    rental.finish_run(provisioning.provision(machine, by=SYSTEM))
     assert machines.first_contact(machines.get(machine.id)) is None
     entries = AuditEntry.select().where(AuditEntry.action == "machine.first_contact_forgotten")
     assert [entry.resource_id for entry in entries] == [machine.id]
@@ -305,7 +305,7 @@ def test_the_password_is_forgotten_when_the_run_succeeded_and_not_before(databas
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
 def test_a_run_that_did_not_succeed_fails_the_machine_with_its_reason(staff: Any, state: str) -> None:
     machine = confirm(register())
-    run = rental.finish_run(machines.provision(machine, by=SYSTEM), state)
+    run = rental.finish_run(provisioning.provision(machine, by=SYSTEM), state)
     told = staff.get(f"/admin/machines/{machine.id}").json
     assert (told["state"], told["has_first_contact"]) == ("failed", True)
     assert told["state_reason"] == f"The provisioning run {run.id} is {state}: it went wrong"
@@ -313,10 +313,10 @@ def test_a_run_that_did_not_succeed_fails_the_machine_with_its_reason(staff: Any
 
 def test_a_machine_whose_agent_never_comes_is_failed(database: Any) -> None:
     machine = confirm(register())
-    run = rental.finish_run(machines.provision(machine, by=SYSTEM))
+    run = rental.finish_run(provisioning.provision(machine, by=SYSTEM))
     assert run.ended_at is not None
-    assert machines.fail_overdue(run.ended_at + machines.READY_DEADLINE - timedelta(seconds=1)) == 0
-    assert machines.fail_overdue(run.ended_at + machines.READY_DEADLINE) == 1
+    assert provisioning.fail_overdue(run.ended_at + provisioning.READY_DEADLINE - timedelta(seconds=1)) == 0
+    assert provisioning.fail_overdue(run.ended_at + provisioning.READY_DEADLINE) == 1
     failed = machines.get(machine.id)
     assert failed.state == "failed"
     assert "no agent enrolled" in str(failed.state_reason)
@@ -324,13 +324,13 @@ def test_a_machine_whose_agent_never_comes_is_failed(database: Any) -> None:
 
 def test_a_machine_whose_run_is_still_going_is_not_overdue(database: Any) -> None:
     machine = confirm(register())
-    machines.provision(machine, by=SYSTEM)
-    assert machines.fail_overdue(utcnow() + timedelta(days=1)) == 0
+    provisioning.provision(machine, by=SYSTEM)
+    assert provisioning.fail_overdue(utcnow() + timedelta(days=1)) == 0
 
 
 def test_a_baseline_that_could_not_be_taken_fails_the_machine(database: Any) -> None:
     host = Host(confirm(register()))
-    run = machines.provision(host.machine, by=SYSTEM)
+    run = provisioning.provision(host.machine, by=SYSTEM)
     host.enrol()
     rental.finish_run(run)
     host.answers("baseline", None, ok=False, message="/etc cannot be read")
@@ -341,7 +341,7 @@ def test_a_baseline_that_could_not_be_taken_fails_the_machine(database: Any) -> 
 def test_a_baseline_that_nobody_asked_for_is_not_kept(database: Any, tenant: Tenant) -> None:
     host = ready_host()
     allocate(host, tenant)
-    machines.baseline_taken(host.machine, rental.baseline())
+    provisioning.baseline_taken(host.machine, rental.baseline())
     assert Baseline.select().count() == 1
     assert AuditEntry.select().where(AuditEntry.action == "baseline.refused", AuditEntry.outcome == "refused").exists()
     assert host.state == "leased"
@@ -349,8 +349,8 @@ def test_a_baseline_that_nobody_asked_for_is_not_kept(database: Any, tenant: Ten
 
 def test_a_baseline_taken_while_the_run_is_still_going_does_not_count(database: Any) -> None:
     host = ready_host()
-    machines.provision(host.machine, by=SYSTEM)
-    machines.baseline_taken(host.machine, rental.baseline())
+    provisioning.provision(host.machine, by=SYSTEM)
+    provisioning.baseline_taken(host.machine, rental.baseline())
     assert host.state == "provisioning"
 
 
@@ -358,21 +358,21 @@ def test_a_leased_machine_is_not_provisioned(tenant: Tenant) -> None:
     host = ready_host()
     allocate(host, tenant)
     with pytest.raises(Conflict):
-        machines.provision(host.machine, by=SYSTEM)
+        provisioning.provision(host.machine, by=SYSTEM)
     assert (host.state, Run.select().count()) == ("leased", 1)
 
 
 def test_a_machine_is_provisioned_once_at_a_time(database: Any) -> None:
     machine = confirm(register())
-    machines.provision(machine, by=SYSTEM)
+    provisioning.provision(machine, by=SYSTEM)
     with pytest.raises(WrongState, match="is provisioning by now"):
-        machines.provision(machine, by=SYSTEM)
+        provisioning.provision(machine, by=SYSTEM)
     assert Run.select().count() == 1
 
 
 def test_a_ready_machine_can_be_provisioned_again_and_gets_a_new_baseline(database: Any) -> None:
     host = ready_host()
-    rental.finish_run(machines.provision(host.machine, by=SYSTEM))
+    rental.finish_run(provisioning.provision(host.machine, by=SYSTEM))
     host.answers("baseline", rental.baseline())
     assert (host.state, Baseline.select().count()) == ("ready", 2)
 
@@ -384,7 +384,7 @@ def test_a_gpu_belongs_to_one_machine_and_both_are_named(database: Any) -> None:
     first = ready_host("gpu-1")
     second = Host(confirm(register("gpu-2")))
     second.gpu_uuids = [first.gpu_uuids[0], "GPU-own"]
-    machines.provision(second.machine, by=SYSTEM)
+    provisioning.provision(second.machine, by=SYSTEM)
     second.enrol()
     assert second.state == "failed"
     reason = str(second.machine.state_reason)
@@ -395,22 +395,22 @@ def test_a_gpu_belongs_to_one_machine_and_both_are_named(database: Any) -> None:
 
 def test_a_gpu_that_appears_later_is_not_taken_in_by_itself(tenant: Tenant) -> None:
     host = ready_host()
-    machines.seen_gpus(host.machine, [rental.gpu("GPU-new", 2)])
+    provisioning.seen_gpus(host.machine, [rental.gpu("GPU-new", 2)])
     assert [gpu.uuid for gpu in machines.expected_gpus(host.machine)] == host.gpu_uuids
 
 
 def test_gpus_that_come_with_a_later_report_are_taken_in_while_none_is_known(database: Any) -> None:
     host = ready_host(gpus=0)
     assert machines.expected_gpus(host.machine) == []
-    machines.seen_gpus(host.machine, [rental.gpu("GPU-late")])
+    provisioning.seen_gpus(host.machine, [rental.gpu("GPU-late")])
     assert [gpu.uuid for gpu in machines.expected_gpus(host.machine)] == ["GPU-late"]
 
 
 def test_a_lost_gpu_stays_expected_until_somebody_says_that_it_was_taken_out(staff: Any) -> None:
     host = ready_host()
     gone = host.gpu_uuids[1]
-    machines.provision(host.machine, by=SYSTEM)
-    machines.seen_gpus(host.machine, [rental.gpu(host.gpu_uuids[0])])
+    provisioning.provision(host.machine, by=SYSTEM)
+    provisioning.seen_gpus(host.machine, [rental.gpu(host.gpu_uuids[0])])
     assert len(machines.expected_gpus(host.machine)) == 2
     assert staff.delete(f"/admin/machines/{host.id}/gpus/{gone}?reason=sent+back").status_code == 204
     assert [gpu.uuid for gpu in machines.expected_gpus(host.machine)] == host.gpu_uuids[:1]
@@ -474,7 +474,7 @@ def test_a_ready_machine_whose_host_knows_more_leases_than_we_do_is_quarantined_
     host = ready_host()
     forgotten = {"lease_id": 4711, "login": "lease4711", "state": "closed"}
     host.report(frozen=True, leases=[forgotten])
-    machines.thaw(host.machine, by=SYSTEM, reason="restored from yesterday")
+    frozen.thaw(host.machine, by=SYSTEM, reason="restored from yesterday")
     assert (host.state, host.machine.needs_reimage) == ("quarantined", True)
     assert "lease4711" in str(host.machine.state_reason)
     assert Command.select().where(Command.kind == "clean").count() == 0
@@ -487,12 +487,12 @@ def test_a_retired_machine_frees_its_address_and_gpus_and_keeps_its_history(staf
     host = ready_host("gpu-1", address="192.0.2.50", ssh_port=22)
     told = staff.post(f"/admin/machines/{host.id}/retire", {"reason": "sold"}).json
     assert (told["state"], told["state_reason"]) == ("retired", "sold")
-    assert not agents.is_enrolled(host.machine)
+    assert not machines.is_enrolled(host.machine)
     assert AgentCredential.select().where(AgentCredential.machine == host.id).count() == 1
     again = ready_host("gpu-1b", address="192.0.2.50", ssh_port=22)
     assert again.state == "ready"
     with pytest.raises(WrongState):
-        machines.provision(host.machine, by=SYSTEM)
+        provisioning.provision(host.machine, by=SYSTEM)
 
 
 def test_a_leased_machine_is_neither_retired_nor_deleted(staff: Any, tenant: Tenant) -> None:
@@ -507,7 +507,7 @@ def test_a_machine_with_a_lease_for_later_is_not_retired(tenant: Tenant) -> None
     host = ready_host()
     lease = allocate(host, tenant, starts_at=utcnow() + timedelta(hours=1), until=tomorrow())
     with pytest.raises(Conflict, match=f"Lease {lease.id} is scheduled"):
-        machines.retire(host.machine, by=SYSTEM, reason="sold")
+        retirement.retire(host.machine, by=SYSTEM, reason="sold")
 
 
 def test_only_what_was_never_leased_and_never_touched_is_deleted(staff: Any, tenant: Tenant) -> None:
@@ -523,8 +523,8 @@ def test_only_what_was_never_leased_and_never_touched_is_deleted(staff: Any, ten
 
 def test_a_machine_that_vanished_meanwhile_is_not_found(database: Any) -> None:
     machine = register()
-    machines.delete(machine, by=SYSTEM)
-    for act in (machines.provision, machines.delete, machines.end_maintenance):
+    retirement.delete(machine, by=SYSTEM)
+    for act in (provisioning.provision, retirement.delete, machines.end_maintenance):
         with pytest.raises(NotFound):
             act(machine, by=SYSTEM)
 
@@ -532,11 +532,11 @@ def test_a_machine_that_vanished_meanwhile_is_not_found(database: Any) -> None:
 def test_no_side_path_changes_the_state_of_a_leased_machine(staff: Any, tenant: Tenant) -> None:
     host = ready_host("gpu-1")
     allocate(host, tenant)
-    machines.enrolled(host.machine, rental.facts())
-    machines.seen_gpus(host.machine, [rental.gpu("GPU-other")])
-    machines.baseline_taken(host.machine, rental.baseline())
-    machines.baseline_failed(host.machine, "no")
-    machines.fail_overdue(utcnow() + timedelta(days=1))
+    provisioning.enrolled(host.machine, rental.facts())
+    provisioning.seen_gpus(host.machine, [rental.gpu("GPU-other")])
+    provisioning.baseline_taken(host.machine, rental.baseline())
+    provisioning.baseline_failed(host.machine, "no")
+    provisioning.fail_overdue(utcnow() + timedelta(days=1))
     machines.end_maintenance(host.machine, by=SYSTEM)
     staff.patch(f"/admin/machines/{host.id}", {"remark": "x", "credential": {"password": "y"}})
     assert host.state == "leased"

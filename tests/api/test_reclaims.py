@@ -13,9 +13,9 @@ import pytest
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
-from portal.services import keys, leases, machines, reclaims, reports, runs
+from portal.services import keys, leases, machines, provisioning, reclaims, reports, retirement, runs
 from portal.services.actors import SYSTEM
-from portal.services.leases import CannotAllocate
+from portal.services.availability import CannotAllocate
 from tests.api.test_leases import at_once
 from tests.factories import actor_of
 from tests.support import rental
@@ -213,7 +213,7 @@ def test_a_run_whose_end_nobody_heard_is_found_by_the_sweep(
     reclaims.advance_due()
     host.answers("clean", clean_result())
     with monkeypatch.context() as deaf:
-        deaf.setattr(reclaims, "run_finished", lambda _run: None)
+        deaf.delitem(runs._hearers, "verify")
         rental.finish_run(reclaim_of(ended).run_id, verdicts={"gpu-1": verdict()})
     assert reclaim_of(ended).state == "verifying"
     reclaims.advance_due()
@@ -234,7 +234,7 @@ def test_a_tenant_who_had_root_leaves_a_machine_that_must_be_installed_anew(host
     machine = host.machine
     assert (machine.state, machine.needs_reimage) == ("quarantined", True)
     with pytest.raises(Conflict, match="install it anew"):
-        reclaims.request(machine, by=SYSTEM, reason="try again")
+        leases.reclaim(machine, by=SYSTEM, reason="try again")
     assert json.loads(str(reclaim_of(lease).report))["level"] == "reimage"
 
 
@@ -245,7 +245,7 @@ def test_of_two_who_reclaim_a_quarantined_machine_at_once_one_is_told_so(databas
     host = ready_host("gpu-1")
     ended = rental.end(host, rental.allocate(host, tenant))
     rental.reclaim(host, ended, said=verdict(home="failed"))
-    again = partial(reclaims.request, host.machine, by=SYSTEM, reason="once more")
+    again = partial(leases.reclaim, host.machine, by=SYSTEM, reason="once more")
     outcomes = at_once(again, again, again)
     assert sum(isinstance(each, Reclaim) for each in outcomes) == 1
     assert sum(isinstance(each, Conflict) for each in outcomes) == 2
@@ -260,7 +260,7 @@ def test_a_quarantined_machine_is_leased_to_nobody(host: Host, ended: Lease, ten
     with pytest.raises(CannotAllocate, match="quarantined"):
         rental.allocate(host, tenant, starts_at=tomorrow(), until=tomorrow() + timedelta(days=1))
     with pytest.raises(Conflict, match="quarantined"):
-        machines.provision(host.machine, by=SYSTEM)
+        provisioning.provision(host.machine, by=SYSTEM)
     assert Lease.select().where(Lease.state != "ended").count() == 0
 
 
@@ -280,13 +280,13 @@ def test_a_second_reclaim_of_a_quarantined_machine_can_pass(
 def test_a_reimaged_machine_comes_back_with_a_new_identity(host: Host, tenant: Tenant) -> None:
     rental.reclaim(host, rental.end(host, rental.allocate(host, tenant, root=True)))
     epoch = host.machine.epoch
-    machine = machines.reimaged(host.machine, by=SYSTEM, reason="installed from the rescue system")
+    machine = retirement.reimaged(host.machine, by=SYSTEM, reason="installed from the rescue system")
     assert (machine.state, machine.host_key, machine.needs_reimage) == ("quarantined", None, False)
     assert machine.epoch != epoch
     with pytest.raises(Conflict, match="host key"):
-        machines.provision(machine, by=SYSTEM)
+        provisioning.provision(machine, by=SYSTEM)
     rental.confirm(machine, rental.OTHER_HOST_KEY)
-    run = machines.provision(machine, by=SYSTEM)
+    run = provisioning.provision(machine, by=SYSTEM)
     host.enrol()
     rental.finish_run(run)
     host.answers("baseline", rental.baseline())
@@ -297,7 +297,7 @@ def test_a_reimaged_machine_comes_back_with_a_new_identity(host: Host, tenant: T
 
 def test_only_a_quarantined_machine_is_reimaged(host: Host) -> None:
     with pytest.raises(Conflict, match="is ready"):
-        machines.reimaged(host.machine, by=SYSTEM, reason="no")
+        retirement.reimaged(host.machine, by=SYSTEM, reason="no")
 
 
 # Late, repeated and foreign words
@@ -307,7 +307,7 @@ def test_the_result_of_a_cleaning_counts_once(host: Host, ended: Lease) -> None:
     reclaims.advance_due()
     command = host.answers("clean", clean_result())
     with pytest.raises(Conflict, match="awaits no cleaning"), atomic():
-        reclaims.cleaned(command, clean_result(home="failed"))
+        reclaims.cleaned(command)
     assert (reclaim_of(ended).state, host.state) == ("verifying", "reclaiming")
 
 
@@ -317,7 +317,7 @@ def test_a_late_cleaning_is_refused_once_another_lease_is_active(
     reclaims.advance_due()
     late = host.queued("clean")
     reclaims.advance_due(utcnow() + reclaims.CLEAN_DEADLINE)
-    reclaims.request(host.machine, by=SYSTEM, reason="again")
+    leases.reclaim(host.machine, by=SYSTEM, reason="again")
     host.answers("clean", clean_result())
     rental.finish_run(reclaim_of(ended).run_id, verdicts={"gpu-1": verdict()})
     host.report()
@@ -325,7 +325,7 @@ def test_a_late_cleaning_is_refused_once_another_lease_is_active(
     for state in ("done", "failed"):
         late.state = state
         with pytest.raises(Conflict, match=f"Lease {following.id} has the machine"), atomic():
-            reclaims.cleaned(late, clean_result(home="failed"))
+            reclaims.cleaned(late)
     assert (leases.get(following.id).state, host.state) == ("active", "leased")
 
 
@@ -334,7 +334,7 @@ def test_a_cleaning_that_names_another_lease_is_refused(host: Host, ended: Lease
     command = host.queued("clean")
     command.lease_id = ended.id + 1
     with pytest.raises(Conflict, match="belongs to no reclaim"), atomic():
-        reclaims.cleaned(command, clean_result())
+        reclaims.cleaned(command)
     assert reclaim_of(ended).state == "cleaning"
 
 
@@ -375,7 +375,7 @@ def test_force_skips_the_retention_and_needs_the_machines_name(
 
 def test_force_on_an_active_lease_is_kept_and_obeyed(host: Host, tenant: Tenant) -> None:
     lease = rental.allocate(host, tenant, retain_s=3600)
-    reclaims.request(host.machine, by=SYSTEM, reason="contract ended", force=True, confirm="gpu-1")
+    leases.reclaim(host.machine, by=SYSTEM, reason="contract ended", force=True, confirm="gpu-1")
     host.sees(lease, "closed")
     reclaim = reclaim_of(lease)
     assert (reclaim.force, reclaim.reason) == (True, "contract ended")
@@ -385,20 +385,20 @@ def test_force_on_an_active_lease_is_kept_and_obeyed(host: Host, tenant: Tenant)
 
 def test_force_can_be_added_while_the_lease_is_ending(host: Host, tenant: Tenant) -> None:
     lease = rental.allocate(host, tenant, retain_s=3600)
-    reclaims.request(host.machine, by=SYSTEM, reason="contract ended")
-    reclaims.request(host.machine, by=SYSTEM, reason="and at once", force=True, confirm="gpu-1")
+    leases.reclaim(host.machine, by=SYSTEM, reason="contract ended")
+    leases.reclaim(host.machine, by=SYSTEM, reason="and at once", force=True, confirm="gpu-1")
     host.sees(lease, "closed")
     assert reclaim_of(lease).force
 
 
 def test_a_reclaim_says_why(host: Host, ended: Lease) -> None:
     with pytest.raises(Invalid, match="reason"):
-        reclaims.request(host.machine, by=SYSTEM, reason=" ")
+        leases.reclaim(host.machine, by=SYSTEM, reason=" ")
 
 
 def test_there_is_nothing_to_reclaim_on_a_ready_machine(host: Host) -> None:
     with pytest.raises(Conflict, match="nothing to reclaim"):
-        reclaims.request(host.machine, by=SYSTEM, reason="why not")
+        leases.reclaim(host.machine, by=SYSTEM, reason="why not")
 
 
 # The probe key

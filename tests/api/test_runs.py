@@ -232,6 +232,37 @@ def test_a_lost_run_that_was_to_be_cancelled_is_cancelled(machine: Machine) -> N
     assert Run.get().state == "cancelled"
 
 
+def test_a_run_whose_playbook_is_gone_with_an_upgrade_is_given_up_and_keeps_no_other_waiting(machine: Machine) -> None:
+    gone, other = queued(machine), queued(make_machine("gpu-2"))
+    Run.update(playbook="of_the_version_before").where(Run.id == gone.id).execute()
+    assert runs.claim("t", lock_s=30) == other
+    gone = runs.get_run(gone.id)
+    assert (gone.state, "of_the_version_before" in str(gone.reason)) == ("cancelled", True)
+
+
+def test_a_lost_run_whose_playbook_is_gone_stays_lost(machine: Machine) -> None:
+    run, token = running(machine)
+    Run.update(playbook="of_the_version_before").execute()
+    runs.lose(runs.get_run(run.id), token, reason="gone")
+    assert Run.get().state == "lost"
+
+
+def test_a_refused_run_that_somebody_cancels_at_this_moment_is_cancelled_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queued(machine)
+    Run.update(playbook="of_the_version_before").execute()
+    give_up = runs._give_up
+
+    def cancelled_first(run_id: int, refusal: Any) -> None:
+        runs.cancel(run, by=SYSTEM)
+        give_up(run_id, refusal)
+
+    monkeypatch.setattr(runs, "_give_up", cancelled_first)
+    assert runs.claim("t", lock_s=30) is None
+    assert Run.get().reason == "Cancelled by system before it started."
+
+
 def test_a_held_run_is_not_taken_over(machine: Machine) -> None:
     running(machine)
     assert runs.take_over("another", lock_s=30) is None

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from portal.models import Machine, Reclaim, Run, Task
-from portal.services import keys, leases, machines, runs, tasks
+from portal.services import keys, leases, provisioning, runs, tasks
 from portal.services.actors import SYSTEM
 from portal.services.runs import Line
 from tests.browser.conftest import House
@@ -84,8 +84,8 @@ def visit(page: Page, path: str) -> Visit:
 def details_of(house: House) -> tuple[list[str], list[str]]:
     """One of each: machines in each state, a lease, runs, reports, tasks."""
     bare, failed = rental.register("bare"), rental.confirm(rental.register("no-gpu-host"))
-    rental.finish_run(machines.provision(failed, by=SYSTEM), "failed")
-    machines.provision(rental.confirm(rental.register()), by=SYSTEM)
+    rental.finish_run(provisioning.provision(failed, by=SYSTEM), "failed")
+    provisioning.provision(rental.confirm(rental.register()), by=SYSTEM)
     taken = runs.claim("a-worker", lock_s=60)
     assert taken is not None
     runs.record(taken, "a-worker", [Line("runner_on_ok", "TASK [base : Install]")], lock_s=60)

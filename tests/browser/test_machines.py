@@ -8,7 +8,7 @@ from collections.abc import Callable
 from playwright.sync_api import Page, expect
 
 from portal.models import Machine
-from portal.services import leases, machines, runs
+from portal.services import leases, machines, provisioning, runs
 from portal.services.actors import SYSTEM
 from portal.services.runs import Line, Outcome
 from tests.browser.conftest import House
@@ -188,7 +188,7 @@ def test_a_machine_is_edited_retired_or_deleted(house: House, open_as: Open) -> 
 
 
 def test_a_run_is_cancelled_from_its_page(house: House, open_as: Open) -> None:
-    run = machines.provision(rental.confirm(rental.register()), by=SYSTEM)
+    run = provisioning.provision(rental.confirm(rental.register()), by=SYSTEM)
     page = open_as(house.admin, f"/runs/{run.id}")
     press(page, "Cancel")
     expect(page.get_by_text("cancelled").first).to_be_visible()

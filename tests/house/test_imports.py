@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +91,48 @@ def test_the_product_imports_no_test() -> None:
         if name.split(".")[0] in ("tests", "bench", "pytest")
     ]
     assert wrong == []
+
+
+def test_no_service_needs_itself() -> None:
+    """A circle among the rules means that none of them can be read, or changed, without all the others.
+
+    An import inside a function counts as well: it hides a circle and unties none.
+    """
+    names = {file.stem for file in python_files("portal/services")}
+    needs = {
+        file.stem: {
+            parts[2]
+            for name, _ in imports_of(file)
+            if (parts := name.split("."))[:2] == ["portal", "services"] and len(parts) > 2 and parts[2] in names
+        }
+        for file in python_files("portal/services")
+    }
+    assert circles(needs) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]], "a circle would be seen"
+
+
+def circles(needs: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that need each other, directly or through one another."""
+    reach = {name: set(direct) for name, direct in needs.items()}
+    for middle in reach:
+        for name in reach:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = {tuple(sorted(other for other in reach[name] if name in reach[other])) for name in reach}
+    return [list(group) for group in sorted(groups) if group]
+
+
+@pytest.mark.parametrize(
+    ("process", "registry", "wanted"),
+    [
+        ("app", "runs", {"provision", "verify"}),
+        ("worker.main", "runs", {"provision", "verify"}),
+        ("app", "commands", {"baseline", "clean", "rotate_credential", "thaw"}),
+    ],
+)
+def test_a_process_that_ends_runs_or_commands_knows_who_waits_for_them(
+    process: str, registry: str, wanted: set[str]
+) -> None:
+    program = f"import portal.{process}; from portal.services import {registry}; print(*{registry}._hearers)"
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(told.stdout.split()) == wanted

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal.db import atomic, utcnow
 from portal.models import Command, Lease, Machine, MachineReport, Reclaim, Run, Tenant
-from portal.services import agents, commands, config, leases, machines, reclaims, runs
+from portal.services import agents, commands, config, leases, machines, provisioning, reclaims, runs
 from portal.services.actors import SYSTEM, Actor
 from portal.services.runs import Outcome
 
@@ -287,7 +287,7 @@ def ready_host(name: str | None = None, *, by: Actor = SYSTEM, gpus: int = 2, **
     """From a bare machine to one that can be leased: every step of the way."""
     ensure_signing_key()
     host = Host(confirm(register(name, **fields)), gpus=gpus)
-    run = machines.provision(host.machine, by=by)
+    run = provisioning.provision(host.machine, by=by)
     host.enrol()
     finish_run(run)
     host.answers("baseline", baseline())
