@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -251,14 +251,15 @@ class Agent:
         if thaw is not None:
             self.commands.note_thaw(word.epoch, thaw)
             if before.frozen or before.epoch != after.epoch:
-                self._forget_what_the_portal_lost(after)
+                self._forget_what_the_portal_lost(after, retained=thaw.args["retained"])
         if after != before:
             self._wanted.set()
         return after != before
 
-    def _forget_what_the_portal_lost(self, held: Held) -> None:
+    def _forget_what_the_portal_lost(self, held: Held, *, retained: Iterable[int]) -> None:
         """After a thaw an id may come a second time for something else: what is not named now never counts again."""
         named = {lease.lease_id for lease in held.desired.leases} if held.desired else set()
+        named |= set(retained)  # ended, and its tenant may still come back to the data
         for entry in self.leases.entries():
             if entry.lease_id not in named and not entry.disowned:
                 why = "the portal lost it when it was restored: clean the machine before this id is used again"

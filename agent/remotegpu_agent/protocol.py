@@ -100,7 +100,7 @@ COMMANDS: dict[str, dict[str, type[object]]] = {
     "baseline": {"machine_id": int},
     "clean": {"lease_id": int, "machine_id": int, "login": str, "uid": int, "baseline": dict},
     "rotate_credential": {"machine_id": int, "credential": str, "credential_id": int},
-    "thaw": {"machine_id": int, "epoch": str, "generation": int},
+    "thaw": {"machine_id": int, "epoch": str, "generation": int, "retained": list},
 }
 
 
@@ -200,6 +200,8 @@ def check_args(kind: str, args: object, where: str) -> None:
     if kind == "clean":
         values = cast(Mapping[str, Any], args)
         check_login(values["login"], values["uid"], f"{where}.args")
+    if kind == "thaw" and not all(type(lease_id) is int for lease_id in cast(Mapping[str, Any], args)["retained"]):
+        raise ProtocolError(f"{where}.args.retained: every item must be the id of a lease")
 
 
 class Fields:

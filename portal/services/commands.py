@@ -15,7 +15,7 @@ from portal import db
 from portal.db import utcnow
 from portal.errors import Conflict, Error, NotFound
 from portal.integrations import protocol
-from portal.models import Command, Lease, Machine
+from portal.models import Command, Lease, Machine, Reclaim
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, events, machines, vault
 from portal.services.actors import Actor, of_agent
@@ -116,8 +116,15 @@ def _args(command: Command, machine: Machine) -> dict[str, Any]:
     if command.kind == "rotate_credential":
         args["credential"] = vault.decrypt(args.pop("sealed"))
     if command.kind == "thaw":
-        args |= {"epoch": machine.epoch, "generation": machine.generation}  # as they are now, not when it was queued
+        # As they are now, not when it was queued.
+        args |= {"epoch": machine.epoch, "generation": machine.generation, "retained": _retained(machine)}
     return args
+
+
+def _retained(machine: Machine) -> list[int]:
+    """The leases that have ended and can still be continued, by the ids under which the host knows them."""
+    waiting = Reclaim.select().where(Reclaim.machine == machine, Reclaim.state == "waiting")
+    return [reclaim.lease.host_id for reclaim in waiting]
 
 
 def get(machine: Machine, command_id: int) -> Command:

@@ -286,10 +286,15 @@ def test_a_retained_lease_that_lies_closed_there_is_not_lost(app: Flask, tenant:
     agent.generation += 1
     past = Past(host, agent, ended, observed(ended, "closed"), tmp_path / "backup.tar")
     freeze(past)
-    thaw(past)
+    told = thaw(past)
     assert not host.machine.needs_reimage
+    (order,) = told["commands"]
+    assert order["args"]["retained"] == [ended.id], "so that the host can open it again"
+    following = leases.extend(ended, until=tomorrow(), by=SYSTEM)
+    assert (following.login, following.host_id) == (ended.login, ended.id)
+    rental.end(host, following)
     reclaims.advance_due(utcnow() + timedelta(days=2))
-    assert rental.reclaim_of(ended).state == "cleaning"
+    assert rental.reclaim_of(following).state == "cleaning"
 
 
 def test_no_login_and_no_uid_of_the_lost_past_comes_a_second_time(

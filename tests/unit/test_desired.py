@@ -120,7 +120,9 @@ def test_every_command_is_sent_as_the_protocol_has_it(customer: User, tenant: Te
     assert args["clean"] == {
         "lease_id": lease.id, "machine_id": machine.id, "login": lease.login, "uid": lease.uid, "baseline": BASELINE,
     }  # fmt: skip
-    assert args["thaw"] == {"machine_id": machine.id, "epoch": told["epoch"], "generation": told["generation"]}
+    assert args["thaw"] == {
+        "machine_id": machine.id, "epoch": told["epoch"], "generation": told["generation"], "retained": [],
+    }  # fmt: skip
 
 
 def test_a_cleaning_is_never_sent_while_another_lease_is_open(customer: User, tenant: Tenant) -> None:

@@ -31,7 +31,7 @@ COMMANDS = [
         "args": {"lease_id": 17, "machine_id": 7, "login": "lease17", "uid": 20017, "baseline": BASELINE},
     },
     {"command_id": 3, "kind": "rotate_credential", "args": {"machine_id": 7, "credential": "c", "credential_id": 2}},
-    {"command_id": 4, "kind": "thaw", "args": {"machine_id": 7, "epoch": "e", "generation": 4}},
+    {"command_id": 4, "kind": "thaw", "args": {"machine_id": 7, "epoch": "e", "generation": 4, "retained": [9]}},
 ]
 DESIRED: dict[str, Any] = {
     "machine_id": 7,

@@ -87,7 +87,7 @@ def thaw(generation: int, *, epoch: str = "epoch-b", command_id: int = 1) -> dic
     return {
         "command_id": command_id,
         "kind": "thaw",
-        "args": {"machine_id": 7, "epoch": epoch, "generation": generation},
+        "args": {"machine_id": 7, "epoch": epoch, "generation": generation, "retained": []},
     }
 
 
@@ -100,7 +100,7 @@ def test_only_an_operators_thaw_ends_the_freeze() -> None:
 
 @pytest.mark.parametrize(
     "order",
-    [thaw(3, epoch=EPOCH), thaw(4), {**thaw(3), "args": {"machine_id": 8, "epoch": "epoch-b", "generation": 3}}],
+    [thaw(3, epoch=EPOCH), thaw(4), {**thaw(3), "args": {**thaw(3)["args"], "machine_id": 8}}],
     ids=["another epoch", "a later state", "another machine"],
 )
 def test_a_thaw_for_something_else_does_not_count(order: dict[str, Any]) -> None:
