@@ -21,6 +21,7 @@ from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
 LOCK_WAIT_S = 30.0  # how long a writer waits for another writer before it gives up
 STALLED_S = 60.0  # after this long without a word inside a transaction, PostgreSQL takes its locks away
+SYNCHRONOUS = "full"  # what was answered as kept survives a power cut; in WAL mode that is one fsync a commit
 BUSY_TIMEOUT_MS = 20  # inside SQLite's C code no greenlet can run, so it gives up soon and we wait ourselves
 
 AWAY = (peewee.OperationalError, peewee.InterfaceError, MaxConnectionsExceeded)
@@ -53,7 +54,7 @@ def _sqlite(url: str) -> peewee.Database:
     pragmas = {
         "journal_mode": "wal",
         "foreign_keys": 1,
-        "synchronous": "normal",
+        "synchronous": SYNCHRONOUS,
         "busy_timeout": BUSY_TIMEOUT_MS,
         "cache_size": -16000,
     }

@@ -45,6 +45,14 @@ def cheap_hashes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts() -> Iterator[None]:
+    """Databases of this process are not synced to the disk; test_db.py looks at what the product does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database_module, "SYNCHRONOUS", "off")
+        yield
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Settings of a portal that lives in a temporary folder. The database's address is put in by `database`."""

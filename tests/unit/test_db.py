@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peewee
@@ -18,6 +21,7 @@ from portal.services.heartbeats import Heartbeat
 from tests.factories import make_machine
 from tests.support.waiting import until
 
+ROOT = Path(__file__).parents[2]
 ON_POSTGRESQL = pytest.mark.parametrize(
     "database_url", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
 )
@@ -149,3 +153,14 @@ def test_a_fault_that_nobody_foresaw_ends_neither_of_them(database: Any, monkeyp
         until(is_written, "a later heartbeat to be written", timeout_s=10)
     finally:
         buffer.stop()
+
+
+def test_what_was_committed_survives_a_power_cut(tmp_path: Path) -> None:
+    """A host forgets what was acknowledged; and a generation that was told and then lost would freeze it."""
+    program = (
+        "import sys; from portal import db; database = db.connect(sys.argv[1]);"
+        "print(*[database.execute_sql(f'PRAGMA {name}').fetchone()[0] for name in ('synchronous', 'journal_mode')])"
+    )
+    url = f"sqlite:///{tmp_path / 'remotegpu.db'}"
+    told = subprocess.run([sys.executable, "-c", program, url], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["2", "wal"], "2 is full"
