@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify-report": ("portal.cli.verify_report", "check a reclaim report with the public key alone"),
     "backup": ("portal.cli.backup", "write the whole database to a file"),
     "restore": ("portal.cli.restore", "fill an empty database from such a file"),
+    "freeze": ("portal.cli.freeze", "say that the database was restored by other means than restore"),
     "audit": ("portal.cli.audit", "verify the chain of sealed audit entries"),
 }
 

@@ -15,6 +15,7 @@ import pytest
 from flask import Flask
 
 from portal.backup import backup, restore
+from portal.cli import main
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.integrations.wake import wake
@@ -153,6 +154,24 @@ def test_a_host_that_has_frozen_itself_does_not_go_on_by_itself(app: Flask, tmp_
     agent.report(frozen=True)
     agent.report()
     assert "frozen itself" in str(host.machine.frozen_reason)
+
+
+def test_a_database_that_came_back_as_a_file_is_said_to_the_portal(
+    past: Past, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as a restoration, without the file of `backup`: here the rows just are those of the past again."""
+    restore(past.file, force=True)
+    Machine.update(**frozen.NOT_FROZEN).execute()  # as pg_restore leaves them
+    monkeypatch.setattr("portal.cli.freeze.open_portal", lambda: None)
+    assert main(["freeze", "restored from the snapshot of Monday"]) == 0
+    assert "1 hosts" in capsys.readouterr().out
+    wake.stop()
+    sync._known.clear()
+    for _ in range(past.agent.generation):
+        commands.queue(past.machine, "baseline", by=SYSTEM)
+    assert past.machine.generation > past.agent.generation, "while the host was away"
+    assert past.agent.hold()["desired"] is None
+    assert "older backup" in str(past.machine.frozen_reason)
 
 
 def test_a_machine_without_an_agent_is_not_asked(database: Any, tmp_path: Path) -> None:
