@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import limits
+
 MIN_SECRET_BYTES = 32
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UNIX_SOCKET = "unix"  # among TRUSTED_PROXIES: who connects to the socket file has no address
@@ -101,6 +103,19 @@ class Settings:
         return self.instance_dir / "runs"
 
 
+RANGES = {
+    "access_token_s": (1, 24 * 3600),
+    "refresh_token_s": (60, 366 * 24 * 3600),
+    "report_interval_s": (1, 300),  # what the protocol takes; agents would refuse all of the desired state
+    "offline_after_s": (1, 24 * 3600),
+    "sweep_interval_s": (0.05, 60),
+    "run_lock_s": (1, 3600),
+    "run_timeout_s": (1, 7 * 24 * 3600),
+    "log_quota_bytes": (1, 2**53 - 1),
+    "default_retain_s": (0, 90 * 24 * 3600),  # as for each lease
+    "workers": (1, 256),
+}
+
 SECRET_FILES = ("secret_key", "jwt_secret_key", "encryption_key")
 
 
@@ -118,6 +133,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given.setdefault("public_url", "https://127.0.0.1:8443")
     given.setdefault("bind", _bind_for(str(given["public_url"])))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
+    _check_ranges(settings)
     _check_public_url(settings.public_url)
     if settings.ca_for_hosts not in (None, settings.ca_file) and not Path(str(settings.host_ca_file)).is_file():
         raise SettingsError(f"HOST_CA_FILE: there is no file {settings.host_ca_file}; name one in PEM, or `system`")
@@ -157,6 +173,22 @@ def _secret(name: str, given: str | None, file: Path) -> str:
     if any(sample in value.lower() for sample in SAMPLES) or len(set(value)) < 8:
         raise SettingsError(f"{name.upper()}: looks like a sample; run `python -m portal init` for a random one")
     return value
+
+
+def _check_ranges(settings: Settings) -> None:
+    for name, (least, most) in RANGES.items():
+        value = getattr(settings, name)
+        if not least <= value <= most:  # so asked, a value that is no number at all is refused as well
+            raise SettingsError(f"{name.upper()}: {value} is not between {least} and {most}")
+    if settings.access_token_s > settings.refresh_token_s:
+        raise SettingsError(
+            f"ACCESS_TOKEN_S: {settings.access_token_s} is longer than REFRESH_TOKEN_S, {settings.refresh_token_s}; "
+            "an access token must not outlive its sign-in"
+        )
+    try:
+        limits.parse_many(settings.people_limit)
+    except ValueError:
+        raise SettingsError(f"PEOPLE_LIMIT: {settings.people_limit!r} is not a limit such as 1200 per minute") from None
 
 
 def _check_public_url(url: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from portal.settings import SECRET_FILES, Settings, SettingsError, load
+from portal.integrations import protocol
+from portal.services import leases
+from portal.settings import RANGES, SECRET_FILES, Settings, SettingsError, load
 
 
 @pytest.fixture
@@ -59,6 +62,15 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
         ("PUBLIC_URL", "https://portal.example.org/path", "is not an address"),
         ("RUN_TIMEOUT_S", "an hour", "is not a number"),
         ("OFFLINE_AFTER_S", "soon", "is not a number"),
+        ("REPORT_INTERVAL_S", "0", "is not between 1 and 300"),
+        ("REPORT_INTERVAL_S", "301", "is not between 1 and 300"),
+        ("OFFLINE_AFTER_S", "nan", "is not between"),
+        ("RUN_LOCK_S", "inf", "is not between"),
+        ("SWEEP_INTERVAL_S", "0", "is not between"),
+        ("DEFAULT_RETAIN_S", "-1", "is not between"),
+        ("WORKERS", "0", "is not between"),
+        ("ACCESS_TOKEN_S", "86400", "longer than REFRESH_TOKEN_S, 3600"),
+        ("PEOPLE_LIMIT", "many", "is not a limit such as"),
         ("TRUSTED_PROXIES", "1", "write the addresses of the proxies"),
         ("TRUSTED_PROXIES", "127.0.0.1, nginx", "'nginx' does not appear to be"),
         ("PROMETHEUS_URL", "127.0.0.1:9090", "is not an address"),
@@ -69,7 +81,19 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
 )
 def test_a_wrong_setting_is_named_with_the_reason(environ: dict[str, str], name: str, value: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}: .*{reason}"):
-        load({**environ, name: value})
+        load({**environ, "REFRESH_TOKEN_S": "3600", name: value})
+
+
+def test_every_number_has_a_range_and_the_defaults_lie_in_it(environ: dict[str, str]) -> None:
+    assert load(environ)
+    assert set(RANGES) == {entry.name for entry in fields(Settings) if entry.type in ("int", "float")}
+
+
+def test_what_agents_are_told_is_what_the_protocol_takes() -> None:
+    told = protocol.schema()["definitions"]["desired"]["properties"]
+    for name in ("report_interval_s", "log_quota_bytes"):
+        assert RANGES[name] == (told[name]["minimum"], told[name]["maximum"])
+    assert RANGES["default_retain_s"] == (0, leases.MAX_RETAIN_S)
 
 
 def test_settings_show_no_secret(environ: dict[str, str]) -> None:
