@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from portal.db import db, utcnow
+from portal.db import atomic, db, utcnow
 from portal.models import Event, Machine
 
 KEEP = timedelta(hours=1)
@@ -33,4 +33,5 @@ def desired_changed(machine_id: int) -> None:
 
 def prune() -> int:
     """Delete what nobody can be waiting for any more; returns how many."""
-    return int(Event.delete().where(Event.at < utcnow() - KEEP).execute())
+    with atomic():
+        return int(Event.delete().where(Event.at < utcnow() - KEEP).execute())
