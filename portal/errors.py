@@ -57,11 +57,6 @@ class Conflict(Error):
     code = "conflict"
 
 
-class TooLarge(Error):
-    status = 413
-    code = "too_large"
-
-
 class TooMany(Error):
     status = 429
     code = "too_many_requests"

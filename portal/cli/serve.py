@@ -18,10 +18,10 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 from portal.cli import open_portal
+from portal.integrations.processes import LEASH
 from portal.settings import Settings
 
 PARTS = ("web", "worker")
-LEASH = ("setpriv", "--pdeathsig", "TERM", "--")  # the kernel ends a part whose supervisor was killed
 STOP_S = 12.0  # gunicorn's grace, and a run that ends its processes
 STEADY_S = 30.0  # a part that lived this long starts again at once
 LONGEST_PAUSE_S = 30.0

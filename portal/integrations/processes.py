@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "REMOTEGPU_RUN_ID"  # inherited by everything that a run starts on this machine
+LEASH = ("setpriv", "--pdeathsig", "TERM", "--")  # before a command: the kernel tells it when its parent has ended
+STOP_GRACE_S = 5.0  # for a process of a run that was asked to end
 POLL_S = 0.02
 
 

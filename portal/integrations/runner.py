@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from portal.integrations import processes, ssh_masters
-from portal.integrations.processes import VARIABLE, Process
+from portal.integrations.processes import LEASH, STOP_GRACE_S, VARIABLE, Process
 
 SOURCE = Path(__file__).parents[2]
-LEASH = ("setpriv", "--pdeathsig", "TERM", "--")
-STOP_GRACE_S = 5.0
 LINE_BYTES = 1024 * 1024
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations.host_keys import fingerprint
 from portal.models import Grant, Lease, Machine, Membership, SshKey, Tenant, User
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, events
@@ -77,12 +77,7 @@ def parse(text: str) -> PublicKey:
     blob = _decode(encoded)
     bits = _bits_of_security_key(kind, blob) if kind.startswith("sk-") else _bits_of(kind, blob)
     canonical = f"{kind} {base64.b64encode(blob).decode()}"
-    return PublicKey(kind, bits, canonical, fingerprint_of(blob))
-
-
-def fingerprint_of(blob: bytes) -> str:
-    """OpenSSH's form: `SHA256:` and unpadded base64."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return PublicKey(kind, bits, canonical, fingerprint(blob))
 
 
 def _decode(encoded: str) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations import host_keys
 from portal.models import AgentCredential, Baseline, Gpu, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, config, events, health, vault
@@ -158,7 +158,7 @@ def fingerprint(line: str) -> str:
         blob = base64.b64decode(line.split()[1], validate=True)
     except (IndexError, binascii.Error):
         raise ValueError(f"{line[:40]!r} is not a public key") from None
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return host_keys.fingerprint(blob)
 
 
 def confirm_host_key(machine: Machine, wanted: str, *, by: Actor, reason: str | None = None) -> Machine:

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from portal.integrations import processes, ssh_masters
+from portal.integrations.processes import LEASH, STOP_GRACE_S
 
 ENDED_WITH_WORKER = 75
-LEASH = ("setpriv", "--pdeathsig", "TERM", "--")  # ansible-playbook hears it when this process dies, too
-STOP_GRACE_S = 5.0
 MAX_STDOUT_CHARS = 65_536  # of one event; a longer one is cut, and says so
 MAX_MESSAGE_CHARS = 4_000
 FAILURES = ("runner_on_failed", "runner_on_unreachable", "runner_item_on_failed")
