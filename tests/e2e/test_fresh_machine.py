@@ -137,7 +137,8 @@ def npm_settings() -> list[Path]:
 
 def bring_source(host: Host) -> None:
     """What is committed here, as a repository to clone from; without history, which a checkout need not have."""
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    ask = ["git", "-c", f"safe.directory={ROOT}", "archive", "HEAD"]  # a checkout may belong to another user
+    archive = subprocess.run(ask, cwd=ROOT, capture_output=True, check=True).stdout
     script = "mkdir ~/origin && cd ~/origin && tar -x && git init -q && git add --all && git commit -q -m Fresh"
     who = "-c user.name=Visitor -c user.email=visitor@example.org"
     host.run(["bash", "-lc", script.replace("git commit", f"git {who} commit")], user="visitor", stdin=archive)

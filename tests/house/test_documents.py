@@ -17,8 +17,9 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def tracked(*patterns: str) -> list[Path]:
+    # A checkout may belong to another user than the one who tests it; git wants to be told that this is meant.
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).exists()]
