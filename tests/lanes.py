@@ -37,6 +37,7 @@ PACKAGES = {
     "redis-server": "redis-server",
     "chromium": "chromium",
     "prometheus": "promtool",
+    "prometheus-alertmanager": "prometheus-alertmanager",
     "util-linux": "nsenter",
     "sshpass": "sshpass",
     "iputils-ping": "ping",

@@ -20,7 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from portal.api.guard import requires, says_who
 from portal.db import utcnow
-from portal.services import monitoring_samples
+from portal.services import alerts_samples, monitoring_samples
 from portal.settings import Settings, networks
 
 STAFF = ("admin", "operator")
@@ -83,6 +83,7 @@ def _for_token() -> Response:
 def _answer() -> Response:
     """The rows first: where the database is away this is an error, and Prometheus notes that the portal is down."""
     rows = monitoring_samples.exposition(utcnow())
+    rows += alerts_samples.exposition(utcnow())
     return Response(generate_latest(_counted_by_all()).decode() + rows, content_type=CONTENT_TYPE)
 
 

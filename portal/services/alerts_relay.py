@@ -9,10 +9,11 @@ started. Deliveries themselves are in alerts.py.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from portal.db import utcnow
+from portal.db import connection, utcnow
 from portal.errors import Error
 from portal.integrations import alertmanager
 from portal.integrations.alertmanager import Known
@@ -27,6 +28,30 @@ LOG = logging.getLogger(__name__)
 SETTLED = timedelta(minutes=5)  # after its start Prometheus has told Alertmanager everything again
 GRACE = timedelta(minutes=2)  # heard of so recently, an alert may be newer than the answer
 FRESH = timedelta(minutes=6)  # a Watchdog that Prometheus has not renewed for longer is a leftover
+
+
+_running: threading.Thread | None = None
+
+
+def start() -> bool:
+    """Reconcile beside the sweep, which an Alertmanager that hangs must not hold up; returns whether it was started.
+
+    One at a time in a process: the sweep calls this from one thread.
+    """
+    global _running
+    if config.current().alertmanager_url is None or (_running is not None and _running.is_alive()):
+        return False
+    _running = threading.Thread(target=_reconcile_alone, name="alerts relay", daemon=True)
+    _running.start()
+    return True
+
+
+def _reconcile_alone() -> None:
+    try:
+        with connection():
+            reconcile()
+    except Exception:
+        LOG.exception("alerts were not compared with Alertmanager; it is tried again in a minute")
 
 
 def reconcile(now: datetime | None = None) -> int:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from portal.services import events, leases, locks, provisioning, reclaims, runs, seals, sessions, tasks
+from portal.services import alerts_own, events, leases, locks, provisioning, reclaims, runs, seals, sessions, tasks
 
 LOG = logging.getLogger(__name__)
 
@@ -67,4 +67,5 @@ def all_sweeps() -> tuple[Sweep, ...]:
         Sweep("runs.sweep", runs.sweep, every_s=60),
         Sweep("events.prune", events.prune, every_s=60),
         Sweep("sessions.prune", sessions.prune, every_s=60),
+        *(Sweep(*each) for each in alerts_own.SWEEPS),
     )

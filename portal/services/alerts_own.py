@@ -1,0 +1,281 @@
+"""The portal's own alerts: what it knows by itself and raises while no Prometheus does.
+
+Pure at heart: `conditions` reads the rows and says what is wrong now; `sweep` raises what is new and ends what is over.
+While the Watchdog arrives, Prometheus raises the same alerts by the delivered rules, with the same labels and so the
+same fingerprints, and the portal only watches over that; when it stays away, the portal says so and raises its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from portal.db import utcnow
+from portal.models import Alert, ApiToken, Gpu, Lease, Machine, MachineReport, Run, RunHost, User
+from portal.models.states import ALERT_OPEN
+from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines
+from portal.services.actors import SYSTEM
+from portal.services.alerts import Notice, fingerprint_of
+from portal.services.health import Health, Problem
+
+MONITORING_SILENT = timedelta(minutes=6)  # the Watchdog comes, or is fetched, every minute
+MONITORING_FORGOTTEN = timedelta(days=1)  # a Prometheus that was taken away is not missed for ever
+LEASE_ENDING = timedelta(hours=24)
+RUN_REMEMBERED = timedelta(hours=24)
+CERTIFICATE_ENDING = timedelta(days=14)
+TOKEN_ENDING = timedelta(days=7)
+WITH_AGENT = ("ready", "leased", "reclaiming", "quarantined")
+
+# Every alert that the portal raises by itself, and how bad it is. All but the first are delivered as rules too.
+NAMES = {
+    "MonitoringSilent": "critical",
+    "AgentSilent": "critical",
+    "GpuLost": "critical",
+    "GpuFailing": "warning",
+    "GpuDriverFailing": "critical",
+    "ClockOffset": "warning",
+    "DiskLow": "critical",
+    "MachineFrozen": "critical",
+    "MachineQuarantined": "critical",
+    "RunFailed": "warning",
+    "LeaseEnding": "info",
+    "CertificateExpiring": "warning",
+    "TokenExpiring": "warning",
+}
+
+# What the agent's last report says → the alert that tells of it.
+BY_PROBLEM = {
+    "gpu_missing": "GpuLost",
+    "gpu_lost": "GpuLost",
+    "gpu_error": "GpuFailing",
+    "nvml": "GpuDriverFailing",
+    "clock": "ClockOffset",
+    "disk": "DiskLow",
+    "frozen": "MachineFrozen",
+    "unheard": "MachineFrozen",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that is wrong now. Its name and labels are its identity; the sentences may change."""
+
+    name: str
+    summary: str
+    way_out: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_labels(self) -> dict[str, str]:
+        return {"alertname": self.name, "severity": NAMES[self.name], **self.labels}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.all_labels)
+
+    def notice(self, now: datetime) -> Notice:
+        annotations = {"summary": self.summary, "way_out": self.way_out}
+        return Notice(self.fingerprint, self.all_labels, annotations, now, source="portal")
+
+
+def sweep(now: datetime | None = None) -> int:
+    """Raise what is new, end what is over; returns how many changed."""
+    now = now or utcnow()
+    silent = tuple(_monitoring(now))
+    is_alone = bool(silent) or not is_monitored(now)
+    true_now = {condition.fingerprint: condition for condition in (*silent, *conditions(now))}
+    wanted = true_now if is_alone else {condition.fingerprint: condition for condition in silent}
+    still_open = {alert.fingerprint: alert for alert in Alert.select().where(Alert.state << ALERT_OPEN)}
+    changed = 0
+    for fingerprint, condition in wanted.items():
+        known = still_open.get(fingerprint)
+        if known is None or _says_otherwise(known, condition):
+            starts_at = now if known is None else known.starts_at
+            changed += alerts.hear(condition.notice(starts_at), by=SYSTEM, now=now)[1] == "fired"
+    for fingerprint, alert in still_open.items():
+        if alert.source == "portal" and fingerprint not in true_now:
+            changed += alerts.end(alert, reason="It is over.", now=now)
+    return changed
+
+
+def _says_otherwise(alert: Alert, condition: Condition) -> bool:
+    return alert.source == "portal" and alert.annotations != condition.notice(alert.starts_at).annotations
+
+
+def is_monitored(now: datetime) -> bool:
+    """Whether Prometheus evidently raises alerts that arrive here."""
+    heard_at = alerts.watchdog_heard_at()
+    return heard_at is not None and now - heard_at < MONITORING_SILENT
+
+
+def conditions(now: datetime) -> Iterator[Condition]:
+    """All that is wrong now, as far as the portal knows without Prometheus."""
+    fleet = list(Machine.select().where(Machine.state << WITH_AGENT))
+    yield from _agents(fleet, now)
+    yield from _reclaims(fleet)
+    yield from _runs(now)
+    yield from _leases(now)
+    yield from _certificates(now)
+    yield from _tokens(now)
+
+
+def _monitoring(now: datetime) -> Iterator[Condition]:
+    heard_at = alerts.watchdog_heard_at()
+    is_expected = config.current().alertmanager_url is not None
+    if heard_at is None:
+        is_silent = is_expected
+    else:
+        silence = now - heard_at
+        is_silent = silence >= MONITORING_SILENT and (is_expected or silence < MONITORING_FORGOTTEN)
+    if is_silent:
+        yield Condition(
+            "MonitoringSilent",
+            "No alert arrives from Prometheus and Alertmanager.",
+            "Look whether both run and reach the portal. Until then the portal raises what it knows by itself.",
+        )
+
+
+def _agents(fleet: Sequence[Machine], now: datetime) -> Iterator[Condition]:
+    """Silent agents, and what the others say is wrong. A machine in maintenance is somebody's work already."""
+    watched = [machine for machine in fleet if machine.maintenance_since is None]
+    ids = [machine.id for machine in watched]
+    gpus: dict[int, list[Gpu]] = {}
+    for gpu in Gpu.select().where(Gpu.machine << ids):
+        gpus.setdefault(gpu.machine_id, []).append(gpu)
+    reports = {report.machine_id: report for report in MachineReport.select().where(MachineReport.machine << ids)}
+    for machine in watched:
+        report = reports.get(machine.id)
+        told = health.of(machine, gpus.get(machine.id, []), report, now, machines.limits())
+        yield from _of_agent(machine, told)
+
+
+def _of_agent(machine: Machine, told: Health) -> Iterator[Condition]:
+    if not told.is_online:
+        yield Condition(
+            "AgentSilent",
+            f"The agent of {machine.name} does not report.",
+            "Look at the host: `remotegpu-agent doctor`. A lease on it still ends by itself.",
+            {"host": machine.name},
+        )
+        return
+    by_alert: dict[str, list[Problem]] = {}
+    for problem in told.problems:
+        if problem.code in BY_PROBLEM:
+            by_alert.setdefault(BY_PROBLEM[problem.code], []).append(problem)
+    for name, problems in by_alert.items():
+        yield Condition(
+            name,
+            " ".join(problem.message for problem in problems),
+            "The machine's page has the details; nobody new gets it meanwhile.",
+            {"host": machine.name},
+        )
+
+
+def _reclaims(fleet: Iterable[Machine]) -> Iterator[Condition]:
+    for machine in fleet:
+        if machine.state == "quarantined":
+            yield Condition(
+                "MachineQuarantined",
+                f"{machine.name} is not proven clean and is offered to nobody.",
+                "Open the report of its reclaim, mend what it names and reclaim it again, or install it anew.",
+                {"host": machine.name},
+            )
+
+
+def newest_runs(now: datetime) -> dict[tuple[str, str], Run]:
+    """By machine and playbook the newest run that ended within a day; a verifying one ends in quarantine instead."""
+    of_hosts = (
+        RunHost.select(RunHost, Run, Machine)
+        .join(Run)
+        .switch(RunHost)
+        .join(Machine)
+        .where(
+            Run.state << ("succeeded", "failed", "lost"),
+            Run.ended_at > now - RUN_REMEMBERED,
+            Run.purpose != "verify",
+        )
+        .order_by(Run.id)
+    )
+    return {(entry.machine.name, entry.run.playbook): entry.run for entry in of_hosts}
+
+
+def _runs(now: datetime) -> Iterator[Condition]:
+    for (name, playbook), run in newest_runs(now).items():
+        if run.state != "succeeded":
+            yield Condition(
+                "RunFailed",
+                f"The playbook {playbook} has failed on {name}: run {run.id} is {run.state}.",
+                "Read the run's output, mend what it names, and run it again.",
+                {"host": name, "playbook": playbook},
+            )
+
+
+def _leases(now: datetime) -> Iterator[Condition]:
+    ending = (
+        Lease.select(Lease, Machine)
+        .join(Machine)
+        .where(Lease.state == "active", Lease.ends_at <= now + LEASE_ENDING)
+        .order_by(Lease.id)
+    )
+    for lease in ending:
+        yield Condition(
+            "LeaseEnding",
+            f"Lease {lease.id} of {lease.machine.name} ends at {lease.ends_at:%Y-%m-%d %H:%M} UTC.",
+            "Ask the customer whether it is to be extended; its data is wiped after the retention.",
+            {"host": lease.machine.name, "lease": str(lease.id)},
+        )
+
+
+def certificates() -> dict[str, datetime]:
+    """When each certificate of the portal ends; those that it has."""
+    settings = config.current()
+    ends = {name: _end_of(file) for name, file in (("portal", settings.certificate_file), ("ca", settings.ca_file))}
+    return {name: ends_at for name, ends_at in ends.items() if ends_at is not None}
+
+
+def _certificates(now: datetime) -> Iterator[Condition]:
+    for name, ends_at in certificates().items():
+        if ends_at <= now + CERTIFICATE_ENDING:
+            yield Condition(
+                "CertificateExpiring",
+                f"The certificate {name} of the portal ends at {ends_at:%Y-%m-%d %H:%M} UTC.",
+                "Start the portal again: it renews its own certificate. Another one is for you to renew.",
+                {"certificate": name},
+            )
+
+
+def _end_of(file: Path) -> datetime | None:
+    """When the certificate in this file ends; None where there is none, as behind a proxy with its own."""
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        return None
+
+
+def _tokens(now: datetime) -> Iterator[Condition]:
+    """Of programs: with Prometheus's or Alertmanager's the monitoring would end. One that has ended is not missed."""
+    ending = (
+        ApiToken.select(ApiToken, User)
+        .join(User)
+        .where(ApiToken.revoked_at.is_null(), ApiToken.expires_at > now, ApiToken.expires_at <= now + TOKEN_ENDING)
+    )
+    for token in ending:
+        yield Condition(
+            "TokenExpiring",
+            f"The API token “{token.name}” of {token.user.username} ends at {token.expires_at:%Y-%m-%d %H:%M} UTC.",
+            "Make a new one, give it to the program that uses it, and revoke this one.",
+            {"token": str(token.id)},
+        )
+
+
+# What happens to alerts by itself: name, act, seconds between. services/sweeps.py makes the rounds.
+SWEEPS: tuple[tuple[str, Callable[[], object], float], ...] = (
+    ("alerts_silences.end_due", alerts_silences.end_due, 5),
+    ("alerts_relay.start", alerts_relay.start, 60),
+    ("alerts_own.sweep", sweep, 10),
+    ("alerts.prune", alerts.prune, 3600),
+)

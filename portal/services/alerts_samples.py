@@ -1,0 +1,87 @@
+"""Samples for Prometheus that only the delivered alerts rest on: ends, failures, and what may run full.
+
+They come from the same rows as the portal's own alerts (alerts_own.py). What charts are made of is in
+monitoring_samples.py; both are the answer of /metrics. No name of a tenant, person or token is in a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+
+import redis
+
+from portal.db import db, is_sqlite
+from portal.models import ApiToken, Lease, Machine
+from portal.services import alerts_own, config
+from portal.services.monitoring_samples import labelled
+
+REDIS_TIMEOUT_S = 1.0
+
+FAMILIES: Mapping[str, str] = {
+    "remotegpu_lease_end_timestamp_seconds": "When an active lease ends",
+    "remotegpu_run_failed": "1 where the newest run of a playbook on a machine has failed within a day",
+    "remotegpu_certificate_end_timestamp_seconds": "When a certificate of the portal ends",
+    "remotegpu_token_end_timestamp_seconds": "When the API token of a program ends",
+    "remotegpu_database_connections": "Connections to the database server, of everybody",
+    "remotegpu_database_connections_limit": "How many connections the database server takes",
+    "remotegpu_redis_memory_used_bytes": "Memory that Redis uses",
+    "remotegpu_redis_memory_limit_bytes": "Memory that Redis may use; nothing where it has no limit",
+}
+
+Sample = tuple[str, Mapping[str, str], float]
+
+
+def exposition(now: datetime) -> str:
+    """Everything, in the text format of Prometheus. What cannot be asked now has no sample."""
+    lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    for name, labels, value in _samples(now):
+        lines[name].append(f"{name}{labelled(labels)} {float(value)!r}\n")
+    return "".join(
+        f"# HELP {name} {FAMILIES[name]}\n# TYPE {name} gauge\n{''.join(found)}"
+        for name, found in lines.items()
+        if found
+    )
+
+
+def _samples(now: datetime) -> Iterator[Sample]:
+    for lease in Lease.select(Lease, Machine).join(Machine).where(Lease.state == "active"):
+        labels = {"host": lease.machine.name, "machine_id": str(lease.machine_id), "lease": str(lease.id)}
+        yield "remotegpu_lease_end_timestamp_seconds", labels, lease.ends_at.timestamp()
+    for (host, playbook), run in alerts_own.newest_runs(now).items():
+        yield "remotegpu_run_failed", {"host": host, "playbook": playbook}, run.state != "succeeded"
+    for certificate, ends_at in alerts_own.certificates().items():
+        yield "remotegpu_certificate_end_timestamp_seconds", {"certificate": certificate}, ends_at.timestamp()
+    for token in ApiToken.select().where(ApiToken.revoked_at.is_null(), ApiToken.expires_at > now):
+        yield "remotegpu_token_end_timestamp_seconds", {"token": str(token.id)}, token.expires_at.timestamp()
+    yield from _database()
+    yield from _redis()
+
+
+def _database() -> Iterator[Sample]:
+    """PostgreSQL's; SQLite has no connections that could run out."""
+    if is_sqlite():
+        return
+    (taken, limit) = db.execute_sql(
+        "SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),"
+        " current_setting('max_connections')::int"
+    ).fetchone()
+    yield "remotegpu_database_connections", {}, taken
+    yield "remotegpu_database_connections_limit", {}, limit
+
+
+def _redis() -> Iterator[Sample]:
+    """A Redis that is away is told of by those who need it, not here."""
+    url = config.current().redis_url
+    if url is None:
+        return
+    try:
+        with redis.Redis.from_url(
+            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S
+        ) as client:
+            memory = client.info("memory")
+    except redis.RedisError:
+        return
+    yield "remotegpu_redis_memory_used_bytes", {}, memory["used_memory"]
+    if memory.get("maxmemory"):
+        yield "remotegpu_redis_memory_limit_bytes", {}, memory["maxmemory"]

@@ -1,0 +1,85 @@
+"""The delivered alerts: promtool tests their real values, and each is told in words and rests on series that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from portal.services import alerts_own, alerts_samples, monitoring_samples
+from portal.web import alerts_words
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "roles" / "prometheus" / "files" / "remotegpu.alerting.rules.yml"
+TESTS = sorted((ROOT / "tests" / "roles" / "rules").glob("*.yml"))
+OTHERS = re.compile(r"node_\w+|nvidia_smi_\w+|DCGM_FI_DEV_XID_ERRORS|probe_ssl_earliest_cert_expiry|up")
+METRIC = re.compile(r"\b(?:remotegpu|node|nvidia_smi|DCGM|probe)_\w+\b|\bup\b")
+
+
+def rules() -> dict[str, dict[str, Any]]:
+    content = yaml.safe_load(RULES.read_text())
+    return {rule["alert"]: rule for group in content["groups"] for rule in group["rules"] if "alert" in rule}
+
+
+def checks() -> list[tuple[str, bool]]:
+    """(alert, whether it is expected to fire) for each check of each promtool test."""
+    files = [yaml.safe_load(file.read_text()) for file in TESTS]
+    told = [check for file in files for test in file["tests"] for check in test["alert_rule_test"]]
+    return [(check["alertname"], bool(check["exp_alerts"])) for check in told]
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
+def test_alerts_fire_when_they_shall_and_not_before(file: Path) -> None:
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_seen_firing_and_seen_at_rest() -> None:
+    seen = set(checks())
+    assert {name for name in rules() if (name, True) not in seen} == set()
+    assert {name for name in rules() if (name, False) not in seen} == {"Watchdog"}
+
+
+def test_every_alert_says_how_bad_it_is_what_is_wrong_and_the_way_out() -> None:
+    for name, rule in rules().items():
+        assert set(rule["labels"]) == {"severity"}, name
+        assert rule["labels"]["severity"] in ("critical", "warning", "info"), name
+        assert set(rule["annotations"]) == {"summary", "way_out"}, name
+        assert rule["annotations"]["summary"].endswith("."), name
+        assert "{{" not in rule["annotations"]["way_out"], f"{name}: it is translated as it stands"
+
+
+def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
+    ours = {*monitoring_samples.FAMILIES, *alerts_samples.FAMILIES, "remotegpu_http_requests_total"}
+    asked = {metric for rule in rules().values() for metric in METRIC.findall(rule["expr"])}
+    assert {metric for metric in asked if metric not in ours and not OTHERS.fullmatch(metric)} == set()
+    assert len(asked) > 25
+
+
+def test_nothing_is_told_of_a_machine_in_maintenance() -> None:
+    of_machines = [rule for rule in rules().values() if "host" in rule["expr"] and "xid" not in rule["expr"]]
+    told_all_the_same = {rule["alert"] for rule in of_machines if "remotegpu_machine_maintenance" not in rule["expr"]}
+    assert told_all_the_same == {"MachineQuarantined", "RunFailed", "LeaseEnding"}
+
+
+def test_what_the_portal_raises_by_itself_is_delivered_as_a_rule_with_the_same_severity() -> None:
+    """The same name and severity on the same labels: one fingerprint, whoever raises it."""
+    own = {name: severity for name, severity in alerts_own.NAMES.items() if name != "MonitoringSilent"}
+    assert {name: rules()[name]["labels"]["severity"] for name in own} == own
+
+
+def test_every_sentence_of_an_alert_is_in_the_catalogue_of_translations() -> None:
+    said = {text for rule in rules().values() for text in rule["annotations"].values()}
+    assert {with_placeholders(text) for text in said} == set(alerts_words.SENTENCES)
+
+
+def with_placeholders(text: str) -> str:
+    """As the catalogue has it: `{{ $labels.host }}` is %(host)s, a plain % is doubled."""
+    pieces = re.split(r"\{\{ (.*?) \}\}", text)
+    pieces[::2] = [piece.replace("%", "%%") for piece in pieces[::2]]
+    pieces[1::2] = [f"%({re.findall(r'[a-z]+', piece.removeprefix('$labels.'))[0]})s" for piece in pieces[1::2]]
+    return "".join(pieces)

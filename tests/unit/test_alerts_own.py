@@ -1,0 +1,240 @@
+"""What the portal raises by itself: once, for as long as it is so, and only while Prometheus does not."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from portal.db import utcnow
+from portal.models import Alert, Lease, Run, Tenant, User
+from portal.services import alerts, alerts_own, machines, provisioning, tokens
+from portal.services.actors import SYSTEM
+from portal.services.alerts import Notice
+from portal.settings import Settings
+from tests.factories import actor_of, make_lease
+from tests.support import rental
+
+
+def open_alerts() -> list[str]:
+    return sorted(alert.name for alert in alerts.search(is_open=True))
+
+
+def labels() -> dict[str, str]:
+    return dict(Alert.select().order_by(Alert.id.desc()).get().labels)
+
+
+def later(**span: float) -> datetime:
+    return utcnow() + timedelta(**span)
+
+
+@pytest.fixture
+def now(database: Any) -> datetime:
+    return utcnow()
+
+
+def test_where_all_is_well_nothing_is_raised(now: datetime) -> None:
+    rental.ready_host("gpu-1")
+    assert alerts_own.sweep() == 0
+    assert open_alerts() == []
+
+
+def test_a_silent_agent_is_told_once_and_ends_by_itself(now: datetime) -> None:
+    host = rental.ready_host("gpu-1")
+    at = later(minutes=5)
+    assert [alerts_own.sweep(at), alerts_own.sweep(at)] == [1, 0]
+    (told,) = alerts.views(list(alerts.search(is_open=True)))
+    assert (told.alert.name, told.machine_name, told.alert.source) == ("AgentSilent", "gpu-1", "portal")
+    assert told.alert.labels == {"alertname": "AgentSilent", "severity": "critical", "host": "gpu-1"}
+    assert told.way_out
+    host.report()
+    assert [alerts_own.sweep(), alerts_own.sweep()] == [1, 0]
+    assert (Alert.get().state, Alert.select().count()) == ("resolved", 1)
+    assert alerts_own.sweep(at) == 1, "silent again is another episode"
+
+
+def test_a_machine_in_maintenance_is_somebodys_work_already(now: datetime) -> None:
+    host = rental.ready_host()
+    machines.start_maintenance(host.machine, reason="new fans", by=SYSTEM)
+    assert alerts_own.sweep(later(minutes=5)) == 0
+    machines.end_maintenance(host.machine, by=SYSTEM)
+    assert alerts_own.sweep(later(minutes=5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"clock_offset_s": 600.0}, "ClockOffset"),
+        ({"metrics": rental.metrics(free_bytes=rental.GIB)}, "DiskLow"),
+        ({"gpu": rental.gpu_report([], state="timeout", message="no answer")}, "GpuDriverFailing"),
+        ({"gpu": rental.gpu_report([])}, "GpuLost"),
+    ],
+)
+def test_what_an_agent_reports_as_wrong_is_raised(now: datetime, said: dict[str, Any], name: str) -> None:
+    host = rental.ready_host("gpu-1")
+    host.report(**said)
+    assert alerts_own.sweep() == 1
+    assert (open_alerts(), labels()["host"]) == ([name], "gpu-1")
+    host.report()
+    assert (alerts_own.sweep(), open_alerts()) == (1, [])
+
+
+def test_one_lost_gpu_of_two_is_named_and_a_second_one_is_the_same_alert(now: datetime) -> None:
+    host = rental.ready_host("gpu-1")
+    first, second = host.gpu_uuids
+    host.report(gpu=rental.gpu_report([rental.gpu(first)]))
+    alerts_own.sweep()
+    assert second in Alert.get().annotations["summary"]
+    host.report(gpu=rental.gpu_report([]))
+    alerts_own.sweep()
+    assert Alert.select().count() == 1
+    assert first in Alert.get().annotations["summary"]
+
+
+def test_a_machine_that_is_not_proven_clean_is_raised_until_it_is(now: datetime, tenant: Tenant) -> None:
+    host = rental.ready_host("gpu-1")
+    rental.reclaim(host, leased_and_ended(host, tenant), said=rental.verdict(ports="failed"))
+    assert host.state == "quarantined"
+    alerts_own.sweep()
+    assert open_alerts() == ["MachineQuarantined"]
+
+
+def leased_and_ended(host: rental.Host, tenant: Tenant) -> Lease:
+    lease = rental.allocate(host, tenant)
+    host.sees(lease)
+    return rental.end(host, lease)
+
+
+def test_a_failed_run_is_raised_until_the_next_one_goes_well_or_a_day_has_passed(now: datetime) -> None:
+    machine = rental.confirm(rental.register("gpu-1"))
+    rental.finish_run(provisioning.provision(machine, by=SYSTEM), "failed")
+    alerts_own.sweep()
+    assert open_alerts() == ["RunFailed"]
+    assert labels() == {"alertname": "RunFailed", "severity": "warning", "host": "gpu-1", "playbook": "gpu_hosts"}
+    alerts_own.sweep(later(hours=25))
+    assert open_alerts() == []
+    alerts_own.sweep()
+    rental.finish_run(provisioning.provision(machines.get(machine.id), by=SYSTEM))
+    alerts_own.sweep()
+    assert open_alerts() == []
+    assert Run.select().count() == 2
+
+
+def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: datetime, tenant: Tenant) -> None:
+    host = rental.ready_host("gpu-1")
+    lease = make_lease(host.machine, tenant, ends_at=later(hours=30))
+    alerts_own.sweep()
+    assert open_alerts() == []
+    Lease.update(ends_at=later(hours=23)).where(Lease.id == lease.id).execute()
+    alerts_own.sweep()
+    assert (open_alerts(), labels()["lease"]) == (["LeaseEnding"], str(lease.id))
+    Lease.update(ends_at=later(hours=48)).where(Lease.id == lease.id).execute()
+    alerts_own.sweep()
+    assert open_alerts() == []
+
+
+def test_a_certificate_is_told_of_two_weeks_before_its_end(now: datetime, settings: Settings) -> None:
+    settings.certificate_file.parent.mkdir(parents=True)
+    settings.certificate_file.write_bytes(certificate(later(days=15)))
+    alerts_own.sweep()
+    assert open_alerts() == []
+    settings.certificate_file.write_bytes(certificate(later(days=13)))
+    alerts_own.sweep()
+    assert (open_alerts(), labels()["certificate"]) == (["CertificateExpiring"], "portal")
+    settings.certificate_file.write_bytes(b"not a certificate")
+    alerts_own.sweep()
+    assert open_alerts() == []
+
+
+def certificate(ends_at: datetime) -> bytes:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(ends_at - timedelta(days=90))
+        .not_valid_after(ends_at)
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.PEM)
+
+
+def test_a_programs_token_is_told_of_a_week_before_its_end(now: datetime, operator: User) -> None:
+    given = {"name": "alertmanager", "scopes": ["alerts"], "by": actor_of(operator)}
+    token, _ = tokens.create(operator, expires_at=later(days=8), **given)
+    alerts_own.sweep()
+    assert open_alerts() == []
+    alerts_own.sweep(later(days=2))
+    assert open_alerts() == ["TokenExpiring"]
+    tokens.revoke(token, by=actor_of(operator))
+    alerts_own.sweep(later(days=2))
+    assert open_alerts() == []
+
+
+# Beside Prometheus
+
+
+def test_while_prometheus_raises_alerts_the_portal_does_not(now: datetime) -> None:
+    rental.ready_host()
+    at = later(minutes=5)
+    alerts.note_watchdog(at)
+    assert alerts_own.sweep(at) == 0
+    assert open_alerts() == []
+
+
+def test_when_prometheus_falls_silent_the_portal_says_so_and_raises_its_own(now: datetime) -> None:
+    rental.ready_host()
+    alerts.note_watchdog(now)
+    alerts_own.sweep(later(minutes=5))
+    assert open_alerts() == []
+    alerts_own.sweep(later(minutes=7))
+    assert open_alerts() == ["AgentSilent", "MonitoringSilent"]
+    alerts.note_watchdog(later(minutes=8))
+    alerts_own.sweep(later(minutes=8))
+    assert open_alerts() == ["AgentSilent"], "what is still so stays until Prometheus takes it over or it is over"
+
+
+def test_prometheus_takes_over_what_the_portal_raised_and_ends_it(now: datetime) -> None:
+    host = rental.ready_host("gpu-1")
+    at = later(minutes=5)
+    alerts_own.sweep(at)
+    alerts.acknowledge(alerts.get(Alert.get().id), by=SYSTEM, remark="on my way")
+    notice = Notice(Alert.get().fingerprint, Alert.get().labels, {"summary": "told by Prometheus"}, at)
+    assert alerts.deliver([notice], by=SYSTEM).unchanged == 1
+    kept = Alert.get()
+    assert (kept.source, kept.state, kept.remark) == ("alertmanager", "acknowledged", "on my way")
+    host.report()
+    alerts.note_watchdog(utcnow())
+    alerts_own.sweep()
+    assert Alert.get().state == "acknowledged", "it is Prometheus's now"
+    over = Notice(notice.fingerprint, notice.labels, {}, at, ends_at=at + timedelta(minutes=1))
+    alerts.deliver([over], by=SYSTEM)
+    assert (Alert.get().state, Alert.select().count()) == ("resolved", 1)
+
+
+def test_an_alertmanager_that_is_configured_and_never_heard_is_missed(now: datetime, settings: Settings) -> None:
+    object.__setattr__(settings, "alertmanager_url", "http://127.0.0.1:1")
+    alerts_own.sweep()
+    assert open_alerts() == ["MonitoringSilent"]
+
+
+def test_a_prometheus_that_was_taken_away_is_not_missed_for_ever(now: datetime) -> None:
+    alerts.note_watchdog(now)
+    alerts_own.sweep(later(hours=23))
+    assert open_alerts() == ["MonitoringSilent"]
+    alerts_own.sweep(later(hours=25))
+    assert open_alerts() == []
+
+
+def test_the_portals_own_alert_is_not_closed_by_hand(now: datetime, operator: User) -> None:
+    rental.ready_host()
+    alerts_own.sweep(later(minutes=5))
+    with pytest.raises(alerts.Conflict, match="Silence it instead"):
+        alerts.close(Alert.get(), by=actor_of(operator), remark="go away")
