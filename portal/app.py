@@ -16,12 +16,15 @@ from werkzeug.routing import IntegerConverter
 from portal import api, start, web
 from portal.api import agents, auth, docs, health, metrics, problems
 from portal.db import db
+from portal.errors import Forbidden
 from portal.proxies import KnownProxies
 from portal.services import users
 from portal.settings import Settings
 from portal.web import frame
 
 MAX_BODY_BYTES = 1024 * 1024
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+OWN_SITE = ("same-origin", "none")  # none: typed in, or a bookmark
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -64,6 +67,7 @@ def build(settings: Settings) -> Flask:
     )
     limiter.request_filter(_is_no_person)
     _register(app)
+    app.before_request(_refuse_cross_site)
     app.before_request(_refuse_nul)
     app.before_request(_limit_body)
     app.after_request(_harden)
@@ -128,6 +132,15 @@ def locale() -> str:
 def _is_no_person() -> bool:
     """Static files and health checks are not counted; agents come through a door of their own (api/agents.py)."""
     return request.path.startswith("/static/") or request.path == "/healthz"
+
+
+def _refuse_cross_site() -> None:
+    """What another site makes a browser send changes nothing here; signing in, which has no token yet, included.
+
+    Every browser of today says where a request comes from, and no page can forge it. Programs say nothing.
+    """
+    if request.method not in SAFE_METHODS and request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
+        raise Forbidden("Another site sent this. Open the portal itself and do it there.", code="cross_site")
 
 
 def _refuse_nul() -> None:

@@ -12,6 +12,7 @@ import pytest
 from flask import request
 from flask_jwt_extended import create_access_token, create_refresh_token
 from playhouse.pool import MaxConnectionsExceeded
+from werkzeug.routing import AnyConverter
 
 from portal.app import create_app
 from portal.errors import Conflict
@@ -263,6 +264,46 @@ def test_a_cookie_alone_changes_nothing(client, operator):
     right = client.get_cookie("csrf_access_token").value
     done = client.post("/api/v1/admin/tenants", json={"name": "Good"}, headers={"X-CSRF-TOKEN": right})
     assert done.status_code == 201
+
+
+def test_no_route_is_changed_by_a_cookie_alone(client, admin, app):
+    """Every one: what a guard forgot would be open to any page that the person visits."""
+    client.post("/api/v1/auth/login", json={"username": "root", "password": PASSWORD, "cookies": True})
+    before, addresses, tried = AuditEntry.select().count(), app.url_map.bind("localhost"), 0
+    for rule in app.url_map.iter_rules():
+        for method in rule.methods - {"GET", "HEAD", "OPTIONS"}:
+            if rule.rule.startswith("/api/v1/agent/") or "anyone" in app.view_functions[rule.endpoint].who_may:
+                continue
+            address = addresses.build(rule.endpoint, {name: example(rule, name) for name in rule.arguments}, method)
+            answer = client.open(address, method=method, json={})
+            assert answer.status_code == 403, f"{method} {address}: {answer.status_code}"
+            tried += 1
+    assert tried > 50
+    assert AuditEntry.select().count() == before
+
+
+def example(rule, argument):
+    """A value that the address takes."""
+    kind = rule._converters[argument]
+    return next(iter(kind.items)) if isinstance(kind, AnyConverter) else 1
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", ["/sign-in", "/locale", "/api/v1/auth/login", "/api/v1/auth/refresh"])
+def test_another_site_cannot_make_a_browser_sign_in_here(client, operator, path, site):
+    """Not even as somebody else: whoever works in a stranger's account leaves keys and tasks there."""
+    answer = client.post(
+        path, data={"username": "olga", "password": PASSWORD, "locale": "en"}, headers={"Sec-Fetch-Site": site}
+    )
+    assert answer.status_code == 403
+    assert "Set-Cookie" not in answer.headers
+    assert not AuditEntry.select().exists()
+
+
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_a_browser_signs_in_from_the_portal_itself(client, operator, site):
+    form = {"username": "olga", "password": PASSWORD}
+    assert client.post("/sign-in", data=form, headers={"Sec-Fetch-Site": site}).status_code == 303
 
 
 def test_a_token_in_an_address_is_no_token(client, tokens):
