@@ -23,7 +23,7 @@ from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations.host_keys import fingerprint
 from portal.models import Grant, Lease, Machine, Membership, SshKey, Tenant, User
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, events
+from portal.services import audit, events, texts
 from portal.services.actors import Actor
 
 TYPES = (
@@ -39,6 +39,7 @@ MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 16384  # OpenSSH reads no larger one
 MAX_KEYS = 50  # of one user; the host gets them all
 MAX_LINE = 16384
+LONGEST_NAME = 64
 _APPLICATION = re.compile(rb"ssh:[!-~]{0,200}")
 _ROLES_THAT_LOG_IN = ("owner", "member")  # tenants.RIGHTS: those with `use`; a test compares the two
 
@@ -139,6 +140,8 @@ def _refused(why: str) -> Invalid:
 
 def add(user: User, *, name: str, line: str, by: Actor) -> SshKey:
     """Take a key and send it to every machine that the user may log in to. Raises Invalid, Conflict."""
+    if faults := texts.faults_of_line(name, LONGEST_NAME):
+        raise Invalid({"name": faults})
     key = parse(line)
     try:
         with carrying(of=user):

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import peewee
+
 from portal.db import atomic, utcnow
-from portal.errors import NotSignedIn, TooMany
+from portal.errors import NotFound, NotSignedIn, TooMany
 from portal.models import RefreshFamily, SignInFailure, User
 from portal.services import audit, passwords
 from portal.services.actors import Actor, of_user
@@ -171,6 +173,21 @@ def _end_as_stolen(family: RefreshFamily, user: User, caller: Caller) -> None:
     with atomic():
         if _end(RefreshFamily.id == family.id, "reused"):
             audit.record("session.reuse_detected", user, by=_actor(user, caller), outcome="refused")
+
+
+def open_of(user: User) -> peewee.ModelSelect[RefreshFamily]:
+    """The sign-ins that this person could still use, the last used first."""
+    is_open = RefreshFamily.ended_at.is_null() & (RefreshFamily.expires_at > utcnow())
+    return (
+        RefreshFamily.select().where((RefreshFamily.user == user) & is_open).order_by(RefreshFamily.rotated_at.desc())
+    )
+
+
+def get_open_of(user: User, family_id: int) -> RefreshFamily:
+    family: RefreshFamily | None = open_of(user).where(RefreshFamily.id == family_id).first()
+    if family is None:
+        raise NotFound("You have no such sign-in, or it has ended.")
+    return family
 
 
 def sign_out(family_id: int, *, by: Actor) -> None:

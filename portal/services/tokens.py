@@ -16,7 +16,7 @@ import peewee
 from portal.db import atomic, utcnow
 from portal.errors import Forbidden, Invalid, NotFound, NotSignedIn
 from portal.models import ApiToken, User
-from portal.services import audit
+from portal.services import audit, texts
 from portal.services.actors import Actor
 
 PREFIX = "rgt_"
@@ -29,12 +29,13 @@ SCOPES = {
     "admin": "change machines, leases and runs",
 }
 MAX_LIFE = timedelta(days=366)
+LONGEST_NAME = 64
 _USED_GRAIN = timedelta(minutes=1)  # `last_used_at` is for people: once a minute is enough
 
 
 def create(owner: User, *, name: str, scopes: list[str], expires_at: datetime, by: Actor) -> tuple[ApiToken, str]:
     """Make a token and return it with its secret, which is never seen again. Raises Invalid."""
-    _check(owner, scopes, expires_at)
+    _check(owner, name, scopes, expires_at)
     secret = PREFIX + secrets.token_urlsafe(32)
     with atomic():
         token = ApiToken.create(
@@ -44,7 +45,9 @@ def create(owner: User, *, name: str, scopes: list[str], expires_at: datetime, b
     return token, secret
 
 
-def _check(owner: User, scopes: list[str], expires_at: datetime) -> None:
+def _check(owner: User, name: str, scopes: list[str], expires_at: datetime) -> None:
+    if faults := texts.faults_of_line(name, LONGEST_NAME):
+        raise Invalid({"name": faults})
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not scopes:
         raise Invalid({"scopes": [f"Choose from {', '.join(SCOPES)}."]})

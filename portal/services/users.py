@@ -14,11 +14,13 @@ import peewee
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Forbidden, Invalid, NotFound
 from portal.models import Membership, Tenant, User
-from portal.services import audit, events, keys, passwords, sessions, tenants
+from portal.services import audit, events, keys, passwords, sessions, tenants, texts
 from portal.services.actors import Actor
 
 USERNAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,63}")
-PROFILE = ("email", "display_name", "full_name", "phone", "locale")
+LINES = {"display_name": 100, "full_name": 100, "phone": 40}  # how long each may be
+LONGEST_MAIL = 254
+PROFILE = ("email", *LINES, "locale")
 LOCALES = ("en", "zh_CN")
 CUSTOMERS = ("customer",)
 STAFF = ("admin", "operator")
@@ -57,6 +59,7 @@ def _create(
         raise Invalid(
             {"username": ["Use 2 to 64 of a-z, 0-9, dot, dash and underscore; begin with a letter or digit."]}
         )
+    _check_profile(profile)
     password = passwords.random_password()
     password_hash = passwords.hash_of(password)
     try:
@@ -72,11 +75,34 @@ def _create(
     return user, password
 
 
+def _check_profile(profile: dict[str, str | None]) -> None:
+    """Raises Invalid that names every faulty field; None is none."""
+    faults = {name: _faults(name, text) for name, text in profile.items() if text is not None}
+    if any(faults.values()):
+        raise Invalid({name: texts for name, texts in faults.items() if texts})
+
+
+def _faults(name: str, text: str) -> list[str]:
+    if name == "email":
+        return texts.faults_of_mail(text, LONGEST_MAIL)
+    if name == "locale":
+        return [] if text in LOCALES else [f"Choose from {', '.join(LOCALES)}."]
+    return texts.faults_of_line(text, LINES[name]) if name in LINES else []
+
+
 def get(user_id: int, *, roles: tuple[str, ...]) -> User:
     """The user, if of one of `roles`. Raises NotFound."""
     user = User.get_or_none((User.id == user_id) & (User.role << roles))
     if user is None:
         raise NotFound("There is no such user.")
+    return user
+
+
+def get_customer(username: str) -> User:
+    """The customer with this name. Raises Invalid, for somebody of the staff as well."""
+    user = find(username)
+    if user is None or user.role != "customer":
+        raise Invalid({"username": ["There is no customer with this name."]})
     return user
 
 
@@ -107,10 +133,14 @@ def search(
 
 
 def edit(user: User, *, by: Actor, **profile: str | None) -> User:
-    """Change fields of the profile: None clears one, an absent one stays. Raises ValueError for any other field."""
+    """Change fields of the profile: None clears one, an absent one stays.
+
+    Raises Invalid, and ValueError for any other field.
+    """
     unknown = set(profile) - set(PROFILE)
     if unknown:
         raise ValueError(f"not of the profile: {sorted(unknown)}")
+    _check_profile(profile)
     changed = {name: value for name, value in profile.items() if getattr(user, name) != value}
     if changed:
         with atomic():
