@@ -30,17 +30,24 @@ def of(lease: Lease, *, user: User) -> Connection:
     machine = lease.machine
     if lease.state != "active" or lease.login is None or machine.host_key is None:
         raise Conflict(f"The lease is {lease.state}; one can connect while it is active.", code="lease_not_active")
-    host = machine.public_address or machine.address
+    host, key_type = machine.public_address or machine.address, machine.host_key.split()[0]
     return Connection(
         login=lease.login,
         host=host,
         port=machine.ssh_port,
-        command=f"ssh {'' if machine.ssh_port == 22 else f'-p {machine.ssh_port} '}{lease.login}@{host}",
+        command=_command(host, machine.ssh_port, lease.login, key_type),
         ssh_config=_config(machine.name, host, machine.ssh_port, lease.login),
-        host_key_type=machine.host_key.split()[0],
+        host_key_type=key_type,
         host_key_fingerprint=machines.fingerprint(machine.host_key),
         known_hosts_line=f"{_known_name(host, machine.ssh_port)} {machine.host_key}",
     )
+
+
+def _command(host: str, port: int, login: str, key_type: str) -> str:
+    """A host has keys of several types, and ssh asks for an Ed25519 one first: it must show the one that was pinned."""
+    types = "rsa-sha2-512,rsa-sha2-256" if key_type == "ssh-rsa" else key_type
+    chosen = [] if key_type == "ssh-ed25519" else ["-o", f"HostKeyAlgorithms={types}"]
+    return " ".join(["ssh", *chosen, *([] if port == 22 else ["-p", str(port)]), f"{login}@{host}"])
 
 
 def _config(name: str, host: str, port: int, login: str) -> str:
