@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 from flask import g, request
 from flask_jwt_extended import current_user as jwt_user
 from flask_jwt_extended import get_jwt, verify_jwt_in_request
+from flask_jwt_extended.exceptions import JWTExtendedException
+from jwt import PyJWTError
 
 from portal.errors import Forbidden
 from portal.models import User
@@ -88,6 +90,17 @@ def actor() -> Actor:
     return actors.of_user(
         current_user(), address=request.remote_addr, request=f"{request.method} {request.path}", kind=g.user_kind
     )
+
+
+def signed_in() -> User | None:
+    """Who is signed in, if anybody is, where anybody may come: nobody by a form without its CSRF token."""
+    try:
+        if verify_jwt_in_request(optional=True) is None:
+            return None
+    except (JWTExtendedException, PyJWTError):
+        return None
+    g.user, g.user_kind, g.family_id = jwt_user._get_current_object(), "user", get_jwt()["family"]
+    return current_user()
 
 
 def family_id() -> int | None:

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 from flask import Blueprint
 
-from portal.web import audit, auth, customers, keys, leases, machines, my_machines, runs, tasks
+from portal.web import (
+    account,
+    audit,
+    auth,
+    customers,
+    keys,
+    leases,
+    machines,
+    my_machines,
+    runs,
+    staff,
+    tasks,
+    tenants,
+)
 from portal.web.blueprint import bp
 
 BLUEPRINTS: tuple[Blueprint, ...] = (bp,)
-VIEWS = (audit, auth, customers, keys, leases, machines, my_machines, runs, tasks)  # importing one adds its views
+# importing one adds its views
+VIEWS = (account, audit, auth, customers, keys, leases, machines, my_machines, runs, staff, tasks, tenants)

@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 from flask_jwt_extended import set_access_cookies, set_refresh_cookies, unset_jwt_cookies
 
 from portal.api.auth import caller, refresh_token_s, tokens_of
-from portal.api.guard import actor, current_user, family_id, public, requires
+from portal.api.guard import actor, current_user, family_id, public, requires, signed_in
 from portal.errors import Error, Invalid
 from portal.models.states import USER_ROLES
 from portal.services import sessions, users
@@ -84,6 +84,8 @@ def change_password() -> ResponseReturnValue:
 def set_locale() -> ResponseReturnValue:
     answer = redirect(_inside(request.form.get("next")) or url_for("web.home"))
     wanted = "zh_CN" if request.form.get("locale") == "zh_CN" else "en"
+    if (user := signed_in()) is not None:  # what is written in the profile would win over the cookie
+        users.edit(user, locale=wanted, by=actor())
     answer.set_cookie(
         "locale", wanted, max_age=LOCALE_COOKIE_S, samesite="Lax", secure=request.is_secure, httponly=True
     )

@@ -1,4 +1,4 @@
-"""Customers, for staff: tenants, the people in them, and their first passwords."""
+"""Customers, for staff: the people of the tenants, their first passwords, and who is shut out."""
 
 from __future__ import annotations
 
@@ -9,44 +9,66 @@ from flask_babel import gettext
 from portal.api.guard import actor, requires
 from portal.errors import Error
 from portal.models.states import MEMBER_ROLES
-from portal.services import tenants, users
+from portal.services import keys, tenants, users
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 
 STAFF = ("admin", "operator")
+PROFILE = ("display_name", "full_name", "email", "phone")
+FIELDS = ("username", "tenant_id", "member_role", "display_name", "email")
 
 
 @bp.get("/customers")
 @requires(*STAFF)
 def customers() -> ResponseReturnValue:
-    return _page(None, None)
+    return _list_page(None)
 
 
 @bp.post("/customers")
 @requires(*STAFF)
 def create_customer() -> ResponseReturnValue:
-    form = Form.of_request(keep=("username", "tenant_id", "member_role", "display_name", "email"))
+    form = Form.of_request(keep=FIELDS)
+    profile = {name: form.optional(name) for name in ("display_name", "email")}
     try:
         tenant = tenants.get(form.number("tenant_id"))
-        profile = {name: form.optional(name) for name in ("display_name", "email")}
         user, password = users.create_customer(
             form.text("username"), by=actor(), tenant=tenant, member_role=form.text("member_role"), **profile
         )
     except Error as error:
-        return _page(form.refused(error), None), error.status
-    return render_template("customers/password.html", user=user, password=password)
+        return _list_page(form.refused(error)), error.status
+    return render_template("people/password.html", user=user, password=password, back=_address_of(user.id))
 
 
-@bp.post("/tenants")
+def _list_page(form: Form | None) -> str:
+    page = page_asked(users.search(roles=users.CUSTOMERS, keyword=request.args.get("keyword") or None), "keyword")
+    return render_template(
+        "customers/list.html",
+        page=page,
+        belongs={user.id: list(tenants.memberships_of(user)) for user in page.items},
+        tenants=[(tenant.id, tenant.name) for tenant in tenants.search()],
+        chosen=request.args.get("tenant", type=int),
+        roles=MEMBER_ROLES,
+        form=form,
+    )
+
+
+@bp.get("/customers/<int:user_id>")
 @requires(*STAFF)
-def create_tenant() -> ResponseReturnValue:
-    form = Form.of_request(keep=("name",))
+def customer(user_id: int) -> ResponseReturnValue:
+    return _page(user_id, None)
+
+
+@bp.post("/customers/<int:user_id>")
+@requires(*STAFF)
+def edit_customer(user_id: int) -> ResponseReturnValue:
+    user, form = users.get(user_id, roles=users.CUSTOMERS), Form.of_request(keep=PROFILE)
     try:
-        tenants.create(form.text("name"), by=actor())
+        users.edit(user, by=actor(), **{name: form.optional(name) for name in PROFILE})
     except Error as error:
-        return _page(None, form.refused(error)), error.status
-    return redirect(url_for("web.customers"), 303)
+        return _page(user_id, form.refused(error)), error.status
+    flash(gettext("The profile is saved."), "success")
+    return redirect(_address_of(user_id), 303)
 
 
 @bp.post("/customers/<int:user_id>/<any(disable, enable):act>")
@@ -59,34 +81,28 @@ def switch_customer(user_id: int, act: str) -> ResponseReturnValue:
     else:
         with acting(gettext("%(name)s may sign in again.", name=user.username)):
             users.enable(user, by=actor())
-    return redirect(url_for("web.customers"), 303)
+    return redirect(_address_of(user_id), 303)
 
 
 @bp.post("/customers/<int:user_id>/reset-password")
 @requires(*STAFF)
 def reset_customer_password(user_id: int) -> ResponseReturnValue:
     user = users.get(user_id, roles=users.CUSTOMERS)
-    return render_template("customers/password.html", user=user, password=users.reset_password(user, by=actor()))
+    password = users.reset_password(user, by=actor())
+    return render_template("people/password.html", user=user, password=password, back=_address_of(user_id))
 
 
-@bp.post("/tenants/<int:tenant_id>/members/<int:user_id>/remove")
-@requires(*STAFF)
-def remove_member(tenant_id: int, user_id: int) -> ResponseReturnValue:
-    tenant = tenants.get(tenant_id)
-    tenants.remove_member(tenant, user_id, by=actor())
-    flash(gettext("The keys leave the machines of %(name)s now.", name=tenant.name), "success")
-    return redirect(url_for("web.customers"), 303)
-
-
-def _page(form: Form | None, tenant_form: Form | None) -> str:
-    page = page_asked(users.search(roles=users.CUSTOMERS, keyword=request.args.get("keyword") or None), "keyword")
-    belongs = {user.id: list(tenants.memberships_of(user)) for user in page.items}
+def _page(user_id: int, form: Form | None) -> str:
+    user = users.get(user_id, roles=users.CUSTOMERS)
     return render_template(
-        "customers/list.html",
-        page=page,
-        belongs=belongs,
-        tenants=list(tenants.search()),
-        roles=MEMBER_ROLES,
+        "customers/detail.html",
+        user=user,
+        memberships=list(tenants.memberships_of(user)),
+        keys=list(keys.list_of(user)),
+        presence=keys.presence_of(user),
         form=form,
-        tenant_form=tenant_form,
     )
+
+
+def _address_of(user_id: int) -> str:
+    return url_for("web.customer", user_id=user_id)

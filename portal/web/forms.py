@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -43,18 +44,37 @@ class Form:
     def text(self, name: str) -> str:
         return self.raw(name).strip()
 
+    def needed(self, name: str) -> str:
+        """Raises Invalid that names the field if nothing was typed; the browser asked for it already."""
+        text = self.text(name)
+        if not text:
+            raise Invalid({name: [gettext("Fill this in.")]})
+        return text
+
     def optional(self, name: str) -> str | None:
         return self.text(name) or None
 
-    def number(self, name: str, *, default: int | None = None) -> int:
-        """A whole number; raises Invalid that names the field."""
+    def number(self, name: str, *, default: int | None = None, least: int = 0, most: int = 2**31 - 1) -> int:
+        """A whole number, from `least` to `most`; raises Invalid that names the field."""
         text = self.text(name)
         if not text and default is not None:
             return default
-        try:
-            return int(text)
-        except ValueError:
-            raise Invalid({name: [gettext("Write a whole number, not “%(text)s”.", text=text)]}) from None
+        if not re.fullmatch(r"-?[0-9]{1,12}", text):
+            raise Invalid({name: [gettext("Write a whole number, not “%(text)s”.", text=text)]})
+        if not least <= int(text) <= most:
+            raise Invalid({name: [gettext("Write a number from %(least)s to %(most)s.", least=least, most=most)]})
+        return int(text)
+
+    def pairs(self, name: str) -> dict[str, str]:
+        """`NAME=value` lines; raises Invalid that names the field and the line."""
+        found = {}
+        for number, line in enumerate(self.raw(name).splitlines(), 1):
+            key, sign, value = line.partition("=")
+            if line.strip() and not sign:
+                raise Invalid({name: [gettext("Line %(number)s: write NAME=value.", number=number)]})
+            if line.strip():
+                found[key.strip()] = value
+        return found
 
     def moment(self, name: str) -> datetime:
         """A time as `<input type="datetime-local">` sends it, taken as UTC; raises Invalid that names the field."""

@@ -18,7 +18,7 @@ from flask_jwt_extended import get_csrf_token, get_jwt
 
 from portal.api.problems import Problem
 from portal.models import User
-from portal.web import refusals
+from portal.web import refusals, resume, shapes
 
 STATE_WORDS = {
     "registered": lazy_gettext("registered"),
@@ -53,7 +53,15 @@ STATE_WORDS = {
     "never": lazy_gettext("never reported"),
 }
 
-ROLE_WORDS = {"owner": lazy_gettext("owner"), "member": lazy_gettext("member"), "viewer": lazy_gettext("viewer")}
+ROLE_WORDS = {
+    "owner": lazy_gettext("owner"),
+    "member": lazy_gettext("member"),
+    "viewer": lazy_gettext("viewer"),
+    "admin": lazy_gettext("admin"),
+    "operator": lazy_gettext("operator"),
+    "customer": lazy_gettext("customer"),
+}
+GRANT_WORDS = {"keys": lazy_gettext("sign-in with keys"), "tasks": lazy_gettext("tasks")}
 OUTCOME_WORDS = {"done": lazy_gettext("done"), "refused": lazy_gettext("refused"), "failed": lazy_gettext("failed")}
 
 NOUN_WORDS = {
@@ -81,6 +89,7 @@ MENU = {
     "staff": (
         ("web.machines", lazy_gettext("Machines"), "server-2"),
         ("web.leases", lazy_gettext("Leases"), "clock"),
+        ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
         ("web.customers", lazy_gettext("Customers"), "users"),
         ("web.runs", lazy_gettext("Runs"), "list-check"),
         ("web.audit", lazy_gettext("Audit"), "file-certificate"),
@@ -90,6 +99,7 @@ MENU = {
         ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
         ("web.keys", lazy_gettext("SSH keys"), "key"),
     ),
+    "admin": (("web.staff", lazy_gettext("Staff"), "shield-check"),),  # after the staff's own
 }
 
 
@@ -97,6 +107,7 @@ def install(app: Flask) -> None:
     """Give `app` the frame: what templates may call, and pages for errors."""
     app.context_processor(_context)
     app.jinja_env.filters["duration"] = _duration
+    app.jinja_env.filters["seconds"] = lambda span_s: _duration(timedelta(seconds=span_s))
     app.jinja_env.filters["told"] = told
     app.extensions["error_page"] = error_page
 
@@ -118,7 +129,7 @@ def is_fragment() -> bool:
 def error_page(problem: Problem) -> ResponseReturnValue:
     """What a person sees of a refusal: sign-in first, then the change of a given password, else the reason."""
     if problem.status == 401 and not is_fragment():
-        return _sign_in_first()
+        return resume.after_sign_in()
     if problem.code == "password_change_required":
         return redirect(url_for("web.password"))
     if is_fragment():
@@ -149,29 +160,34 @@ def title_of(status: int) -> str:
     return titles.get(status) or str(gettext("That did not work"))
 
 
-def _sign_in_first() -> ResponseReturnValue:
-    """A page asked for before sign-in is opened afterwards; a sign-in that only ran out of time renews itself."""
-    back = request.full_path.rstrip("?") if request.method == "GET" else url_for("web.home")
-    if "csrf_refresh_token" in request.cookies and request.method == "GET":
-        return render_template("auth/resume.html", next=back), 401
-    return redirect(url_for("web.sign_in", next=back))
-
-
 def _context() -> dict[str, Any]:
     me: User | None = g.get("user")
     life_s = current_app.config["SETTINGS"].access_token_s
     return {
         "me": me,
         "menu": _menu(me),
+        "here": _here(),
+        "with_port": shapes.with_port,
+        "browser": shapes.browser,
         "language": str(get_locale()).replace("_", "-"),
         "is_chinese": str(get_locale()).startswith("zh"),
         "state_word": lambda word: STATE_WORDS.get(word, word),
+        "state_options": lambda words: [(word, STATE_WORDS[word]) for word in words],
         "role_word": lambda word: ROLE_WORDS.get(word, word),
+        "role_options": lambda roles: [(role, ROLE_WORDS[role]) for role in roles],
         "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),
+        "grant_word": lambda word: GRANT_WORDS.get(word, word),
         "csrf_value": csrf_value,
         "token_life_s": life_s,
         "renew_in_s": _renew_in_s(life_s),
     }
+
+
+def _here() -> str:
+    """This page's address, to come back to; home where a form was posted to what is no page."""
+    adapter = current_app.create_url_adapter(request)
+    is_page = request.method == "GET" or (adapter is not None and adapter.test(request.path, "GET"))
+    return request.full_path.rstrip("?") if is_page else url_for("web.home")
 
 
 def _renew_in_s(life_s: int) -> float | None:
@@ -198,6 +214,7 @@ def _menu(me: User | None) -> list[Entry]:
     if me is None or me.must_change_password:
         return []
     lines: tuple[tuple[str, Any, str], ...] = MENU["customer" if me.role == "customer" else "staff"]
+    lines += MENU["admin"] if me.role == "admin" else ()
     return [
         Entry(str(label), url_for(endpoint), icon, request.path.startswith(url_for(endpoint)))
         for endpoint, label, icon in lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import redirect, render_template, url_for
+from flask import flash, redirect, render_template, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 
@@ -25,9 +25,10 @@ def keys() -> ResponseReturnValue:
 def add_key() -> ResponseReturnValue:
     form = Form.of_request(keep=("name", "key"))
     try:
-        ssh_keys.add(current_user(), name=form.text("name"), line=form.text("key"), by=actor())
+        key = ssh_keys.add(current_user(), name=form.text("name"), line=form.text("key"), by=actor())
     except Error as error:
         return _page(form.refused(error)), error.status
+    flash(gettext("The key %(name)s is added; it is on its way to your machines.", name=key.name), "success")
     return redirect(url_for("web.keys"), 303)
 
 

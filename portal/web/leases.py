@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import redirect, render_template, request, url_for
+from flask import flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 
@@ -12,7 +12,7 @@ from portal.errors import Error
 from portal.services import leases as lettings
 from portal.services import overviews
 from portal.web import shapes
-from portal.web.acting import acting, page_asked
+from portal.web.acting import page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 from portal.web.frame import is_fragment
@@ -30,7 +30,7 @@ def leases() -> ResponseReturnValue:
 @bp.get("/leases/<int:lease_id>")
 @requires(*STAFF)
 def lease(lease_id: int) -> ResponseReturnValue:
-    return _page(lease_id, None)
+    return _page(lease_id)
 
 
 @bp.post("/leases/<int:lease_id>/extend")
@@ -40,29 +40,37 @@ def extend_lease(lease_id: int) -> ResponseReturnValue:
     try:
         held = lettings.extend(lettings.get(lease_id), until=form.moment("until"), by=actor())
     except Error as error:
-        return _page(lease_id, form.refused(error)), error.status
+        return _page(lease_id, extending=form.refused(error)), error.status
+    flash(gettext("The new end is saved: the host is told now."), "success")
     return redirect(url_for("web.lease", lease_id=held.id), 303)
 
 
 @bp.post("/leases/<int:lease_id>/end")
 @requires(*STAFF)
 def end_lease(lease_id: int) -> ResponseReturnValue:
-    form = Form.of_request(keep=())
-    with acting(gettext("The lease is ending: the host closes it now.")):
-        lettings.end(lettings.get(lease_id), by=actor(), reason=form.text("reason") or gettext("Ended by an operator."))
+    form = Form.of_request(keep=("reason",))
+    try:
+        ended = lettings.end(lettings.get(lease_id), by=actor(), reason=form.needed("reason"))
+    except Error as error:
+        return _page(lease_id, ending=form.refused(error)), error.status
+    is_over = ended.state == "ended"
+    flash(gettext("The lease is called off.") if is_over else gettext("The lease is ending: the host closes it now."))
     return redirect(url_for("web.lease", lease_id=lease_id), 303)
 
 
 @bp.post("/leases/<int:lease_id>/write-off")
 @requires(*STAFF)
 def write_off_lease(lease_id: int) -> ResponseReturnValue:
-    form = Form.of_request(keep=())
-    with acting(gettext("The lease has ended unobserved; the machine must still be proven clean.")):
-        lettings.write_off(lettings.get(lease_id), by=actor(), reason=form.text("reason"))
+    form = Form.of_request(keep=("reason",))
+    try:
+        lettings.write_off(lettings.get(lease_id), by=actor(), reason=form.needed("reason"))
+    except Error as error:
+        return _page(lease_id, ending=form.refused(error)), error.status
+    flash(gettext("The lease has ended unobserved; the machine must still be proven clean."), "warning")
     return redirect(url_for("web.lease", lease_id=lease_id), 303)
 
 
-def _page(lease_id: int, form: Form | None) -> str:
+def _page(lease_id: int, *, extending: Form | None = None, ending: Form | None = None) -> str:
     now = utcnow()
     held = overviews.of_lease(lettings.get(lease_id), now)
     facts = {
@@ -73,4 +81,4 @@ def _page(lease_id: int, form: Form | None) -> str:
     }
     if is_fragment():
         return render_template("leases/_state.html", **facts)
-    return render_template("leases/detail.html", form=form, **facts)
+    return render_template("leases/detail.html", extending=extending, ending=ending, **facts)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from flask import Response, redirect, render_template, request, url_for
+from flask import Response, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 
 from portal.api.guard import actor, requires
 from portal.db import utcnow
-from portal.errors import Conflict, Error
+from portal.errors import Error, Invalid
 from portal.integrations import host_keys
 from portal.models import Machine
 from portal.services import (
@@ -36,16 +37,17 @@ from portal.web.frame import is_fragment
 
 STAFF = ("admin", "operator")
 DESCRIPTIVE = ("public_address", "region", "rack", "remark")
-FIELDS = ("name", "address", "ssh_port", "ssh_user", *DESCRIPTIVE)
-ALLOCATE_FIELDS = ("tenant_id", "until", "retain_h", "root", "remark")
+FIELDS = ("name", "address", "ssh_port", "ssh_user", "labels", *DESCRIPTIVE)
+ALLOCATE_FIELDS = ("tenant_id", "starts_at", "until", "retain_h", "root", "remark")
+FILTERS = ("state", "reachability", "keyword")
 
 
 @bp.get("/machines")
 @requires(*STAFF)
 def machines() -> ResponseReturnValue:
     now = utcnow()
-    wanted = {name: request.args.get(name) or None for name in ("state", "keyword")}
-    page = page_asked(overviews.search(now=now, **wanted), "state", "keyword")
+    wanted = {name: request.args.get(name) or None for name in FILTERS}
+    page = page_asked(overviews.search(now=now, **wanted), *FILTERS)
     views = overviews.of_machines(page.items, now)
     template = "machines/_rows.html" if is_fragment() else "machines/list.html"
     return render_template(template, page=page, views=views)
@@ -75,6 +77,7 @@ def _typed(form: Form) -> dict[str, Any]:
     return {
         **texts,
         "ssh_port": form.number("ssh_port", default=22),
+        "labels": form.pairs("labels"),
         **{name: form.optional(name) for name in DESCRIPTIVE},
     }
 
@@ -90,10 +93,14 @@ def _credential(form: Form) -> dict[str, str] | None:
 @bp.get("/machines/<int:machine_id>")
 @requires(*STAFF)
 def machine(machine_id: int) -> ResponseReturnValue:
-    found = fleet.get(machine_id)
+    return _page(fleet.get(machine_id))
+
+
+def _page(machine: Machine, *, opened: str = "", form: Form | None = None) -> str:
+    """The page; with the dialog `opened` whose form came back."""
     if is_fragment():
-        return render_template("machines/_live.html", **_live(found))
-    return render_template("machines/detail.html", **_live(found), **_history(found))
+        return render_template("machines/_live.html", **_live(machine))
+    return render_template("machines/detail.html", opened=opened, form=form, **_live(machine), **_history(machine))
 
 
 def _live(machine: Machine) -> dict[str, Any]:
@@ -105,6 +112,7 @@ def _live(machine: Machine) -> dict[str, Any]:
     return {
         "view": view,
         "machine": machine,
+        "address": shapes.with_port(machine.address, machine.ssh_port),
         "gpus": shapes.gpu_rows(view),
         "usage": shapes.usage(view),
         "system": shapes.system(machine),
@@ -124,6 +132,7 @@ def _history(machine: Machine) -> dict[str, Any]:
         "past": list(overviews.search_leases(machine_id=machine.id).limit(10)),
         "reclaims": list(reclaims.search(machine_id=machine.id).limit(10)),
         "baseline": fleet.find_baseline(machine),
+        "other_keys": [key for key in machine.host_keys_offered or [] if key["line"] != machine.host_key],
     }
 
 
@@ -144,10 +153,26 @@ def _scan(machine: Machine) -> None:
 @bp.post("/machines/<int:machine_id>/confirm")
 @requires(*STAFF)
 def confirm_host_key(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
-    with acting(gettext("The host key is pinned.")):
-        fleet.confirm_host_key(found, form.text("fingerprint"), by=actor(), reason=form.optional("reason"))
-    return _back(found)
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason",))
+    return _done_or_shown_again(
+        "confirm",
+        found,
+        form,
+        gettext("The host key is pinned."),
+        lambda: fleet.confirm_host_key(found, form.text("fingerprint"), by=actor(), reason=form.optional("reason")),
+    )
+
+
+def _done_or_shown_again(
+    dialog: str, machine: Machine, form: Form, done: str, act: Callable[[], object]
+) -> ResponseReturnValue:
+    """Act, say `done` and go back to the machine; or show it with the dialog that was refused, as it was typed."""
+    try:
+        act()
+    except Error as error:
+        return _page(fleet.get(machine.id), opened=dialog, form=form.refused(error)), error.status
+    flash(done, "success")
+    return _back(machine)
 
 
 @bp.post("/machines/<int:machine_id>/provision")
@@ -191,6 +216,7 @@ def allocate_with(machine_id: int) -> ResponseReturnValue:
         leases.allocate(
             found,
             to=tenants.get(form.number("tenant_id")),
+            starts_at=form.moment("starts_at") if form.text("starts_at") else None,
             until=form.moment("until"),
             retain_s=form.number("retain_h") * 3600,
             root=form.is_checked("root"),
@@ -208,7 +234,7 @@ def _allocate_page(machine: Machine, form: Form | None) -> str:
         "machines/allocate.html",
         machine=machine,
         form=form,
-        tenants=list(tenants.search()),
+        tenants=[(tenant.id, tenant.name) for tenant in tenants.search()],
         refusals=availability.start_refusals(machine, now),
         until=(now + timedelta(days=30)).strftime("%Y-%m-%dT%H:00"),
         retain_h=config.current().default_retain_s // 3600,
@@ -218,59 +244,64 @@ def _allocate_page(machine: Machine, form: Form | None) -> str:
 @bp.post("/machines/<int:machine_id>/reclaim")
 @requires(*STAFF)
 def reclaim(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
-    with acting(gettext("The machine is being taken back.")):
-        leases.reclaim(
-            found,
-            by=actor(),
-            reason=form.text("reason"),
-            force=form.is_checked("force"),
-            confirm=form.optional("confirm"),
-        )
-    return _back(found)
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason", "force", "confirm"))
+    wanted: dict[str, Any] = {
+        "reason": form.text("reason"),
+        "force": form.is_checked("force"),
+        "confirm": form.optional("confirm"),
+    }
+    done = gettext("The machine is being taken back.")
+    return _done_or_shown_again("reclaim", found, form, done, lambda: leases.reclaim(found, by=actor(), **wanted))
 
 
 @bp.post("/machines/<int:machine_id>/maintenance")
 @requires(*STAFF)
 def maintenance(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason", "until"))
     if form.text("switch") == "off":
         with acting(gettext("Maintenance has ended.")):
             fleet.end_maintenance(found, by=actor())
-    else:
-        with acting(gettext("The machine is in maintenance; leases and tasks go on.")):
-            until = form.moment("until") if form.text("until") else None
-            fleet.start_maintenance(found, reason=form.text("reason"), until=until, by=actor())
-    return _back(found)
+        return _back(found)
+    done = gettext("The machine is in maintenance; leases and tasks go on.")
+    return _done_or_shown_again("maintenance", found, form, done, lambda: _start_maintenance(found, form))
+
+
+def _start_maintenance(machine: Machine, form: Form) -> None:
+    until = form.moment("until") if form.text("until") else None
+    fleet.start_maintenance(machine, reason=form.text("reason"), until=until, by=actor())
 
 
 @bp.post("/machines/<int:machine_id>/thaw")
 @requires(*STAFF)
 def thaw(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
-    with acting(gettext("The host follows the portal again.")):
-        frozen.thaw(found, by=actor(), reason=form.text("reason"))
-    return _back(found)
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason",))
+    done = gettext("The host follows the portal again.")
+    return _done_or_shown_again(
+        "thaw", found, form, done, lambda: frozen.thaw(found, by=actor(), reason=form.text("reason"))
+    )
 
 
 @bp.post("/machines/<int:machine_id>/reimaged")
 @requires(*STAFF)
 def reimaged(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
-    with acting(gettext("Scan and confirm its new host key, then provision it.")):
-        retirement.reimaged(found, by=actor(), reason=form.text("reason"), credential=_credential(form))
-    return _back(found)
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason",))
+    wanted: dict[str, Any] = {"reason": form.text("reason"), "credential": _credential(form)}
+    done = gettext("Scan and confirm its new host key, then provision it.")
+    return _done_or_shown_again("reimaged", found, form, done, lambda: retirement.reimaged(found, by=actor(), **wanted))
 
 
 @bp.post("/machines/<int:machine_id>/retire")
 @requires(*STAFF)
 def retire(machine_id: int) -> ResponseReturnValue:
-    found, form = fleet.get(machine_id), Form.of_request(keep=())
-    with acting(gettext("The machine is retired; its history stays.")):
-        if form.text("confirm") != found.name:
-            raise Conflict(gettext("Type the machine's name to retire it."))
-        retirement.retire(found, by=actor(), reason=form.text("reason"))
-    return _back(found)
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason", "confirm"))
+    done = gettext("The machine is retired; its history stays.")
+    return _done_or_shown_again("retire", found, form, done, lambda: _retire(found, form))
+
+
+def _retire(machine: Machine, form: Form) -> None:
+    if form.text("confirm") != machine.name:
+        raise Invalid({"confirm": [gettext("Type the machine's name to retire it.")]})
+    retirement.retire(machine, by=actor(), reason=form.text("reason"))
 
 
 @bp.post("/machines/<int:machine_id>/delete")
@@ -280,6 +311,21 @@ def delete_machine(machine_id: int) -> ResponseReturnValue:
     with acting(gettext("The machine %(name)s is deleted.", name=found.name)) as went_well:
         retirement.delete(found, by=actor())
     return redirect(url_for("web.machines"), 303) if went_well else _back(found)
+
+
+@bp.get("/machines/<int:machine_id>/gpus/<gpu_uuid>/forget")
+@requires(*STAFF)
+def gpu_taken_out(machine_id: int, gpu_uuid: str) -> ResponseReturnValue:
+    return render_template("machines/forget_gpu.html", machine=fleet.get(machine_id), gpu_uuid=gpu_uuid)
+
+
+@bp.post("/machines/<int:machine_id>/gpus/<gpu_uuid>/forget")
+@requires(*STAFF)
+def forget_gpu(machine_id: int, gpu_uuid: str) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=())
+    with acting(gettext("The GPU is not expected any more.")):
+        fleet.forget_gpu(found, gpu_uuid, by=actor(), reason=form.text("reason"))
+    return _back(found)
 
 
 def _back(machine: Machine) -> Response:

@@ -9,7 +9,7 @@ from flask.typing import ResponseReturnValue
 
 from portal.api.guard import current_user, requires
 from portal.db import utcnow
-from portal.services import connections, leases, overviews
+from portal.services import connections, keys, leases, overviews
 from portal.services.overviews import HeldView
 from portal.web import shapes
 from portal.web.blueprint import bp
@@ -29,7 +29,9 @@ def my_machines() -> ResponseReturnValue:
 def my_connection(machine_id: int) -> ResponseReturnValue:
     me = current_user()
     lease = leases.get_open_of_user(me, machine_id)
-    return render_template("my/_connection.html", machine=lease.machine, way=connections.of(lease, user=me))
+    way = connections.of(lease, user=me)
+    has_key = keys.list_of(me).exists()
+    return render_template("my/_connection.html", machine=lease.machine, way=way, has_key=has_key)
 
 
 def _facts(held: HeldView, now: Any) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def _piecewise(text: str, words: Mapping[str, Any] | None) -> str:
 def _value(name: str, text: str, words: Mapping[str, Any]) -> str:
     if is_nested(name):
         return in_language(text, words)
+    if name.endswith("roles"):
+        return "、".join(str(words.get(word, word)) for word in text.split(" and "))
     return str(words.get(text, text)) if name.endswith(("state", "enter", "seen", "role", "noun")) else text
 
 

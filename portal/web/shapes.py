@@ -13,11 +13,19 @@ from portal.services.overviews import LeaseView, MachineView
 GIB = 1024**3
 
 
+def with_port(address: str, port: int) -> str:
+    """How an address with its port is written, so that it can be read: IPv6 in brackets, 22 left out."""
+    if port == 22:
+        return address
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 @dataclass(frozen=True)
 class GpuRow:
-    """A GPU that is expected, reported, or both. None is unknown."""
+    """A GPU that is expected, reported, or both. None is unknown. One is missing that the last report lacks."""
 
     uuid: str
+    is_missing: bool
     slot: int | None
     name: str | None
     state: str
@@ -32,13 +40,18 @@ def gpu_rows(view: MachineView) -> list[GpuRow]:
     """Every expected GPU in its order, then those that nobody expected; the live values are the last report's."""
     known = {entry.gpu.uuid for entry in view.gpus}
     reported = (view.report.gpu or {}).get("gpus", []) if view.report else []
-    rows = [_row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}) for entry in view.gpus]
+    is_told = view.report is not None and (view.report.gpu or {}).get("state") == "ok"
+    rows = [
+        _row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}, is_missing=is_told and entry.live is None)
+        for entry in view.gpus
+    ]
     return rows + [_row(gpu["uuid"], {"slot": gpu["index"]}, gpu) for gpu in reported if gpu["uuid"] not in known]
 
 
-def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any]) -> GpuRow:
+def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any], *, is_missing: bool = False) -> GpuRow:
     return GpuRow(
         uuid=uuid,
+        is_missing=is_missing,
         slot=written.get("slot"),
         name=live.get("name") or written.get("name"),
         state=live.get("state", "unknown"),
@@ -121,3 +134,19 @@ def report_parts(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]
     cleaning = (report.get("cleaning") or {}).get("result") or {}
     verification = (report.get("verification") or {}).get("verdict") or {}
     return {"steps": list(cleaning.get("steps", [])), "checks": list(verification.get("checks", []))}
+
+
+AGENTS = (("Edg/", "Edge"), ("OPR/", "Opera"), ("Firefox/", "Firefox"), ("Chrome/", "Chrome"), ("Version/", "Safari"))
+SYSTEMS = (("Windows", "Windows"), ("Android", "Android"), ("iPhone", "iPhone"), ("iPad", "iPad"), ("Mac OS", "macOS"))
+
+
+def browser(user_agent: str) -> str:
+    """`Firefox 130, Linux`: enough to know one's own browsers apart. What is no browser is shown as it said."""
+    for mark, name in AGENTS:
+        before, found, after = user_agent.partition(mark)
+        if found and before:
+            system = next(
+                (word for sign, word in SYSTEMS if sign in user_agent), "Linux" if "Linux" in user_agent else ""
+            )
+            return f"{name} {after.split('.')[0]}" + (f", {system}" if system else "")
+    return user_agent

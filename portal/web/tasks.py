@@ -9,16 +9,17 @@ from flask_babel import gettext
 
 from portal.api.guard import actor, current_user, requires
 from portal.db import utcnow
-from portal.errors import Error, Invalid
+from portal.errors import Error
 from portal.models import Task
 from portal.models.states import TASK_LIVE, USER_ROLES
-from portal.services import leases
+from portal.services import leases, tenants
 from portal.services import tasks as work
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 
 FIELDS = ("machine_id", "name", "command", "env", "workdir", "time_limit_s", "stop_grace_s", "retries")
+FILTERS = ("state", "keyword")
 
 
 def _mine() -> peewee.ModelSelect[Task]:
@@ -33,13 +34,29 @@ def _mine() -> peewee.ModelSelect[Task]:
 def tasks() -> ResponseReturnValue:
     found = work.matching(_mine(), state=request.args.get("state") or None, keyword=request.args.get("keyword"))
     template = "tasks/_rows.html" if "HX-Request" in request.headers else "tasks/list.html"
-    return render_template(template, page=page_asked(found, "state", "keyword"), figures=work.figures(_mine()))
+    return render_template(
+        template, page=page_asked(found, *FILTERS), figures=work.figures(_mine()), may_run=_may_run()
+    )
+
+
+def _may_run() -> bool:
+    """Whether this person may start tasks anywhere; a viewer may not."""
+    return bool(tenants.ids_of(current_user(), "use"))
 
 
 @bp.get("/tasks/new")
 @requires("customer")
 def new_task() -> ResponseReturnValue:
-    return _new_page(None)
+    like = request.args.get("like", type=int)
+    return _new_page(None if like is None else _form_like(work.get(_mine(), like)))
+
+
+def _form_like(task: Task) -> Form:
+    """The form as it was filled in for this task."""
+    written = {name: getattr(task, name) for name in ("name", "command", "workdir", "time_limit_s", "stop_grace_s")}
+    env = "\n".join(f"{name}={value}" for name, value in task.env.items())
+    given = {**written, "env": env, "retries": task.retries, "machine_id": task.lease.machine_id}
+    return Form({name: "" if value is None else str(value) for name, value in given.items()})
 
 
 @bp.post("/tasks/new")
@@ -51,7 +68,7 @@ def create_task() -> ResponseReturnValue:
             form.number("machine_id"),
             name=form.text("name"),
             command=form.raw("command").replace("\r\n", "\n"),  # how browsers send a line's end
-            env=_env_of(form.raw("env")),
+            env=form.pairs("env"),
             workdir=form.optional("workdir"),
             time_limit_s=form.number("time_limit_s"),
             stop_grace_s=form.number("stop_grace_s"),
@@ -68,7 +85,14 @@ def create_task() -> ResponseReturnValue:
 def task(task_id: int) -> ResponseReturnValue:
     found = work.get(_mine(), task_id)
     attempts = work.attempts_of(found)
-    facts = {"task": found, "attempts": attempts, "attempt": attempts[-1], "is_live": found.state in TASK_LIVE}
+    facts = {
+        "task": found,
+        "attempts": attempts,
+        "attempt": attempts[-1],
+        "is_live": found.state in TASK_LIVE,
+        "may_steer": work.is_in_hand_of(found, current_user()),
+        "may_run": _may_run(),
+    }
     if "HX-Request" in request.headers:
         return render_template("tasks/_state.html", **facts)
     return render_template("tasks/detail.html", log=f"/api/v1/customer/tasks/{task_id}/log", **facts)
@@ -92,18 +116,9 @@ def retry_task(task_id: int) -> ResponseReturnValue:
 
 def _new_page(form: Form | None) -> str:
     now = utcnow()
-    usable = [lease for lease in leases.of_user(current_user()) if lease.state == "active" and lease.ends_at > now]
+    own = set(tenants.ids_of(current_user(), "use"))
+    held = [lease for lease in leases.open_of_user(current_user()) if lease.tenant_id in own]
+    usable = [lease.machine for lease in held if lease.state == "active" and lease.ends_at > now]
     chosen = request.args.get("machine", type=int)
-    return render_template("tasks/new.html", form=form, machines=[lease.machine for lease in usable], chosen=chosen)
-
-
-def _env_of(text: str) -> dict[str, str]:
-    """`NAME=value` lines; raises Invalid that names the line."""
-    env = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        name, sign, value = line.partition("=")
-        if line.strip() and not sign:
-            raise Invalid({"env": [gettext("Line %(number)s: write NAME=value.", number=number)]})
-        if line.strip():
-            env[name.strip()] = value
-    return env
+    machines = [(machine.id, machine.name) for machine in usable]
+    return render_template("tasks/new.html", form=form, machines=machines, chosen=chosen, may_run=bool(own))

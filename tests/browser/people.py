@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import Page
+from playwright.sync_api import Dialog, Page
 
 
 def sign_in(page: Page, username: str, password: str) -> None:
@@ -26,6 +26,13 @@ def clipboard(page: Page) -> str:
 
 
 def press(page: Page, name: str) -> None:
-    """The button with this name, and yes to whatever it asks."""
-    page.once("dialog", lambda dialog: dialog.accept())
+    """The button with this name, and yes to what it asks. It must ask."""
+    asked = []
+
+    def accept(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.accept()
+
+    page.once("dialog", accept)
     page.get_by_role("button", name=name, exact=True).click()
+    assert asked, f"{name!r} did not ask first"

@@ -82,6 +82,8 @@ def test_allocate_names_the_faulty_field_and_keeps_what_was_typed(house: House, 
     host = house.ready_host()
     page = open_as(house.admin, f"/machines/{host.id}")
     page.get_by_role("link", name="Allocate").click()
+    expect(page.locator("#field-tenant_id")).to_have_value("")  # nobody is chosen by itself
+    page.locator("#field-tenant_id").select_option("Quark Labs")
     page.locator("#field-until").fill("2020-01-01T00:00")
     page.locator("#field-remark").fill("training of the spring")
     page.get_by_role("button", name="Allocate").click()
@@ -89,7 +91,7 @@ def test_allocate_names_the_faulty_field_and_keeps_what_was_typed(house: House, 
     expect(page.locator("#field-remark")).to_have_value("training of the spring")
     assert host.state == "ready"
     page.locator("#field-until").fill("2099-01-01T00:00")
-    page.locator("#field-tenant_id").select_option("Quark Labs")
+    expect(page.locator("#field-tenant_id option:checked")).to_have_text("Quark Labs")
     page.get_by_role("button", name="Allocate").click()
     expect(page.locator("#live").get_by_text("leased", exact=True)).to_be_visible()
     expect(page.get_by_text("The host has not acknowledged it yet.")).to_be_visible()
@@ -122,12 +124,11 @@ def test_reclaim_asks_why_and_ends_the_lease(house: House, open_as: Open) -> Non
     dialog.get_by_label("Wipe at once, without keeping the data").check()
     dialog.get_by_label("Reason").fill("the contract is over")
     dialog.get_by_role("button", name="Reclaim").click()
-    expect(page.get_by_role("status")).to_contain_text("Type the machine's name")
+    expect(dialog.locator("#fault-reclaim-confirm")).to_contain_text("Type the machine's name")
+    expect(dialog.get_by_label("Reason")).to_have_value("the contract is over")
+    expect(dialog.get_by_label("Wipe at once, without keeping the data")).to_be_checked()
     assert leases.find_open(host.machine).state == "active"  # type: ignore[union-attr]  # it is leased
-    page.get_by_role("button", name="Reclaim", exact=True).click()
-    dialog.get_by_label("Wipe at once, without keeping the data").check()
     dialog.get_by_label("To wipe at once, type the machine's name").fill(host.machine.name)
-    dialog.get_by_label("Reason").fill("the contract is over")
     dialog.get_by_role("button", name="Reclaim").click()
     expect(page.get_by_text("The machine is being taken back.")).to_be_visible()
     expect(page.get_by_text("Still open").first).to_be_visible()
@@ -175,13 +176,18 @@ def test_a_machine_is_edited_retired_or_deleted(house: House, open_as: Open) -> 
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_text("Shanghai")).to_be_visible()
     retire = page.get_by_role("dialog")
-    for typed, said in (("another", "Type the machine's name"), (host.machine.name, "its history stays")):
-        page.get_by_role("button", name="Retire", exact=True).click()
-        retire.get_by_label("Reason").fill("sold")
-        retire.get_by_label("Type the machine's name").fill(typed)
-        retire.get_by_role("button", name="Retire").click()
-        expect(page.get_by_role("status").filter(has_text=said)).to_be_visible()
+    page.get_by_role("button", name="Retire", exact=True).click()
+    retire.get_by_label("Reason").fill("sold")
+    retire.get_by_label("Type the machine's name").fill("another")
+    retire.get_by_role("button", name="Retire").click()
+    expect(retire.locator("#fault-retire-confirm")).to_have_text("Type the machine's name to retire it.")
+    expect(retire.get_by_label("Reason")).to_have_value("sold")
+    assert host.state == "ready"
+    retire.get_by_label("Type the machine's name").fill(host.machine.name)
+    retire.get_by_role("button", name="Retire").click()
+    expect(page.get_by_role("status").filter(has_text="its history stays")).to_be_visible()
     assert host.state == "retired"
+    expect(page.get_by_role("button", name="Maintenance")).to_have_count(0)
     page.goto(f"/machines/{unused.id}")
     press(page, "Delete")
     expect(page.get_by_text("The machine typed-by-mistake is deleted.")).to_be_visible()
@@ -204,3 +210,82 @@ def test_the_list_shows_a_new_state_by_itself(house: House, open_as: Open) -> No
     rental.allocate(host, house.tenant)
     expect(row).to_contain_text("Quark Labs")
     assert is_marked(page)
+
+
+def test_labels_are_written_corrected_and_cleared(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    page = open_as(house.admin, f"/machines/{host.id}/edit")
+    labels = page.get_by_label("Labels")
+    for typed, said in (("pool", "Line 1: write NAME=value."), ("Pool=training", "a label's name is 1 to 63")):
+        labels.fill(typed)
+        page.get_by_role("button", name="Save").click()
+        expect(page.locator("#fault-labels")).to_contain_text(said)
+        expect(labels).to_have_value(typed)
+    labels.fill("pool=training\nib=yes")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("pool=training")).to_be_visible()
+    assert host.machine.labels == {"pool": "training", "ib": "yes"}
+    page.get_by_role("link", name="Edit").click()
+    expect(labels).to_have_value("ib=yes\npool=training")
+    labels.fill("")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("pool=training")).to_have_count(0)
+    assert host.machine.labels == {}
+
+
+def test_another_host_key_is_pinned_only_with_a_reason(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    other = {"type": "ssh-ed25519", "line": rental.OTHER_HOST_KEY, "fingerprint": ""}
+    machines.offer_host_keys(host.machine, [other], by=SYSTEM)
+    page = open_as(house.admin, f"/machines/{host.id}")
+    card = page.locator("#host-key")
+    expect(card).to_contain_text("The host has shown another key than the pinned one")
+    expect(card).to_contain_text(machines.fingerprint(rental.OTHER_HOST_KEY))
+    card.get_by_role("button", name="It is: pin this key").click()
+    assert card.get_by_label("Why it changed").evaluate("field => field.validity.valueMissing")
+    assert host.machine.host_key == rental.HOST_KEY
+    card.get_by_label("Why it changed").fill("the mainboard was replaced, ticket 4711")
+    press(page, "It is: pin this key")
+    expect(page.get_by_text("The host key is pinned.")).to_be_visible()
+    expect(page.locator("#host-key")).to_have_count(0)
+    assert host.machine.host_key == rental.OTHER_HOST_KEY
+
+
+def test_a_gpu_that_was_taken_out_is_forgotten_and_the_machine_is_healthy(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    host.report(gpu=rental.gpu_report([rental.gpu(host.gpu_uuids[0])]))
+    page = open_as(house.admin, f"/machines/{host.id}")
+    row = page.get_by_role("row", name=re.compile(host.gpu_uuids[1]))
+    expect(row).to_contain_text("missing")
+    row.get_by_role("link", name="It was taken out…").click()
+    page.get_by_label("Reason").fill("returned to the vendor")
+    page.get_by_role("button", name="It was taken out").click()
+    expect(page.get_by_text("The GPU is not expected any more.")).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile(host.gpu_uuids[1]))).to_have_count(0)
+    expect(page.locator("#live").get_by_text("healthy", exact=True)).to_be_visible()
+
+
+def test_a_lease_is_planned_ahead_and_called_off(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    page = open_as(house.admin, f"/machines/{host.id}/allocate")
+    page.locator("#field-tenant_id").select_option("Quark Labs")
+    page.locator("#field-starts_at").fill("2097-01-01T00:00")
+    page.locator("#field-until").fill("2098-01-01T00:00")
+    page.get_by_role("button", name="Allocate").click()
+    expect(page.locator("#live").get_by_text("ready", exact=True)).to_be_visible()
+    page.get_by_role("row", name=re.compile("scheduled")).get_by_role("link").click()
+    page.get_by_label("Reason").fill("the project was cancelled")
+    press(page, "Call off")
+    expect(page.get_by_text("The lease is called off.")).to_be_visible()
+    expect(page.locator("#lease-state").get_by_text("ended", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Call off")).to_have_count(0)
+
+
+def test_what_was_done_to_a_machine_is_found_in_the_audit(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    page = open_as(house.admin, f"/machines/{host.id}")
+    page.get_by_role("link", name="What was done to it, and by whom").click()
+    expect(page.get_by_text("machine.registered")).to_be_visible()
+    about = page.get_by_role("row").filter(has_text="machine #").all_inner_texts()
+    assert about
+    assert all(f"machine #{host.id}" in row for row in about)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
@@ -14,7 +17,8 @@ from portal.services.actors import SYSTEM
 from tests.api.fake_agent import attempt_report
 from tests.browser.conftest import House
 from tests.browser.people import clipboard, is_marked, mark, press
-from tests.factories import make_tenant, ssh_key_pair
+from tests.factories import actor_of, make_tenant, ssh_key_pair
+from tests.support import rental
 
 Open = Callable[..., Page]
 
@@ -34,13 +38,55 @@ def test_the_connection_dialog_gives_what_ssh_needs(house: House, open_as: Open)
         buttons.nth(number).click()
         expect(buttons.nth(number)).to_have_text("Copied")
         copied.append(clipboard(page))
-    command, block, fingerprint, known = copied
+    command, fingerprint, known, block = copied
     assert command == f"ssh -p {host.machine.ssh_port} {lease.login}@{host.machine.address}"
     assert f"User {lease.login}" in block
     assert fingerprint.startswith("SHA256:")
     assert known.startswith(f"[{host.machine.address}]:{host.machine.ssh_port} ssh-ed25519 AAAA")
     dialog.get_by_role("button", name="Close").click()
     expect(dialog).to_have_count(0)
+
+
+def test_what_the_dialog_says_is_what_ssh_understands(house: House, open_as: Open, tmp_path: Path) -> None:
+    """OpenSSH itself reads command, block and known_hosts line: IPv6 and a port of its own, IPv6 at 22, a name."""
+    tenant = make_tenant()
+    user = house.new_customer(tenant=tenant)
+    for number, (address, port) in enumerate(
+        (("2001:db8::7", 2222), ("2001:db8::8", 22), ("gpu.rent.example.org", 22))
+    ):
+        host = rental.ready_host(
+            f"way-{number}", address=f"192.0.2.{230 + number}", ssh_port=port, public_address=address
+        )
+        host.sees(rental.allocate(host, tenant))
+        lease = leases.find_open(host.machine)
+        assert lease is not None
+        page = open_as(user, "/my/machines")
+        page.locator(".card", has=page.get_by_role("heading", name=f"way-{number}", exact=True)).last.get_by_role(
+            "button", name="Connect"
+        ).click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog.get_by_text("You have no SSH key here yet")).to_be_visible()
+        texts = {
+            name: dialog.locator(f"#way-{name}").inner_text() for name in ("command", "config", "fingerprint", "known")
+        }
+        wanted = {"hostname": address, "port": str(port), "user": lease.login}
+        (tmp_path / "config").write_text(texts["config"])
+        (tmp_path / "known_hosts").write_text(texts["known"] + "\n")
+        assert wanted.items() <= understood(shlex.split(texts["command"])[1:], tmp_path).items()
+        by_block = understood([f"way-{number}"], tmp_path, "config")
+        assert (wanted | {"stricthostkeychecking": "true"}).items() <= by_block.items()
+        known_as = address if port == 22 else f"[{address}]:{port}"
+        found = subprocess.run(
+            ["ssh-keygen", "-l", "-F", known_as, "-f", tmp_path / "known_hosts"], capture_output=True, text=True
+        )
+        assert texts["fingerprint"] in found.stdout, found
+
+
+def understood(arguments: list[str], folder: Path, config: str = "none") -> dict[str, str]:
+    """What ssh would do with these arguments."""
+    file = config if config == "none" else str(folder / config)
+    said = subprocess.run(["ssh", "-F", file, "-G", *arguments], capture_output=True, text=True, check=True).stdout
+    return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)
 
 
 def test_a_key_is_added_refused_twice_and_removed(house: House, open_as: Open) -> None:
@@ -91,7 +137,7 @@ def follow(page: Page, house: House, task: Task) -> None:
     write(house, task, attempt.id, "第二轮\n".encode())
     expect(page.locator("#output")).to_contain_text("第二轮")
     assert is_marked(page), "all of it came without a reload"
-    page.get_by_role("button", name="Stop").click()
+    press(page, "Stop")
     expect(page.get_by_text("stopping…")).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     mark(page)
@@ -125,3 +171,37 @@ def test_somebody_who_only_looks_is_offered_no_way_in(house: House, open_as: Ope
     page.reload()
     expect(page.get_by_text("active", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="Connect")).to_have_count(0)
+
+
+def test_somebody_who_only_looks_is_offered_no_task(house: House, open_as: Open) -> None:
+    tenant = make_tenant()
+    host = house.leased_host(tenant)
+    member, viewer = house.new_customer(tenant=tenant), house.new_customer(tenant=tenant)
+    tenants.set_member_role(tenant, viewer.id, "viewer", by=SYSTEM)
+    task = tasks.create(host.id, name="theirs", command="true", env={}, time_limit_s=60, by=actor_of(member))
+    page = open_as(viewer, f"/tasks/{task.id}")
+    expect(page.get_by_role("heading", name="theirs")).to_be_visible()
+    for name in ("Stop", "Try again"):
+        expect(page.get_by_role("button", name=name)).to_have_count(0)
+    page.goto("/tasks")
+    expect(page.get_by_role("link", name="New task")).to_have_count(0)
+    page.goto("/tasks/new")
+    expect(page.get_by_text("You may look at tasks, but not start any")).to_be_visible()
+    theirs = open_as(member, f"/tasks/{task.id}")
+    expect(theirs.get_by_role("button", name="Stop")).to_be_visible()
+
+
+def test_a_task_is_started_again_with_changes(house: House, open_as: Open) -> None:
+    holder = actor_of(house.customer)
+    command, env = "python3 train.py\n", {"SEED": "7", "LR": "1e-5"}
+    task = tasks.create(house.leased.id, name="first", command=command, env=env, time_limit_s=120, by=holder)
+    page = open_as(house.customer, f"/tasks/{task.id}")
+    page.get_by_role("link", name="New task like this").click()
+    expect(page.locator("#field-command")).to_have_value(command)
+    expect(page.locator("#field-env")).to_have_value("SEED=7\nLR=1e-5")
+    page.locator("#field-name").fill("second")
+    page.locator("#field-env").fill("SEED=8")
+    page.get_by_role("button", name="Start task").click()
+    expect(page.get_by_role("heading", name="second")).to_be_visible()
+    again = Task.get(Task.name == "second")
+    assert (again.command, again.env, again.time_limit_s) == (command, {"SEED": "8"}, 120)

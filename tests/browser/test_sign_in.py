@@ -1,4 +1,4 @@
-"""Signing in and out, and a sign-in that lasts as long as somebody works."""
+"""Signing in and out. A sign-in that lasts as long as somebody works is in test_long_forms.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any, cast
 
 from playwright.sync_api import Page, expect
 
-from portal.models import AuditEntry
 from portal.services import users
 from portal.services.actors import SYSTEM
 from tests.browser.conftest import House, Windows
 from tests.browser.people import sign_in
 from tests.factories import PASSWORD
-from tests.support.portal import OWN_PASSWORD, Portal, running
-from tests.support.waiting import until
+from tests.support.portal import OWN_PASSWORD
 
 Open = Callable[..., Page]
 
@@ -66,7 +64,8 @@ def test_a_given_password_must_be_changed_before_anything_else(house: House, win
 def test_sign_out_ends_it(house: House, open_as: Open) -> None:
     page = open_as(house.admin, "/machines", fresh=True)
     kept = page.context.cookies()
-    page.get_by_role("button", name="Sign out").click()
+    page.locator("details.account summary").click()
+    page.get_by_role("button", name="Sign out", exact=True).click()
     expect(page.get_by_role("heading", name="Sign in to RemoteGPU")).to_be_visible()
     page.context.add_cookies(cast(Any, kept))  # what somebody copied before is worth nothing
     page.goto("/machines")
@@ -78,24 +77,3 @@ def test_a_sign_in_that_only_ran_out_of_time_renews_itself(house: House, open_as
     page.context.clear_cookies(name="access_token_cookie")
     page.goto("/customers")
     expect(page.get_by_role("heading", name="Customers")).to_be_visible()
-
-
-def test_a_page_left_open_keeps_working_in_two_tabs(house: House, windows: Windows, open_as: Open) -> None:
-    hasty = Portal(house.portal.instance, environ={**house.portal.environ, "ACCESS_TOKEN_S": "2"})
-    with running(hasty):
-        hasty.start("web")
-        first = open_as(house.admin, "/machines", url=hasty.url, fresh=True)
-        second = first.context.new_page()
-        second.goto("/customers")
-        for renewals in range(2):
-            before = token_of(first)
-            until(lambda old=before: token_of(first) != old, f"a token after {renewals} renewals")  # type: ignore[misc]  # mypy knows no defaults of lambdas
-        for page in (first, second):
-            page.get_by_role("link", name="Runs").click()
-            expect(page.get_by_role("heading", name="Runs")).to_be_visible()
-        first.context.close()
-    assert not AuditEntry.select().where(AuditEntry.action.contains("reuse")).exists()
-
-
-def token_of(page: Page) -> str:
-    return next(cookie["value"] for cookie in page.context.cookies() if cookie["name"] == "access_token_cookie")
