@@ -11,12 +11,13 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from remotegpu_agent.observe.accounts import FIRST_PERSON
-from remotegpu_agent.observe.tools import ToolFailed, run
 
 SSHD_PROGRAMS = ("/usr/sbin/sshd", "/usr/lib/openssh/sshd-session", "/usr/lib/openssh/sshd-auth")
 _LOOK_AGAIN_S = 0.02
+_KILLER_DEADLINE_S = 5.0
 
 
 def count(uids: Iterable[int]) -> dict[int, int]:
@@ -75,11 +76,32 @@ def kill_at_once(uid: int) -> None:
     """
     if uid < FIRST_PERSON:
         raise ValueError(f"UID {uid} is no person's")
-    # Without its own limit: a user with more processes than the one we were started with may become nobody's program
-    # any more (EAGAIN from execve), and that is the very user who has to go.
-    argv = ["prlimit", "--nproc=unlimited", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
-    with contextlib.suppress(ToolFailed):
-        run([*argv, "sh", "-c", "kill -KILL -1"], ok=(0, -signal.SIGKILL), timeout_s=5)  # ... itself as well
+    with contextlib.suppress(OSError):  # no process number left: then one by one
+        child = os.fork()
+        if child == 0:
+            _become_and_kill_all(uid)
+        _wait_for(child)
+
+
+def _become_and_kill_all(uid: int) -> NoReturn:
+    """In a child. No program is started: execve fails as a user who has reached the limit of processes, and that is
+    the very one who has to go. Without one, nothing of ours can be traced by that user either.
+    """
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        os.kill(-1, signal.SIGKILL)  # spares only the caller
+    finally:
+        os._exit(0)
+
+
+def _wait_for(child: int) -> None:
+    deadline = time.monotonic() + _KILLER_DEADLINE_S
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:  # stopped by those that it was to kill
+            os.kill(child, signal.SIGKILL)
+        time.sleep(_LOOK_AGAIN_S / 10)
 
 
 def _statuses() -> Iterator[tuple[int, dict[str, str]]]:

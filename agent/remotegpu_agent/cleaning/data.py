@@ -103,16 +103,23 @@ def look_for_records(scope: Scope) -> Iterator[Finding]:
 
 
 def look_for_files(scope: Scope) -> Iterator[Finding]:
-    """Anything of the tenant's or of its group anywhere on this machine's own file systems."""
+    """Anything of the tenant's or of its group anywhere on this machine's own file systems.
+
+    Also whatever is too deep to be looked into: if it is the tenant's, it goes with the folders above it.
+    """
     for each in special.walk():
-        if scope.owns(each.uid) or scope.is_its_group(each.gid):
-            yield Finding(each, f"{each.path} of uid {each.uid}, gid {each.gid}")
+        if scope.owns(each.uid) or scope.is_its_group(each.gid) or each.is_too_deep:
+            deep = ", too deep to be looked into" if each.is_too_deep else ""
+            yield Finding(each, f"{each.path} of uid {each.uid}, gid {each.gid}{deep}")
 
 
 def remove_files(scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
     """Remove what the tenant owns; what somebody else only shared with its group stays, without the group."""
     for each in (finding.subject for finding in found):
-        yield from remove.remove(each.path) if scope.owns(each.uid) else remove.take_from_group(each.path)
+        if scope.owns(each.uid):
+            yield from remove.remove(each.path)
+        elif scope.is_its_group(each.gid):
+            yield from remove.take_from_group(each.path)
 
 
 def remove_paths(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:

@@ -19,7 +19,6 @@ Entry = dict[str, Any]
 Snapshot = dict[str, Entry]
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PATH_MAX = 4096
 _READ_LIMIT_BYTES = 256 * 1024
 _DIGEST_LIMIT_BYTES = 64 * 1024 * 1024
 
@@ -56,34 +55,6 @@ def _walk(path: str, skip: Callable[[str], bool]) -> Iterator[str]:
         return
     for name in names:
         yield from _walk(os.path.join(path, name), skip)
-
-
-def open_folder(path: str) -> int:
-    """A descriptor of the folder, also where its path is longer than the kernel takes in one piece."""
-    folder = os.open("/", FOLDER)
-    for piece in _pieces(path):
-        try:
-            inner = os.open(piece, FOLDER, dir_fd=folder)
-        finally:
-            os.close(folder)
-        folder = inner
-    return folder
-
-
-def _pieces(path: str) -> Iterator[str]:
-    if len(os.fsencode(path)) < _PATH_MAX:
-        yield path
-        return
-    piece: list[str] = []
-    size = 0
-    for name in path.strip("/").split("/"):
-        length = len(os.fsencode(name)) + 1
-        if size + length >= _PATH_MAX:
-            yield "/".join(piece)
-            piece, size = [], 0
-        piece.append(name)
-        size += length
-    yield "/".join(piece)
 
 
 def enter(path: str) -> int:

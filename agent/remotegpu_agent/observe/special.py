@@ -15,6 +15,7 @@ from pathlib import Path
 from remotegpu_agent.observe import docker, files, mounts
 
 CLOSED_STORES = (f"{docker.ROOT}/", "/var/lib/containerd/", "/var/lib/remotegpu-agent/", "/var/lib/remotegpu-tasks/")
+_PATH_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Found:
     uid: int
     gid: int
     capabilities: str | None
+    is_too_deep: bool = False  # a folder that no path leads into: what is in it was not looked at
 
     @property
     def is_special(self) -> bool:
@@ -53,7 +55,7 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
     while pending:
         folder = pending.pop()
         try:
-            handle = files.open_folder(folder)
+            handle = os.open(folder, files.FOLDER)
         except (FileNotFoundError, NotADirectoryError):
             continue
         try:
@@ -63,7 +65,7 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
                     if found is None or is_closed_store(found.path):
                         continue
                     yield found
-                    if stat.S_ISDIR(found.mode) and found.path not in points:
+                    if stat.S_ISDIR(found.mode) and found.path not in points and not found.is_too_deep:
                         pending.append(found.path)
         except FileNotFoundError:
             continue  # the folder went while it was read
@@ -76,7 +78,9 @@ def _look_at(path: str, entry: os.DirEntry[str], folder: int) -> Found | None:
         facts = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, _capabilities(folder, entry.name, facts.st_mode))
+    capabilities = _capabilities(folder, entry.name, facts.st_mode)
+    is_too_deep = stat.S_ISDIR(facts.st_mode) and len(os.fsencode(path)) >= _PATH_MAX
+    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, capabilities, is_too_deep)
 
 
 def _capabilities(folder: int, name: str, mode: int) -> str | None:

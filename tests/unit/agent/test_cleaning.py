@@ -143,19 +143,24 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scope:
     return here
 
 
-def test_files_deeper_than_any_path_are_seen_and_removed(mine: Scope) -> None:
+def test_a_tree_deeper_than_any_path_is_named_and_removed_and_takes_no_longer_for_its_depth(mine: Scope) -> None:
     folder = os.open(mine.home, os.O_RDONLY)
-    for _ in range(40):
+    for _ in range(3000):
         os.mkdir("d" * 200, dir_fd=folder)
         inner = os.open("d" * 200, os.O_RDONLY, dir_fd=folder)
         os.close(folder)
         folder = inner
-    os.close(os.open("left", os.O_CREAT | os.O_WRONLY, 0o4755, dir_fd=folder))
     os.close(folder)
-    found = list(data.look_for_files(mine))
-    assert len(found) == 41
-    assert found[-1].text.count("/d") == 40
-    assert [finding.text.count("/d") for finding in restored.look_for_special_files(mine)] == [40]
+    found = [finding.subject for finding in data.look_for_files(mine)]
+    assert {each.is_too_deep for each in found[:-1]} == {False}
+    assert found[-1].is_too_deep
+    assert len(found) < 25
+    stranger = replace(
+        mine, gid=20017
+    )  # somebody else's deep folder is no proof that there is nothing of the tenant's in it
+    stranger.__dict__.update(uids=frozenset({20017}), subordinate_uids=())
+    assert [finding.subject for finding in data.look_for_files(stranger)] == found[-1:]
+    assert list(restored.look_for_special_files(mine)) == []
     list(data.remove_files(mine, data.look_for_files(mine)))
     assert list(data.look_for_files(mine)) == []
     assert list(Path(mine.home).iterdir()) == []
