@@ -47,7 +47,6 @@ class Settings:
     run_lock_s: float = 30.0  # a worker renews its lock at a third of this
     run_timeout_s: int = 3600
     log_quota_bytes: int = 256 * 1024 * 1024
-    agent_artifact: Path = Path("build/remotegpu-agent.pyz")
     default_retain_s: int = 24 * 3600
     workers: int = 1
     host_ca_file: str | None = None  # whom hosts trust for PUBLIC_URL: a file, `system`, or the portal's own CA
@@ -155,8 +154,6 @@ def _parse(name: str, kind: str, text: str) -> object:
             return int(text)
         if kind == "float":
             return float(text)
-        if kind == "Path":
-            return Path(text)
     except ValueError:
         raise SettingsError(f"{name.upper()}: {text!r} is not a number") from None
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from portal.integrations import protocol
 from portal.services import leases
 from portal.settings import RANGES, SECRET_FILES, Settings, SettingsError, load
+
+PORTAL = Path(__file__).parents[2] / "portal"
 
 
 @pytest.fixture
@@ -94,6 +97,15 @@ def test_what_agents_are_told_is_what_the_protocol_takes() -> None:
     for name in ("report_interval_s", "log_quota_bytes"):
         assert RANGES[name] == (told[name]["minimum"], told[name]["maximum"])
     assert RANGES["default_retain_s"] == (0, leases.MAX_RETAIN_S)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in fields(Settings)])
+def test_every_setting_is_read_by_something(name: str) -> None:
+    """What nobody obeys must not be offered: neither by name nor, as in a loop over several, by a text."""
+    used = re.compile(rf"""\.{name}\b|["']{name}["']|f"\{{.*\}}_{name.rpartition("_")[2]}\b""")
+    places = [file for file in PORTAL.rglob("*.py") if used.search(file.read_text())]
+    own = len(re.findall(rf"self\.{name}\b", (PORTAL / "settings.py").read_text()))
+    assert own or [file for file in places if file.name != "settings.py"], f"nothing reads {name.upper()}"
 
 
 def test_settings_show_no_secret(environ: dict[str, str]) -> None:
