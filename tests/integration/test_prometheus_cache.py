@@ -1,0 +1,98 @@
+"""What is asked of Prometheus is asked once for all processes that share a Redis; one that is lost costs time alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+
+from portal.services.monitoring_cache import LOCK_S, PREFIX, Cache
+from tests.support.portal import free_port
+from tests.support.waiting import until
+
+PROCESSES = 3
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A Redis of this test's own."""
+    port = free_port("127.0.0.1")
+    argv = ["setpriv", "--pdeathsig", "TERM", "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with (tmp_path / "redis.log").open("wb") as log:
+        process = subprocess.Popen([*argv, "--dir", str(tmp_path)], stdout=log, stderr=log)
+    until(lambda: "Ready to accept" in (tmp_path / "redis.log").read_text(), "Redis to start")
+    yield Server(f"redis://127.0.0.1:{port}/0", process)
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.wait()
+
+
+def ask_at_once(url: str, together: multiprocessing.synchronize.Barrier) -> int:
+    """One process: wait for the others, then ask. What is computed is a number that nobody else gets."""
+    together.wait(60)
+
+    def compute() -> int:
+        time.sleep(0.3)  # long enough that the others ask meanwhile
+        return int(redis.Redis.from_url(url).incr("computed"))
+
+    answer: int = Cache(url).get("key", compute, keep_s=30)
+    return answer
+
+
+def test_of_several_processes_one_computes(server: Server) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(PROCESSES) as pool:
+        together = manager.Barrier(PROCESSES)
+        answers = pool.starmap(ask_at_once, [(server.url, together)] * PROCESSES)
+    assert answers == [1] * PROCESSES
+
+
+def test_an_answer_is_not_kept_longer_for_having_been_fetched(server: Server) -> None:
+    """The second process fetches what is 25 s old: it asks again after five more, not after thirty."""
+    now = [1000.0]
+    first, second = (Cache(server.url, clock=lambda: now[0]) for _ in range(2))
+    assert first.get("key", lambda: "old", keep_s=30) == "old"
+    now[0] += 25
+    assert second.get("key", lambda: "new", keep_s=30) == "old"
+    now[0] += 5
+    redis.Redis.from_url(server.url).delete(f"{PREFIX}key")  # Redis goes by its own clock
+    assert second.get("key", lambda: "new", keep_s=30) == "new"
+
+
+def test_whoever_computes_and_dies_holds_the_others_up_for_a_while_only(server: Server) -> None:
+    redis.Redis.from_url(server.url).set(f"{PREFIX}lock:key", "somebody who died", px=500)
+    began = time.monotonic()
+    assert Cache(server.url).get("key", lambda: "computed", keep_s=30) == "computed"
+    assert time.monotonic() - began < LOCK_S / 2
+
+
+def test_a_mistake_lets_go_of_the_lock(server: Server) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Cache(server.url).get("key", lambda: 1 / 0, keep_s=30)
+    assert redis.Redis.from_url(server.url).get(f"{PREFIX}lock:key") is None
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])
+def test_a_redis_that_is_lost_costs_time_alone(
+    server: Server, how: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(server.url)
+    assert cache.get("before", lambda: "computed", keep_s=30) == "computed"
+    server.process.send_signal(how)
+    began = time.monotonic()
+    assert [cache.get(f"{number}", lambda: "by ourselves", keep_s=30) for number in range(20)] == ["by ourselves"] * 20
+    assert time.monotonic() - began < 4, "asked once, then left alone for a while"
+    assert "Redis does not answer; this process computes for itself" in caplog.text
