@@ -16,6 +16,7 @@ from portal.api import (
     keys,
     leases,
     machines,
+    monitoring,
     prometheus,
     runs,
     staff,
@@ -46,6 +47,9 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     tasks.admin_bp,
     streams.bp,
     prometheus.bp,
+    monitoring.bp,
+    monitoring.dashboard_bp,
+    monitoring.customer_bp,
     alerts.bp,
     alerts.webhook_bp,
 )  # fmt: skip

@@ -188,7 +188,7 @@ def _machine(
 def _host(samples: Samples, own: Mapping[str, str], labels: str, metrics: Mapping[str, Any] | None) -> None:
     if metrics is None:
         return
-    samples.add("remotegpu_host_cpu_ratio", labels, _ratio(metrics["cpu_percent"]))
+    samples.add("remotegpu_host_cpu_ratio", labels, ratio(metrics["cpu_percent"]))
     samples.add("remotegpu_host_load1", labels, metrics["load1"])
     samples.add("remotegpu_host_memory_total_bytes", labels, metrics["memory_total_bytes"])
     samples.add("remotegpu_host_memory_used_bytes", labels, metrics["memory_used_bytes"])
@@ -235,8 +235,8 @@ def _gpus(samples: Samples, own: Mapping[str, str], gpus: Sequence[Gpu], report:
             continue
         # Whatever a driver says while a GPU is divided, it is not the use of the whole card.
         use = None if live["mig"] else live["utilization_percent"]
-        samples.add("remotegpu_gpu_utilization_ratio", labels, _ratio(use))
-        samples.add("remotegpu_gpu_memory_bandwidth_ratio", labels, _ratio(live["memory_bandwidth_percent"]))
+        samples.add("remotegpu_gpu_utilization_ratio", labels, ratio(use))
+        samples.add("remotegpu_gpu_memory_bandwidth_ratio", labels, ratio(live["memory_bandwidth_percent"]))
         for name, field in GPU_VALUES.items():
             samples.add(name, labels, live[field])
         processes = live["processes"]
@@ -247,6 +247,6 @@ def _of_gpu(own: Mapping[str, str], gpu: Gpu) -> dict[str, str]:
     return {**own, "uuid": normalised(gpu.uuid)}
 
 
-def _ratio(percent: float | None) -> float | None:
+def ratio(percent: float | None) -> float | None:
     """Percent as 0 to 1. More than 100 is a driver's blank, not a value."""
     return percent / 100 if percent is not None and 0 <= percent <= 100 else None
