@@ -24,6 +24,7 @@ from portal.services import alerts_samples, monitoring_samples
 from portal.settings import Settings, networks
 
 STAFF = ("admin", "operator")
+BY_KNOWN_PROXY = "werkzeug.proxy_fix.orig"  # set where portal/proxies.py has believed a proxy
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -60,12 +61,13 @@ def may_without_token(address: str | None, settings: Settings) -> bool:
     """Whether METRICS_ALLOW names where this request comes from.
 
     A request that passed a proxy which nobody told us of (TRUSTED_PROXIES) seems to come from that proxy, usually from
-    loopback, whoever sent it: then the address says nothing.
+    loopback, whoever sent it, and so does one whose proxy does not say who sent it: then the address says nothing.
     """
     allowed = networks(settings.metrics_allow)
     if not allowed or address is None:
         return False
-    if not settings.trusted_proxies and ("X-Forwarded-For" in request.headers or "Forwarded" in request.headers):
+    is_forwarded = "X-Forwarded-For" in request.headers or "Forwarded" in request.headers
+    if is_forwarded != (BY_KNOWN_PROXY in request.environ):
         return False
     try:
         caller = ipaddress.ip_address(address)

@@ -10,6 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from portal.app import create_app
 from portal.db import db, utcnow
 from portal.models import User
 from portal.services import tokens
@@ -81,6 +82,25 @@ def test_addresses_that_are_allowed_need_no_token(
     object.__setattr__(settings, "metrics_allow", allow)
     answer = client.get("/metrics", environ_base={"REMOTE_ADDR": address}, headers=headers)
     assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("sender", "headers", "status"),
+    [
+        ("127.0.0.1", {"X-Forwarded-For": "10.0.0.9"}, 200),
+        ("127.0.0.1", {"X-Forwarded-For": "203.0.113.5"}, 401),
+        ("127.0.0.1", {"X-Forwarded-For": "10.0.0.9, 203.0.113.5"}, 401),
+        ("127.0.0.1", {}, 401),  # a proxy that does not say who it was
+        ("192.0.2.1", {"X-Forwarded-For": "10.0.0.9"}, 401),  # somebody who says so himself
+    ],
+)
+def test_behind_a_known_proxy_the_address_is_that_of_the_caller(
+    database: Any, settings: Settings, sender: str, headers: dict[str, str], status: int
+) -> None:
+    object.__setattr__(settings, "metrics_allow", "127.0.0.1, 10.0.0.0/8")
+    object.__setattr__(settings, "trusted_proxies", "127.0.0.1")
+    client = create_app(settings).test_client()
+    assert client.get("/metrics", environ_base={"REMOTE_ADDR": sender}, headers=headers).status_code == status
 
 
 def test_answers_are_counted_by_area_and_status(client: FlaskClient, bearer: dict[str, str]) -> None:
