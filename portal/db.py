@@ -35,6 +35,17 @@ def utcnow() -> datetime:
     return datetime.now(UTC)
 
 
+def shared_now() -> datetime:
+    """The time by the one clock of all processes: the server's on PostgreSQL; with SQLite they are on one machine.
+
+    Who holds something until when is told by it: a worker whose clock is ahead must not take what is another's.
+    """
+    if is_sqlite():
+        return utcnow()
+    moment: datetime = db.execute_sql("SELECT clock_timestamp()").fetchone()[0]
+    return moment.astimezone(UTC)
+
+
 def connect(url: str, *, max_connections: int = 20) -> peewee.Database:
     """Bind the proxy to the database at `url` and return it.
 

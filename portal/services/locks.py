@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import peewee
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, shared_now
 from portal.models import NamedLock
 
 
@@ -27,7 +27,7 @@ def held(name: str, *, life_s: float) -> Iterator[bool]:
 
 
 def _take(name: str, token: str, life_s: float) -> bool:
-    now = utcnow()
+    now = shared_now()
     mine = {"token": token, "expires_at": now + timedelta(seconds=life_s)}
     with atomic():
         if NamedLock.update(**mine).where((NamedLock.name == name) & (NamedLock.expires_at < now)).execute():

@@ -19,7 +19,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, db, utcnow
+from portal.db import atomic, db, shared_now, utcnow
 from portal.errors import Conflict, Error, Invalid, NotFound
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
@@ -318,7 +318,7 @@ def _take(run: Run, token: str, lock_s: float) -> bool:
                 leave="queued",
                 enter="running",
                 lock_token=token,
-                lock_expires_at=utcnow() + timedelta(seconds=lock_s),
+                lock_expires_at=shared_now() + timedelta(seconds=lock_s),
                 attempt=run.attempt + 1,
                 child={"mark": f"{run.id}:{token}"},
                 started_at=utcnow(),
@@ -352,7 +352,7 @@ def keep(run: Run, token: str, *, lock_s: float) -> Run:
 
 
 def _hold(run_id: int, token: str, lock_s: float) -> None:
-    until = utcnow() + timedelta(seconds=lock_s)
+    until = shared_now() + timedelta(seconds=lock_s)
     ours = (Run.id == run_id) & (Run.lock_token == token) & (Run.state == "running")
     if not Run.update(lock_expires_at=until).where(ours).execute():
         raise WrongState(f"Run {run_id} is not held with this token any more.")
@@ -476,7 +476,7 @@ def take_over(token: str, *, lock_s: float) -> Run | None:
     The caller must end whatever carries `run.child["mark"]`, which still is the mark of the worker before it, clean up,
     and only then call `lose`.
     """
-    now = utcnow()
+    now = shared_now()
     expired = (Run.state == "running") & (Run.lock_expires_at < now)
     for run in list(Run.select().where(expired).order_by(Run.id)):
         with _step("take_over"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from werkzeug.test import TestResponse
 
 from portal.db import utcnow
 from portal.models import AuditEntry, Machine, Run, RunHost, User
-from portal.services import runs
+from portal.services import locks, runs
 from portal.services.actors import SYSTEM
 from portal.services.runs import Line, Outcome
 from portal.services.transitions import WrongState
@@ -266,6 +267,25 @@ def test_a_refused_run_that_somebody_cancels_at_this_moment_is_cancelled_once(
 def test_a_held_run_is_not_taken_over(machine: Machine) -> None:
     running(machine)
     assert runs.take_over("another", lock_s=30) is None
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_worker_whose_clock_is_ahead_takes_nothing_that_is_held(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them at work on one host is what the lock is there to prevent."""
+    run, token = running(machine)
+    with locks.held("sweeper", life_s=30) as ours:
+        for module in ("portal.db", "portal.services.runs", "portal.services.locks"):
+            monkeypatch.setattr(f"{module}.utcnow", lambda: utcnow() + timedelta(hours=1), raising=False)
+        assert ours
+        assert runs.take_over("another", lock_s=30) is None
+        with locks.held("sweeper", life_s=30) as theirs:
+            assert not theirs
+        runs.keep(run, token, lock_s=30)
+    monkeypatch.undo()
+    assert Run.get().lock_expires_at < utcnow() + timedelta(minutes=1)
 
 
 def test_output_of_old_runs_goes_and_the_newest_stays(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
