@@ -1,6 +1,6 @@
 """The portal's own alerts: what it knows by itself and raises while no Prometheus does.
 
-Pure at heart: `conditions` reads the rows and says what is wrong now; `sweep` raises what is new and ends what is over.
+Pure at heart: `conditions` reads the rows and says what is wrong now; `Watch` raises what is new and ends what is over.
 While the Watchdog arrives, Prometheus raises the same alerts by the delivered rules, with the same labels and so the
 same fingerprints, and the portal only watches over that; when it stays away, the portal says so and raises its own.
 """
@@ -82,24 +82,38 @@ class Condition:
         return Notice(self.fingerprint, self.all_labels, annotations, now, source="portal")
 
 
-def sweep(now: datetime | None = None) -> int:
-    """Raise what is new, end what is over; returns how many changed."""
-    now = now or utcnow()
-    silent = tuple(_monitoring(now))
-    is_alone = bool(silent) or not is_monitored(now)
-    true_now = {condition.fingerprint: condition for condition in (*silent, *conditions(now))}
-    wanted = true_now if is_alone else {condition.fingerprint: condition for condition in silent}
-    still_open = {alert.fingerprint: alert for alert in Alert.select().where(Alert.state << ALERT_OPEN)}
-    changed = 0
+@dataclass
+class Watch:
+    """The rounds of one process. What was silent while nobody listened is given time to speak: `since` is the first."""
+
+    since: datetime | None = None
+
+    def sweep(self, now: datetime | None = None) -> int:
+        """Raise what is new, end what is over; returns how many changed."""
+        now = now or utcnow()
+        self.since = self.since or now
+        silent = tuple(_monitoring(now, self.since))
+        true_now = {condition.fingerprint: condition for condition in (*silent, *conditions(now, self.since))}
+        wanted = {each.fingerprint: each for each in silent} if is_monitored(now) else true_now
+        still_open = {alert.fingerprint: alert for alert in Alert.select().where(Alert.state << ALERT_OPEN)}
+        return _raise(wanted, still_open, now) + _end(true_now, still_open, now)
+
+
+def _raise(wanted: Mapping[str, Condition], still_open: Mapping[str, Alert], now: datetime) -> int:
+    raised = 0
     for fingerprint, condition in wanted.items():
         known = still_open.get(fingerprint)
         if known is None or _says_otherwise(known, condition):
             starts_at = now if known is None else known.starts_at
-            changed += alerts.hear(condition.notice(starts_at), by=SYSTEM, now=now)[1] == "fired"
-    for fingerprint, alert in still_open.items():
-        if alert.source == "portal" and fingerprint not in true_now:
-            changed += alerts.end(alert, reason="It is over.", now=now)
-    return changed
+            raised += alerts.hear(condition.notice(starts_at), by=SYSTEM, now=now)[1] == "fired"
+    return raised
+
+
+def _end(true_now: Mapping[str, Condition], still_open: Mapping[str, Alert], now: datetime) -> int:
+    over = [
+        alert for fingerprint, alert in still_open.items() if alert.source == "portal" and fingerprint not in true_now
+    ]
+    return sum(alerts.end(alert, reason="It is over.", now=now) for alert in over)
 
 
 def _says_otherwise(alert: Alert, condition: Condition) -> bool:
@@ -112,10 +126,10 @@ def is_monitored(now: datetime) -> bool:
     return heard_at is not None and now - heard_at < MONITORING_SILENT
 
 
-def conditions(now: datetime) -> Iterator[Condition]:
-    """All that is wrong now, as far as the portal knows without Prometheus."""
+def conditions(now: datetime, since: datetime) -> Iterator[Condition]:
+    """All that is wrong now, as far as the portal knows without Prometheus, listening since then."""
     fleet = list(Machine.select().where(Machine.state << WITH_AGENT))
-    yield from _agents(fleet, now)
+    yield from _agents(fleet, now, since)
     yield from _reclaims(fleet)
     yield from _runs(now)
     yield from _leases(now)
@@ -123,15 +137,12 @@ def conditions(now: datetime) -> Iterator[Condition]:
     yield from _tokens(now)
 
 
-def _monitoring(now: datetime) -> Iterator[Condition]:
+def _monitoring(now: datetime, since: datetime) -> Iterator[Condition]:
     heard_at = alerts.watchdog_heard_at()
-    is_expected = config.current().alertmanager_url is not None
-    if heard_at is None:
-        is_silent = is_expected
-    else:
-        silence = now - heard_at
-        is_silent = silence >= MONITORING_SILENT and (is_expected or silence < MONITORING_FORGOTTEN)
-    if is_silent:
+    is_expected = config.current().alertmanager_url is not None or (
+        heard_at is not None and now - heard_at < MONITORING_FORGOTTEN
+    )
+    if is_expected and now - max(heard_at or since, since) >= MONITORING_SILENT:
         yield Condition(
             "MonitoringSilent",
             "No alert arrives from Prometheus and Alertmanager.",
@@ -139,7 +150,7 @@ def _monitoring(now: datetime) -> Iterator[Condition]:
         )
 
 
-def _agents(fleet: Sequence[Machine], now: datetime) -> Iterator[Condition]:
+def _agents(fleet: Sequence[Machine], now: datetime, since: datetime) -> Iterator[Condition]:
     """Silent agents, and what the others say is wrong. A machine in maintenance is somebody's work already."""
     watched = [machine for machine in fleet if machine.maintenance_since is None]
     ids = [machine.id for machine in watched]
@@ -150,7 +161,8 @@ def _agents(fleet: Sequence[Machine], now: datetime) -> Iterator[Condition]:
     for machine in watched:
         report = reports.get(machine.id)
         told = health.of(machine, gpus.get(machine.id, []), report, now, machines.limits())
-        yield from _of_agent(machine, told)
+        if told.is_online or now - since > timedelta(seconds=machines.limits().silence_s):
+            yield from _of_agent(machine, told)
 
 
 def _of_agent(machine: Machine, told: Health) -> Iterator[Condition]:
@@ -272,10 +284,11 @@ def _tokens(now: datetime) -> Iterator[Condition]:
         )
 
 
-# What happens to alerts by itself: name, act, seconds between. services/sweeps.py makes the rounds.
-SWEEPS: tuple[tuple[str, Callable[[], object], float], ...] = (
-    ("alerts_silences.end_due", alerts_silences.end_due, 5),
-    ("alerts_relay.start", alerts_relay.start, 60),
-    ("alerts_own.sweep", sweep, 10),
-    ("alerts.prune", alerts.prune, 3600),
-)
+def sweeps() -> tuple[tuple[str, Callable[[], object], float], ...]:
+    """What happens to alerts by itself: name, act, seconds between. services/sweeps.py makes the rounds."""
+    return (
+        ("alerts_silences.end_due", alerts_silences.end_due, 5),
+        ("alerts_relay.start", alerts_relay.start, 60),
+        ("alerts_own.sweep", Watch().sweep, 10),
+        ("alerts.prune", alerts.prune, 3600),
+    )

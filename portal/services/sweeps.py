@@ -67,5 +67,5 @@ def all_sweeps() -> tuple[Sweep, ...]:
         Sweep("runs.sweep", runs.sweep, every_s=60),
         Sweep("events.prune", events.prune, every_s=60),
         Sweep("sessions.prune", sessions.prune, every_s=60),
-        *(Sweep(*each) for each in alerts_own.SWEEPS),
+        *(Sweep(*each) for each in alerts_own.sweeps()),
     )

@@ -13,12 +13,18 @@ from cryptography.x509.oid import NameOID
 
 from portal.db import utcnow
 from portal.models import Alert, Lease, Run, Tenant, User
-from portal.services import alerts, alerts_own, machines, provisioning, tokens
+from portal.services import alerts, machines, provisioning, tokens
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice
+from portal.services.alerts_own import Watch
 from portal.settings import Settings
 from tests.factories import actor_of, make_lease
 from tests.support import rental
+
+
+def sweep(now: datetime | None = None, *, since: datetime | None = None) -> int:
+    """Of a worker that has been running since yesterday."""
+    return Watch(since or later(days=-1)).sweep(now)
 
 
 def open_alerts() -> list[str]:
@@ -40,30 +46,30 @@ def now(database: Any) -> datetime:
 
 def test_where_all_is_well_nothing_is_raised(now: datetime) -> None:
     rental.ready_host("gpu-1")
-    assert alerts_own.sweep() == 0
+    assert sweep() == 0
     assert open_alerts() == []
 
 
 def test_a_silent_agent_is_told_once_and_ends_by_itself(now: datetime) -> None:
     host = rental.ready_host("gpu-1")
     at = later(minutes=5)
-    assert [alerts_own.sweep(at), alerts_own.sweep(at)] == [1, 0]
+    assert [sweep(at), sweep(at)] == [1, 0]
     (told,) = alerts.views(list(alerts.search(is_open=True)))
     assert (told.alert.name, told.machine_name, told.alert.source) == ("AgentSilent", "gpu-1", "portal")
     assert told.alert.labels == {"alertname": "AgentSilent", "severity": "critical", "host": "gpu-1"}
     assert told.way_out
     host.report()
-    assert [alerts_own.sweep(), alerts_own.sweep()] == [1, 0]
+    assert [sweep(), sweep()] == [1, 0]
     assert (Alert.get().state, Alert.select().count()) == ("resolved", 1)
-    assert alerts_own.sweep(at) == 1, "silent again is another episode"
+    assert sweep(at) == 1, "silent again is another episode"
 
 
 def test_a_machine_in_maintenance_is_somebodys_work_already(now: datetime) -> None:
     host = rental.ready_host()
     machines.start_maintenance(host.machine, reason="new fans", by=SYSTEM)
-    assert alerts_own.sweep(later(minutes=5)) == 0
+    assert sweep(later(minutes=5)) == 0
     machines.end_maintenance(host.machine, by=SYSTEM)
-    assert alerts_own.sweep(later(minutes=5)) == 1
+    assert sweep(later(minutes=5)) == 1
 
 
 @pytest.mark.parametrize(
@@ -78,20 +84,20 @@ def test_a_machine_in_maintenance_is_somebodys_work_already(now: datetime) -> No
 def test_what_an_agent_reports_as_wrong_is_raised(now: datetime, said: dict[str, Any], name: str) -> None:
     host = rental.ready_host("gpu-1")
     host.report(**said)
-    assert alerts_own.sweep() == 1
+    assert sweep() == 1
     assert (open_alerts(), labels()["host"]) == ([name], "gpu-1")
     host.report()
-    assert (alerts_own.sweep(), open_alerts()) == (1, [])
+    assert (sweep(), open_alerts()) == (1, [])
 
 
 def test_one_lost_gpu_of_two_is_named_and_a_second_one_is_the_same_alert(now: datetime) -> None:
     host = rental.ready_host("gpu-1")
     first, second = host.gpu_uuids
     host.report(gpu=rental.gpu_report([rental.gpu(first)]))
-    alerts_own.sweep()
+    sweep()
     assert second in Alert.get().annotations["summary"]
     host.report(gpu=rental.gpu_report([]))
-    alerts_own.sweep()
+    sweep()
     assert Alert.select().count() == 1
     assert first in Alert.get().annotations["summary"]
 
@@ -100,7 +106,7 @@ def test_a_machine_that_is_not_proven_clean_is_raised_until_it_is(now: datetime,
     host = rental.ready_host("gpu-1")
     rental.reclaim(host, leased_and_ended(host, tenant), said=rental.verdict(ports="failed"))
     assert host.state == "quarantined"
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == ["MachineQuarantined"]
 
 
@@ -113,14 +119,14 @@ def leased_and_ended(host: rental.Host, tenant: Tenant) -> Lease:
 def test_a_failed_run_is_raised_until_the_next_one_goes_well_or_a_day_has_passed(now: datetime) -> None:
     machine = rental.confirm(rental.register("gpu-1"))
     rental.finish_run(provisioning.provision(machine, by=SYSTEM), "failed")
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == ["RunFailed"]
     assert labels() == {"alertname": "RunFailed", "severity": "warning", "host": "gpu-1", "playbook": "gpu_hosts"}
-    alerts_own.sweep(later(hours=25))
+    sweep(later(hours=25))
     assert open_alerts() == []
-    alerts_own.sweep()
+    sweep()
     rental.finish_run(provisioning.provision(machines.get(machine.id), by=SYSTEM))
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
     assert Run.select().count() == 2
 
@@ -128,26 +134,26 @@ def test_a_failed_run_is_raised_until_the_next_one_goes_well_or_a_day_has_passed
 def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: datetime, tenant: Tenant) -> None:
     host = rental.ready_host("gpu-1")
     lease = make_lease(host.machine, tenant, ends_at=later(hours=30))
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
     Lease.update(ends_at=later(hours=23)).where(Lease.id == lease.id).execute()
-    alerts_own.sweep()
+    sweep()
     assert (open_alerts(), labels()["lease"]) == (["LeaseEnding"], str(lease.id))
     Lease.update(ends_at=later(hours=48)).where(Lease.id == lease.id).execute()
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
 
 
 def test_a_certificate_is_told_of_two_weeks_before_its_end(now: datetime, settings: Settings) -> None:
     settings.certificate_file.parent.mkdir(parents=True)
     settings.certificate_file.write_bytes(certificate(later(days=15)))
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
     settings.certificate_file.write_bytes(certificate(later(days=13)))
-    alerts_own.sweep()
+    sweep()
     assert (open_alerts(), labels()["certificate"]) == (["CertificateExpiring"], "portal")
     settings.certificate_file.write_bytes(b"not a certificate")
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
 
 
@@ -169,13 +175,30 @@ def certificate(ends_at: datetime) -> bytes:
 def test_a_programs_token_is_told_of_a_week_before_its_end(now: datetime, operator: User) -> None:
     given = {"name": "alertmanager", "scopes": ["alerts"], "by": actor_of(operator)}
     token, _ = tokens.create(operator, expires_at=later(days=8), **given)
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == []
-    alerts_own.sweep(later(days=2))
+    sweep(later(days=2))
     assert open_alerts() == ["TokenExpiring"]
     tokens.revoke(token, by=actor_of(operator))
-    alerts_own.sweep(later(days=2))
+    sweep(later(days=2))
     assert open_alerts() == []
+
+
+def test_after_the_portal_was_down_agents_and_prometheus_get_time_to_speak(now: datetime, settings: Settings) -> None:
+    """Else a start would wake somebody for the whole fleet."""
+    object.__setattr__(settings, "alertmanager_url", "http://127.0.0.1:1")
+    rental.ready_host()
+    alerts.note_watchdog(now)
+    started = Watch()
+    for minutes, told in (
+        (60, []),
+        (60.5, []),
+        (62, ["AgentSilent"]),
+        (65, ["AgentSilent"]),
+        (67, ["AgentSilent", "MonitoringSilent"]),
+    ):
+        started.sweep(later(minutes=minutes))
+        assert open_alerts() == told, minutes
 
 
 # Beside Prometheus
@@ -185,26 +208,26 @@ def test_while_prometheus_raises_alerts_the_portal_does_not(now: datetime) -> No
     rental.ready_host()
     at = later(minutes=5)
     alerts.note_watchdog(at)
-    assert alerts_own.sweep(at) == 0
+    assert sweep(at) == 0
     assert open_alerts() == []
 
 
 def test_when_prometheus_falls_silent_the_portal_says_so_and_raises_its_own(now: datetime) -> None:
     rental.ready_host()
     alerts.note_watchdog(now)
-    alerts_own.sweep(later(minutes=5))
+    sweep(later(minutes=5))
     assert open_alerts() == []
-    alerts_own.sweep(later(minutes=7))
+    sweep(later(minutes=7))
     assert open_alerts() == ["AgentSilent", "MonitoringSilent"]
     alerts.note_watchdog(later(minutes=8))
-    alerts_own.sweep(later(minutes=8))
+    sweep(later(minutes=8))
     assert open_alerts() == ["AgentSilent"], "what is still so stays until Prometheus takes it over or it is over"
 
 
 def test_prometheus_takes_over_what_the_portal_raised_and_ends_it(now: datetime) -> None:
     host = rental.ready_host("gpu-1")
     at = later(minutes=5)
-    alerts_own.sweep(at)
+    sweep(at)
     alerts.acknowledge(alerts.get(Alert.get().id), by=SYSTEM, remark="on my way")
     notice = Notice(Alert.get().fingerprint, Alert.get().labels, {"summary": "told by Prometheus"}, at)
     assert alerts.deliver([notice], by=SYSTEM).unchanged == 1
@@ -212,7 +235,7 @@ def test_prometheus_takes_over_what_the_portal_raised_and_ends_it(now: datetime)
     assert (kept.source, kept.state, kept.remark) == ("alertmanager", "acknowledged", "on my way")
     host.report()
     alerts.note_watchdog(utcnow())
-    alerts_own.sweep()
+    sweep()
     assert Alert.get().state == "acknowledged", "it is Prometheus's now"
     over = Notice(notice.fingerprint, notice.labels, {}, at, ends_at=at + timedelta(minutes=1))
     alerts.deliver([over], by=SYSTEM)
@@ -221,20 +244,20 @@ def test_prometheus_takes_over_what_the_portal_raised_and_ends_it(now: datetime)
 
 def test_an_alertmanager_that_is_configured_and_never_heard_is_missed(now: datetime, settings: Settings) -> None:
     object.__setattr__(settings, "alertmanager_url", "http://127.0.0.1:1")
-    alerts_own.sweep()
+    sweep()
     assert open_alerts() == ["MonitoringSilent"]
 
 
 def test_a_prometheus_that_was_taken_away_is_not_missed_for_ever(now: datetime) -> None:
     alerts.note_watchdog(now)
-    alerts_own.sweep(later(hours=23))
+    sweep(later(hours=23))
     assert open_alerts() == ["MonitoringSilent"]
-    alerts_own.sweep(later(hours=25))
+    sweep(later(hours=25))
     assert open_alerts() == []
 
 
 def test_the_portals_own_alert_is_not_closed_by_hand(now: datetime, operator: User) -> None:
     rental.ready_host()
-    alerts_own.sweep(later(minutes=5))
+    sweep(later(minutes=5))
     with pytest.raises(alerts.Conflict, match="Silence it instead"):
         alerts.close(Alert.get(), by=actor_of(operator), remark="go away")
