@@ -13,6 +13,7 @@ from remotegpu_agent import __version__
 
 CLOSE_TRIES = 20
 CLOSE_RETRY_S = 3.0
+OVERDUE_S = 5.0  # after its end: by then a lease is closed, or something is wrong
 EX_FAILED, EX_USAGE = 1, 64
 
 
@@ -168,6 +169,10 @@ def _status(options: argparse.Namespace) -> int:
     print(f"GPUs: {status['gpu']['state']}{', ' + status['gpu']['message'] if status['gpu']['message'] else ''}")
     for lease in status["leases"]:
         print(f"lease {lease['lease_id']}: {lease['login']}, {lease['state']}, ends {lease['ends_at']}")
+        if lease["is_overdue"]:
+            print(
+                "  ITS END HAS PASSED and something resists: see 'journalctl -u remotegpu-agent -u remotegpu-lease-*'"
+            )
     for attempt in status["attempts"]:
         print(f"attempt {attempt['attempt_id']}: {attempt['state']}")
     return 0
@@ -178,7 +183,7 @@ def read_status(config: Any) -> dict[str, Any]:
     from remotegpu_agent.credential import Credential
     from remotegpu_agent.files import find_json
     from remotegpu_agent.journal import Journal
-    from remotegpu_agent.protocol import format_time
+    from remotegpu_agent.protocol import format_time, now
     from remotegpu_agent.state import State
     from remotegpu_agent.tasks import Tasks
 
@@ -203,6 +208,7 @@ def read_status(config: Any) -> dict[str, Any]:
                 "uid": entry.uid,
                 "state": "closed" if entry.is_closed else "open",
                 "ends_at": format_time(entry.ends_at),
+                "is_overdue": not entry.is_closed and (now() - entry.ends_at).total_seconds() > OVERDUE_S,
             }
             for entry in _leases(config).entries()
         ],
@@ -263,7 +269,18 @@ def _clean(options: argparse.Namespace) -> int:
     except Refusal as refusal:
         sys.exit(f"remotegpu-agent: not cleaned: {refusal}")
     print(json.dumps(result, indent=2))
+    for line in told(result["steps"]):
+        print(line, file=sys.stderr)
     return 0 if result["passed"] else EX_FAILED
+
+
+def told(steps: list[dict[str, Any]]) -> list[str]:
+    """What a person wants to know of a cleaning: a line for each step that did not pass."""
+    bad = [step for step in steps if step["result"] not in ("passed", "not_applicable")]
+    lines = [f"{step['result'].upper()} {step['id']}: {step['reason']}" for step in bad]
+    if not bad:
+        return [f"clean: nothing of the lease is left ({len(steps)} steps)"]
+    return [*lines, f"NOT clean: {len(bad)} of {len(steps)} steps. What is named above is still there; run it again"]
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from remotegpu_agent.observe import docker
 from remotegpu_agent.observe.tools import ToolFailed, run
 
 LEAST_FREE_BYTES = 2 * 1024**3
+LEAST_FREE_INODES = 10_000
 MOST_CLOCK_OFFSET_S = 5.0
 
 
@@ -44,7 +46,7 @@ def examine(path: Path = CONFIG_FILE) -> Iterator[Finding]:
     yield _enrolment(config)
     yield from _service(config)
     yield _nvml(config)
-    yield _disk(config)
+    yield from _disk(config)
     yield _docker()
     yield _sshd(config)
 
@@ -141,12 +143,28 @@ def _nvml(config: Config) -> Finding:
     )
 
 
-def _disk(config: Config) -> Finding:
-    free = min(shutil.disk_usage(path).free for path in (config.state_dir, config.tasks_dir) if path.exists())
+def _disk(config: Config) -> Iterator[Finding]:
+    folders = [path for path in (config.state_dir, config.tasks_dir, config.keys_dir) if path.exists()]
+    free = min(shutil.disk_usage(path).free for path in folders)
     text = f"{free / 1024**3:.1f} GiB free for state and logs"
-    return Finding(
+    yield Finding(
         "disk", free >= LEAST_FREE_BYTES, text if free >= LEAST_FREE_BYTES else f"{text}: make room below /var/lib"
     )
+    yield names_left(min(_inodes(path) for path in folders))
+
+
+def _inodes(path: Path) -> int:
+    """How many more files there can be; as many as one likes where the file system has no such limit."""
+    found = os.statvfs(path)
+    return found.f_ffree if found.f_files else sys.maxsize
+
+
+def names_left(count: int) -> Finding:
+    """ "No space left on device" has two reasons, and with the disk half empty nobody thinks of this one."""
+    if count >= LEAST_FREE_INODES:
+        return Finding("inodes", True, "there is room for more files")
+    way_out = "find who left so many with 'du --inodes -xS / | sort -n | tail'"
+    return Finding("inodes", False, f"only {count} more files can be made, whatever 'df' says is free: {way_out}")
 
 
 def _docker() -> Finding:
