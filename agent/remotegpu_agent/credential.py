@@ -4,6 +4,7 @@ A rotation keeps the old credential until a call with the new one has succeeded,
 nobody out. Here is no decision when to rotate.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,8 @@ class Credential:
     def _forget_previous(self, used: str) -> None:
         with self._lock:
             if self._value["credential"] == used and "previous" in self._value:
-                self._write({name: value for name, value in self._value.items() if name != "previous"})
+                with contextlib.suppress(OSError):  # a full disk must not cost us the answer; the next call tries again
+                    self._write({name: value for name, value in self._value.items() if name != "previous"})
 
     def keep(self, answer: dict[str, Any]) -> None:
         """The answer to an enrolment."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import credential as credential_module
 from remotegpu_agent.config import Config, ConfigError, load, parse
 from remotegpu_agent.credential import Credential
 from remotegpu_agent.portal import Endpoint, Portal, PortalError, Refused
@@ -77,6 +79,21 @@ def test_a_rotation_drops_the_old_one_after_a_call_with_the_new_one(credential: 
     assert used == ["second", "second"]
     assert "first" not in (tmp_path / "credential.json").read_text()
     assert (tmp_path / "credential.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_answer_counts_though_the_disk_has_no_room_to_forget_the_old_one(
+    credential: Credential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credential.rotate("second", 2)
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(credential_module, "write_json", no_room)
+        assert credential.call(lambda secret: {"used": secret}) == {"used": "second"}
+    credential.call(lambda secret: {"used": secret})
+    assert "first" not in (tmp_path / "credential.json").read_text()
 
 
 def test_until_the_portal_knows_the_new_one_the_old_one_serves(credential: Credential, tmp_path: Path) -> None:
