@@ -95,9 +95,8 @@ def test_who_comes_back_is_told_what_came_meanwhile(
     last = Event.select().order_by(-Event.id).get().id
     write("task.running", tenant_id=tenant.id)
     write("task.secret", tenant_id=other_tenant.id)
-    heard = topics_heard(sign_in(customer), lambda: None, headers={"Last-Event-ID": str(last)})
-    assert heard.count("task.running") >= 1
-    assert "task.secret" not in heard
+    a_while_ago()
+    assert topics_heard(sign_in(customer), lambda: None, headers={"Last-Event-ID": str(last)}) == ["task.running"]
 
 
 @pytest.mark.parametrize("who", ["customer", "operator"])

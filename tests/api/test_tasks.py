@@ -515,5 +515,5 @@ def test_a_host_that_is_there_and_silent_about_an_ended_lease_s_task_has_lost_it
 def test_every_order_is_of_the_protocol(customer: User, lease: Lease, agent: FakeAgent) -> None:
     make_task(lease, customer, env={"A": "b"}, workdir="/tmp", time_limit_s=None, gpu_uuids=[])
     tasks.stop(make_task(lease, customer)[0], by=actor_of(customer))
-    for order in tasks.to_send(Machine.get_by_id(lease.machine_id)):
-        protocol.check(order, "desired_attempt")
+    orders = [protocol.check(order, "desired_attempt") for order in tasks.to_send(Machine.get_by_id(lease.machine_id))]
+    assert [order["state"] for order in orders] == ["run", "stop"]

@@ -97,6 +97,20 @@ def test_a_program_that_hangs_inside_a_transaction_loses_its_locks(
 
 
 @ON_POSTGRESQL
+def test_a_server_that_was_restarted_costs_no_request(client: Any, database: Any, database_url: str) -> None:
+    assert client.get("/healthz").status_code == 200
+    assert len(db.db.obj._connections) == 1, "one idle connection in the pool"
+    other = psycopg2.connect(database_url)
+    other.autocommit = True
+    other.cursor().execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    other.close()
+    assert client.get("/healthz").status_code == 200
+
+
+@ON_POSTGRESQL
 def test_who_writes_and_wakes_in_the_background_bears_a_pool_without_connections(
     database: Any, database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
