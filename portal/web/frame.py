@@ -61,6 +61,12 @@ ROLE_WORDS = {
     "operator": lazy_gettext("operator"),
     "customer": lazy_gettext("customer"),
 }
+ACTOR_WORDS = {
+    "user": lazy_gettext("person"),
+    "token": lazy_gettext("API token"),
+    "agent": lazy_gettext("agent"),
+    "system": lazy_gettext("portal"),
+}
 GRANT_WORDS = {"keys": lazy_gettext("sign-in with keys"), "tasks": lazy_gettext("tasks")}
 OUTCOME_WORDS = {"done": lazy_gettext("done"), "refused": lazy_gettext("refused"), "failed": lazy_gettext("failed")}
 
@@ -176,6 +182,7 @@ def _context() -> dict[str, Any]:
         "role_word": lambda word: ROLE_WORDS.get(word, word),
         "role_options": lambda roles: [(role, ROLE_WORDS[role]) for role in roles],
         "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),
+        "actor_word": lambda word: ACTOR_WORDS.get(word, word),
         "grant_word": lambda word: GRANT_WORDS.get(word, word),
         "csrf_value": csrf_value,
         "token_life_s": life_s,

@@ -27,10 +27,11 @@ ACCOUNT = ("/account", "/account/tokens", "/password")
 STAFF = (
     *("/machines", "/machines/add", "/leases", "/tasks", "/customers", "/customers/tenants", "/runs", "/audit"),
     *("/staff", *ACCOUNT),
+    *("/alerts", "/alerts/history", "/alerts/rules", "/alerts/rules/new", "/alerts/offline"),
 )
 OWN = ("/my/machines", "/tasks", "/tasks/new", "/my/keys", *ACCOUNT)
 MENU = {
-    "admin": ["Machines", "Leases", "Tasks", "Customers", "Runs", "Audit", "Staff"],
+    "admin": ["Machines", "Alerts", "Leases", "Tasks", "Customers", "Runs", "Audit", "Staff"],
     "customer": ["My machines", "Tasks", "SSH keys"],
 }
 
@@ -47,6 +48,39 @@ TEXTS = """() => {
     for (const one of document.querySelectorAll(`[${name}]`))
       if (!one.closest(DATA)) seen.push(one.getAttribute(name));
   return seen.filter(Boolean);
+}"""
+
+# What keeps somebody out who sees little, or does not see: controls without a name, ids that are there twice, and text
+# that does not stand out from its ground (WCAG 2.1 AA: 4.5 to 1, large text 3 to 1).
+BARRIERS = """() => {
+  const found = [];
+  const named = (one) => one.ariaLabel || one.labels?.length || one.textContent.trim() || one.title;
+  for (const one of document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a[href], summary"))
+    if (!named(one)) found.push(`no name: ${one.outerHTML.slice(0, 90)}`);
+  const ids = [...document.querySelectorAll("[id]")].map((one) => one.id);
+  for (const id of ids.filter((id, at) => ids.indexOf(id) < at)) found.push(`id twice: ${id}`);
+  const dot = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const painted = (colours) => {
+    dot.fillStyle = "#fff"; dot.fillRect(0, 0, 1, 1);
+    for (const colour of colours) { dot.fillStyle = colour; dot.fillRect(0, 0, 1, 1); }
+    return [...dot.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => rgb.map((part) => part / 255)
+    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
+  const grounds = (one) => (one ? [...grounds(one.parentElement), getComputedStyle(one).backgroundColor] : []);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.data.trim(), one = walker.currentNode.parentElement;
+    if (!text || one.closest("script, noscript, option, [disabled], .visually-hidden, .skip-link")) continue;
+    if (!one.checkVisibility({ visibilityProperty: true })) continue;
+    const style = getComputedStyle(one), ground = grounds(one);
+    const [a, b] = [light(painted([...ground, style.color])), light(painted(ground))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), size = parseFloat(style.fontSize);
+    const isLarge = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    if (ratio < (isLarge ? 3 : 4.5)) found.push(`${ratio.toFixed(1)} to 1: ${text.slice(0, 40)} (${style.color})`);
+  }
+  return [...new Set(found)];
 }"""
 ENGLISH = re.compile(r"[A-Za-z']+(?: [a-z']+){1,}")
 HOSTS_SAY = "ports was seen|ports failed|it went wrong"  # what hosts and workers say is shown as they said it
@@ -65,6 +99,7 @@ class Visit:
     heading: str
     texts: tuple[str, ...]
     too_wide_px: int
+    barriers: tuple[str, ...]
 
 
 @pytest.fixture
@@ -87,7 +122,8 @@ def visit(page: Page, path: str) -> Visit:
     assert answer is not None
     too_wide_px = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     heading = page.locator("h1").first.inner_text()
-    return Visit(path, answer.status, heading, tuple(page.evaluate(TEXTS)), too_wide_px)
+    barriers = tuple(page.evaluate(BARRIERS))
+    return Visit(path, answer.status, heading, tuple(page.evaluate(TEXTS)), too_wide_px, barriers)
 
 
 def details_of(house: House) -> tuple[list[str], list[str]]:
@@ -131,6 +167,10 @@ def test_every_page_opens(visits: list[Visit]) -> None:
 
 def test_no_page_is_wider_than_a_narrow_screen(visits: list[Visit]) -> None:
     assert [(visit.path, visit.too_wide_px) for visit in visits if visit.too_wide_px > 0] == []
+
+
+def test_no_page_keeps_somebody_out_who_sees_little(visits: list[Visit]) -> None:
+    assert [(visit.path, barrier) for visit in visits for barrier in visit.barriers] == []
 
 
 def test_no_page_has_an_english_sentence_left_in_chinese(visits: list[Visit]) -> None:
