@@ -26,7 +26,7 @@ from portal.db import atomic, connection, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import TABLES, NamedLock, Table
 from portal.models.base import UtcDateTimeField
-from portal.services import frozen
+from portal.services import frozen, sessions
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -61,7 +61,7 @@ def backup(file: Path) -> dict[str, int]:
 def restore(file: Path, *, force: bool = False) -> dict[str, int]:
     """Fill the database, which must be migrated, from a backup; returns table → rows.
 
-    All or nothing; and no host is told anything before it has said whether it knows more.
+    All or nothing; and what was decided since stays decided, as far as that can be known (`settle`).
     Raises Conflict if there are rows already (unless `force`, which deletes them) or if the backup is
     of another schema, Invalid if the file is no backup or is damaged.
     """
@@ -77,8 +77,18 @@ def restore(file: Path, *, force: bool = False) -> dict[str, int]:
             for table in KEPT:
                 _read_table(table, Path(scratch) / _name(table))
             _reset_sequences()
-            frozen.freeze_all(f"The portal was restored from a backup of {manifest['made_at'][:16]} UTC.")
+            settle(f"The portal was restored from a backup of {manifest['made_at'][:16]} UTC.")
     return {name: int(count) for name, count in manifest["rows"].items()}
+
+
+def settle(reason: str) -> int:
+    """The rows are those of an earlier time: what was decided since must neither come to life again nor be overruled.
+
+    Every sign-in ends, and no host is told anything before it has spoken. Part of the transaction that restores, or
+    one of its own after another restored; returns how many hosts that are.
+    """
+    sessions.end_everybodys("restored")
+    return frozen.freeze_all(reason)
 
 
 def _name(table: type[Table]) -> str:

@@ -1,16 +1,16 @@
 """Say that the database was restored by other means than `restore`: pg_restore, a copied file. Stop the portal first.
 
-No host is told anything before it has said what it knows. Without this a host that was away while the restored portal
-counted on would take its word, and close what the portal has forgotten.
+No host is told anything before it has said what it knows, and every sign-in ends. Without this a host that was away
+while the restored portal counted on would take its word, and a sign-in that was ended since would work again.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from portal.backup import settle
 from portal.cli import open_portal
 from portal.db import atomic, connection
-from portal.services import frozen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,5 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     open_portal()
     with connection(), atomic():
-        count = frozen.freeze_all(args.reason)
-    print(f"{count} hosts are told nothing until they have said what they know.")
+        count = settle(args.reason)
+    print(f"{count} hosts are told nothing until they have said what they know; everybody signs in again.")

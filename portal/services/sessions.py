@@ -22,6 +22,7 @@ from portal.services import audit, passwords
 from portal.services.actors import Actor, of_user
 
 FAILURE_WINDOW = timedelta(minutes=5)
+GENERATIONS_SET_ASIDE = 1000  # more than anybody's sign-ins were ended between a backup and its restoration
 MAX_FAILURES_ACCOUNT = 10
 MAX_FAILURES_ADDRESS = 50  # an office behind one address mistypes more often than one person
 
@@ -207,6 +208,15 @@ def end_all(user: User, reason: str) -> None:
     """End every sign-in of `user` and make every access token void. Part of a caller's transaction."""
     User.update(generation=User.generation + 1).where(User.id == user.id).execute()
     _end(RefreshFamily.user == user, reason)
+
+
+def end_everybodys(reason: str) -> None:
+    """End every sign-in there is: the portal comes from a backup, and what was ended since must not come to life again.
+
+    Generations go on beyond those that may have been given out since. Part of a caller's transaction.
+    """
+    User.update(generation=User.generation + GENERATIONS_SET_ASIDE).execute()
+    _end(RefreshFamily.id > 0, reason)
 
 
 def prune() -> int:

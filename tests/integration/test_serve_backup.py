@@ -15,7 +15,7 @@ from portal.db import utcnow
 from portal.errors import Conflict, Invalid
 from portal.migrate import migrate
 from portal.models import TABLES, Attempt, Lease, LogRange, Machine, NamedLock, Setting, Task, User
-from portal.services import runs
+from portal.services import runs, sessions
 from portal.services.actors import SYSTEM
 from tests.factories import make_tenant, make_user
 from tests.support.runs import make_machine
@@ -37,11 +37,12 @@ def fill() -> None:
 
 
 def content() -> dict[str, list[Any]]:
-    """All rows of the database, but for who holds a lock."""
+    """All rows of the database, but for who holds a lock, and how often somebody's sign-ins were ended."""
     found: dict[str, list[Any]] = {}
     for table in TABLES:
         if table is not NamedLock:
-            rows: Any = table.select().order_by(table._meta.primary_key).tuples()
+            kept = [field for field in table._meta.sorted_fields if field is not User.generation]
+            rows: Any = table.select(*kept).order_by(table._meta.primary_key).tuples()
             found[table.__name__] = [tuple(bytes(v) if isinstance(v, memoryview) else v for v in row) for row in rows]
     return found
 
@@ -117,3 +118,22 @@ def test_a_backup_replaces_no_file(database: Any, tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="never replaces"):
         backup(tmp_path / "there")
     assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_what_was_ended_after_the_backup_does_not_come_to_life_again(
+    client: Any, operator: User, sign_in: Any, tmp_path: Path
+) -> None:
+    """A sign-in that somebody ended since, and a token of a generation that was given out since."""
+    left = sign_in(operator)
+    backup(tmp_path / "backup.tar")
+    assert left.post("/auth/logout").status_code == 204
+    sessions.sign_out_everywhere(operator, by=SYSTEM)
+    later = sign_in(operator)
+    assert later.get("/auth/me").status_code == 200
+    restore(tmp_path / "backup.tar", force=True)
+    assert [each.get("/auth/me").status_code for each in (left, later)] == [401, 401]
+    again = sign_in(operator)
+    assert again.get("/auth/me").status_code == 200
+    sessions.sign_out_everywhere(operator, by=SYSTEM)
+    sign_in(operator)
+    assert later.get("/auth/me").status_code == 401, "not even when family and generation are counted up to its own"
