@@ -14,7 +14,7 @@ from typing import Any
 from flask import Flask, current_app, g, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import format_timedelta, get_locale, gettext, lazy_gettext
-from flask_jwt_extended import get_csrf_token, get_jwt
+from flask_jwt_extended import get_jwt
 
 from portal.api.problems import Problem
 from portal.models import User
@@ -210,11 +210,11 @@ def _duration(span: timedelta) -> str:
 
 
 def csrf_value() -> str:
-    """The token that a form sends back; empty for somebody who is not signed in."""
-    cookie = request.cookies.get("access_token_cookie")
-    if not cookie or g.get("user") is None:
-        return ""
-    return str(get_csrf_token(cookie))
+    """The token that a form sends back; empty for somebody who is not signed in.
+
+    It is that of the token which this request was let in with, also if its time has run out since.
+    """
+    return "" if g.get("family_id") is None else str(get_jwt()["csrf"])
 
 
 def _menu(me: User | None) -> list[Entry]:

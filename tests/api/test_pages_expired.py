@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 
 import pytest
 from flask import Flask
@@ -14,7 +14,7 @@ from werkzeug.test import TestResponse
 
 from portal.api import auth
 from portal.models import SshKey, User
-from portal.services import sessions
+from portal.services import keys, sessions
 from portal.services.sessions import Caller
 from tests.factories import ssh_key_pair
 
@@ -47,6 +47,36 @@ def browser(app: Flask, customer: User, csrf_token: dict[str, str]) -> FlaskClie
 
 def csrf_of(token: str) -> str:
     return str(decode_token(token, allow_expired=True)["csrf"])
+
+
+class Later(datetime):
+    """The time that the library for tokens is told from now on."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # a plain datetime will do
+        return datetime.now(tz) + timedelta(hours=1)
+
+
+def test_a_page_comes_whose_token_runs_out_while_it_is_made(
+    app: Flask, customer: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow request: the guard saw a valid token, the page is written when it is none any more."""
+    session = sessions.start(customer, caller=Caller("192.0.2.10"), life_s=3600)
+    with app.app_context():
+        access, _ = auth.tokens_of(session)
+        value = csrf_of(access)
+    browser = app.test_client()
+    browser.set_cookie("access_token_cookie", access)
+
+    def slow(_user: User) -> dict[str, list[keys.Presence]]:
+        monkeypatch.setattr("jwt.api_jwt.datetime", Later)
+        return {}
+
+    monkeypatch.setattr(keys, "presence_of", slow)
+    answer = browser.get("/my/keys")
+    assert answer.status_code == 200
+    assert f'name="csrf_token" value="{value}"' in answer.text
+    assert browser.get("/my/keys").status_code in (302, 401), "the next one is asked to sign in"
 
 
 def test_our_own_form_comes_back_as_it_was_typed(browser: FlaskClient, csrf_token: dict[str, str]) -> None:
