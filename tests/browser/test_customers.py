@@ -42,6 +42,14 @@ def test_a_tenant_and_a_customer_are_made_and_the_password_is_shown_once(
     expect(new.get_by_text("This password was given to you.")).to_be_visible()
 
 
+def test_a_double_click_does_not_hide_the_password(house: House, open_as: Open) -> None:
+    page = open_as(house.admin, f"/customers?tenant={house.tenant.id}")
+    page.get_by_label("User name").fill("clicked-twice")
+    page.get_by_role("button", name="Make customer").dblclick()
+    expect(page.get_by_role("heading", name="One-time password for clicked-twice")).to_be_visible()
+    expect(page.locator("#one-time")).to_have_text(re.compile(r"[a-z0-9-]{20,}"))
+
+
 def test_nobody_is_put_into_a_tenant_that_was_not_chosen(house: House, open_as: Open) -> None:
     page = open_as(house.admin, "/customers")
     page.get_by_label("User name").fill("unplaced")

@@ -120,21 +120,27 @@ document.addEventListener("change", (event) => {
   if (event.target.matches("[data-autosubmit]")) event.target.form.submit();
 });
 
-// A form is asked about, gets a sign-in that lasts, and the CSRF token of it.
+// A form is asked about, sent once however often somebody clicks (the second answer would hide what the first one shows
+// only once), with a sign-in that lasts and the CSRF token of it.
 document.addEventListener("submit", async (event) => {
   const form = event.target;
+  if (form.isSending) return event.preventDefault();
   if (form.dataset.confirm && !form.isSure && !window.confirm(form.dataset.confirm)) return event.preventDefault();
   form.isSure = false;
-  if (form.method === "post" && document.body.dataset.renewInS && Date.now() >= dueAt()) {
+  form.isSending = form.method === "post";
+  setTimeout(() => { form.isSending = false; }, 10000);
+  if (form.isSending && document.body.dataset.renewInS && Date.now() >= dueAt()) {
     event.preventDefault();
     await renew().catch(() => false); // if it cannot be: the answer keeps what was typed
     localStorage.setItem("renew-at", String(Date.now() + 5000));
+    form.isSending = false;
     form.isSure = true;
     return form.requestSubmit(event.submitter);
   }
   const field = form.querySelector("input[name=csrf_token]");
   if (field) field.value = cookie("csrf_access_token");
 }, true);
+window.addEventListener("pageshow", () => document.querySelectorAll("form").forEach((form) => { form.isSending = false; }));
 
 // Output follows its end until the reader scrolls up.
 const follow = (output) => {
