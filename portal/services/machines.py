@@ -124,6 +124,9 @@ def _taken(fields: Mapping[str, Any], machine: Machine | None = None) -> Conflic
     own = None if machine is None else machine.id
     others = Machine.select().where(Machine.id != own) if own else Machine.select()
     named = others.where(Machine.name == fields.get("name", machine and machine.name)).first()
+    if named is not None and named.state == "retired":
+        way_out = f"A retired machine has the name {named.name!r}. Give that one another name first."
+        return Conflict(way_out, code="name_in_use", machine_id=named.id)
     if named is not None:
         return Conflict(f"There is a machine named {named.name!r} already.", code="name_in_use", machine_id=named.id)
     address = fields.get("address", machine and machine.address)

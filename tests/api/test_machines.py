@@ -495,6 +495,20 @@ def test_a_retired_machine_frees_its_address_and_gpus_and_keeps_its_history(staf
         provisioning.provision(host.machine, by=SYSTEM)
 
 
+def test_the_name_of_a_retired_machine_can_be_given_again_once_that_one_has_another(staff: Any) -> None:
+    host = ready_host("gpu-1")
+    staff.post(f"/admin/machines/{host.id}/retire", {"reason": "sold"})
+    new = {"name": "gpu-1", "address": "192.0.2.51", "ssh_user": "root"}
+    told = staff.post("/admin/machines", new)
+    assert (told.status_code, told.json["code"], "another name first" in told.json["detail"]) == (
+        409,
+        "name_in_use",
+        True,
+    )
+    assert staff.patch(f"/admin/machines/{host.id}", {"name": "gpu-1-sold"}).status_code == 200
+    assert staff.post("/admin/machines", new).status_code == 201
+
+
 def test_a_leased_machine_is_neither_retired_nor_deleted(staff: Any, tenant: Tenant) -> None:
     host = ready_host()
     allocate(host, tenant)
