@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -37,10 +39,24 @@ def test_a_scenario_passes(scenario: str, suites: str, tmp_path: Path) -> None:
     )
     output = tmp_path / "output.txt"
     with output.open("wb") as file:
-        done = subprocess.run(
-            ["molecule", "test", "-s", scenario], cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT
-        )
-    assert done.returncode == 0, output.read_text(errors="replace")[-6000:]
+        status = molecule("test", scenario, environ, file)
+    assert status == 0, output.read_text(errors="replace")[-6000:]
+
+
+def molecule(command: str, scenario: str, environ: dict[str, str], output: IO[bytes]) -> int:
+    """Its exit status. When the test is given up, no playbook goes on and no host stays."""
+    process = subprocess.Popen(
+        ["molecule", command, "-s", scenario],
+        cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if command != "destroy":
+            molecule("destroy", scenario, environ, output)
+        raise
 
 
 def cache_home() -> str:
