@@ -85,7 +85,17 @@ class Site:
         others = [wanted for wanted in self.portal.leases if wanted["lease_id"] != lease.lease_id]
         self.portal.change(leases=[*others, lease.wanted])
 
-    def wait_for_lease(self, lease: Lease, state: str, *, timeout_s: float = 15) -> dict[str, Any]:
+    def end_soon(self, lease: Lease, *, seconds: float = 6) -> None:
+        """Move the end close, and wait until the host has it. What the test needs is set up before, at its own pace."""
+        self.change_lease(lease, ends_at=in_seconds(seconds))
+
+        def told() -> bool:
+            seen = self.portal.lease(lease.lease_id)
+            return seen is not None and seen["ends_at"] == lease.wanted["ends_at"]
+
+        until(told, f"the host to know when lease {lease.lease_id} ends", also=self.agent_log)
+
+    def wait_for_lease(self, lease: Lease, state: str, *, timeout_s: float = 45) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
             seen = self.portal.lease(lease.lease_id)
             if seen is None or seen["state"] != state:
@@ -126,7 +136,7 @@ class Site:
             attempts=[order | {"state": "stop"} if order["attempt_id"] == attempt_id else order for order in orders]
         )
 
-    def wait_for_task(self, attempt_id: int, *states: str, timeout_s: float = 20) -> dict[str, Any]:
+    def wait_for_task(self, attempt_id: int, *states: str, timeout_s: float = 45) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
             seen = self.portal.states.get(attempt_id)
             return seen if seen is not None and seen["state"] in states else None
