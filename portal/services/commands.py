@@ -6,7 +6,7 @@ means is told where the order came from: that module has its function called wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import peewee
@@ -19,26 +19,13 @@ from portal.models import Command, Lease, Machine, Reclaim
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, events, machines, vault
 from portal.services.actors import Actor, of_agent
+from portal.services.hearers import Hearers
 from portal.services.transitions import move
 
 RESULTS = {"baseline": "baseline", "clean": "clean_result"}  # kind → what its result must look like
 
-
-Hearer = Callable[[Command], None]
-_hearers: dict[str, Hearer] = {}
-
-
-def when_ended(kind: str) -> Callable[[Hearer], Hearer]:
-    """Call the decorated function with every command of `kind` that the agent has answered.
-
-    It is called inside the transaction that keeps the answer; the command is done or failed, and has its result.
-    """
-
-    def keep(hearer: Hearer) -> Hearer:
-        _hearers[kind] = hearer
-        return hearer
-
-    return keep
+when_ended: Hearers[Command] = Hearers()
+"""By kind: the agent has answered, so the command is done or failed and has its result."""
 
 
 class NoBaseline(Conflict):
@@ -187,6 +174,6 @@ def _hand_over(command: Command, *, by: Actor) -> None:
     """Tell who waits for it. If that module refuses, this is noted, and the result is kept all the same."""
     try:
         with db.atomic():
-            _hearers[command.kind](command)
+            when_ended.by_kind[command.kind](command)
     except Error as error:
         audit.record("command.result_unused", command, by=by, outcome="refused", reason=error.message, code=error.code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -27,6 +27,7 @@ from portal.models import Lease, Machine, Run, RunEvent, RunHost, Task, User
 from portal.models.states import LEASE_OPEN, RUN_ENDED, TASK_LIVE
 from portal.services import audit, events
 from portal.services.actors import SYSTEM, Actor
+from portal.services.hearers import Hearers
 from portal.services.machines import lock
 from portal.services.transitions import WrongState, move
 
@@ -106,18 +107,8 @@ class Line:
     at: datetime = field(default_factory=utcnow)
 
 
-Hearer = Callable[[Run], None]
-_hearers: dict[str, Hearer] = {}
-
-
-def when_ended(purpose: str) -> Callable[[Hearer], Hearer]:
-    """Call the decorated function with every run of this purpose that has ended, in the transaction that ends it."""
-
-    def keep(hearer: Hearer) -> Hearer:
-        _hearers[purpose] = hearer
-        return hearer
-
-    return keep
+when_ended: Hearers[Run] = Hearers()
+"""By purpose; `lost` is an end too, unless the run is queued again."""
 
 
 # ── queue ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -427,7 +418,7 @@ def _ended(run: Run, *, by: Actor) -> None:
 
 def _hand_over(run: Run) -> None:
     """Tell who waits for it, in the same transaction. A run ends even if that module objects."""
-    hearer = _hearers.get(run.purpose)
+    hearer = when_ended.by_kind.get(run.purpose)
     if hearer is None:
         return
     try:

@@ -213,7 +213,7 @@ def test_a_run_whose_end_nobody_heard_is_found_by_the_sweep(
     reclaims.advance_due()
     host.answers("clean", clean_result())
     with monkeypatch.context() as deaf:
-        deaf.delitem(runs._hearers, "verify")
+        deaf.delitem(runs.when_ended.by_kind, "verify")
         rental.finish_run(reclaim_of(ended).run_id, verdicts={"gpu-1": verdict()})
     assert reclaim_of(ended).state == "verifying"
     reclaims.advance_due()

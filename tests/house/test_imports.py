@@ -133,6 +133,6 @@ def circles(needs: dict[str, set[str]]) -> list[list[str]]:
 def test_a_process_that_ends_runs_or_commands_knows_who_waits_for_them(
     process: str, registry: str, wanted: set[str]
 ) -> None:
-    program = f"import portal.{process}; from portal.services import {registry}; print(*{registry}._hearers)"
+    program = f"import portal.{process}; from portal.services import {registry}; print(*{registry}.when_ended.by_kind)"
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(told.stdout.split()) == wanted
