@@ -13,6 +13,8 @@ const files = {
   "htmx-sse.js": "htmx-ext-sse/dist/sse.min.js",
   "tabler.min.css": "@tabler/core/dist/css/tabler.min.css",
   "tabler.min.js": "@tabler/core/dist/js/tabler.min.js",
+  "uplot.min.js": "uplot/dist/uPlot.iife.min.js",
+  "uplot.min.css": "uplot/dist/uPlot.min.css",
   "swagger-ui/swagger-ui.css": "swagger-ui-dist/swagger-ui.css",
   "swagger-ui/swagger-ui-bundle.js": "swagger-ui-dist/swagger-ui-bundle.js",
   "swagger-ui/swagger-ui-standalone-preset.js": "swagger-ui-dist/swagger-ui-standalone-preset.js",
@@ -20,7 +22,7 @@ const files = {
 };
 
 const icons = [
-  "alert-triangle", "arrow-left", "ban", "check", "chevron-right", "circle-check", "circle-x", "clock", "cloud-off", "copy",
+  "alert-triangle", "arrow-left", "ban", "chart-line", "check", "chevron-right", "circle-check", "circle-x", "clock", "cloud-off", "copy",
   "cpu", "device-desktop", "download", "external-link", "eye", "file-certificate", "fingerprint", "home", "key", "language",
   "list-check", "list-details", "lock", "logout", "moon", "player-play", "player-stop", "plug", "plus", "refresh", "search",
   "server-2", "settings", "shield-check", "snowflake", "sun", "terminal-2", "tools", "trash", "user", "users", "x",
