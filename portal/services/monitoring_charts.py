@@ -106,6 +106,8 @@ def of_fleet(measure: str, span: str, now: datetime) -> dict[str, Any]:
         if not found and grid.span.length_s <= SPANS["1d"].length_s:
             found, recorded = _ask(asking, chosen.fleet_raw(grid.span.window_s), grid), False
         lines = [_line(series, grid, series.labels.get("direction", "fleet")) for series in found]
+        for line in lines:
+            line["gaps"] = gaps_of(line["values"], Facts({}), None, chosen, grid)  # of a whole fleet there is no cause
         return _chart(chosen, grid, lines, is_recorded=recorded)
 
     return _shared(f"fleet:{measure}", grid, compute)

@@ -29,7 +29,7 @@ from portal.services import (
     tenants,
 )
 from portal.services import machines as fleet
-from portal.web import shapes
+from portal.web import monitoring, shapes
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
@@ -100,7 +100,9 @@ def _page(machine: Machine, *, opened: str = "", form: Form | None = None) -> st
     """The page; with the dialog `opened` whose form came back."""
     if is_fragment():
         return render_template("machines/_live.html", **_live(machine))
-    return render_template("machines/detail.html", opened=opened, form=form, **_live(machine), **_history(machine))
+    charts = monitoring.charts(url_for("web.machine_chart", machine_id=machine.id))
+    facts = {**_live(machine), **_history(machine), **charts}
+    return render_template("machines/detail.html", opened=opened, form=form, **facts)
 
 
 def _live(machine: Machine) -> dict[str, Any]:

@@ -26,12 +26,12 @@ NARROW = 390
 ACCOUNT = ("/account", "/account/tokens", "/password")
 STAFF = (
     *("/machines", "/machines/add", "/leases", "/tasks", "/customers", "/customers/tenants", "/runs", "/audit"),
-    *("/staff", *ACCOUNT),
+    *("/monitoring", "/staff", *ACCOUNT),
     *("/alerts", "/alerts/history", "/alerts/rules", "/alerts/rules/new", "/alerts/offline"),
 )
 OWN = ("/my/machines", "/tasks", "/tasks/new", "/my/keys", *ACCOUNT)
 MENU = {
-    "admin": ["Machines", "Alerts", "Leases", "Tasks", "Customers", "Runs", "Audit", "Staff"],
+    "admin": ["Machines", "Alerts", "Leases", "Tasks", "Customers", "Monitoring", "Runs", "Audit", "Staff"],
     "customer": ["My machines", "Tasks", "SSH keys"],
 }
 
@@ -157,7 +157,8 @@ def details_of(house: House) -> tuple[list[str], list[str]]:
     ]
     staff += [f"/reclaims/{Reclaim.get(Reclaim.lease == lease).id}/report"]
     staff += [f"/tasks/{task.id}"]
-    return staff, [f"/tasks/{task.id}", f"/tasks/new?like={task.id}"]
+    own = [f"/tasks/{task.id}", f"/tasks/new?like={task.id}", f"/my/machines/{house.leased.id}/monitoring"]
+    return staff, own
 
 
 def test_every_page_opens(visits: list[Visit]) -> None:

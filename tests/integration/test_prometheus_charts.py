@@ -270,6 +270,8 @@ def test_a_month_of_the_fleet_comes_from_the_recording_rules(site: None, now: da
     assert missing == list(range(missing[0], missing[-1] + 1)), "one gap, of a day, and never 0"
     assert 22 <= len(missing) <= 24
     assert {value for value in line["values"] if value is not None} == {40}
+    (gap,) = line["gaps"]
+    assert (gap["cause"], gap["from"]) == ("no_data", drawn["times"][missing[0]])
 
 
 # A customer's lease

@@ -37,7 +37,7 @@ def openmetrics(samples: Iterable[Sample]) -> str:
     lines = []
     for sample in sorted(samples, key=lambda each: each.name):
         labels = ",".join(f"{name}={json.dumps(value)}" for name, value in sorted(sample.labels.items()))
-        lines.append(f"{sample.name}{{{labels}}} {sample.value!r} {sample.at:.3f}")
+        lines.append(f"{sample.name}{{{labels}}} {float(sample.value)!r} {sample.at:.3f}")
     return "\n".join([*lines, "# EOF", ""])
 
 
