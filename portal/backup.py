@@ -101,6 +101,7 @@ def _snapshot() -> Iterator[None]:
     with db.atomic():
         if not is_sqlite():
             db.execute_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            db.execute_sql("SET LOCAL idle_in_transaction_session_timeout = 0")  # a slow disk is no program that hangs
         yield
 
 

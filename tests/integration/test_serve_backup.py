@@ -7,8 +7,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 
+from portal import backup as backup_module
 from portal import db as database_module
 from portal.backup import MANIFEST, backup, restore
 from portal.db import utcnow
@@ -74,6 +76,26 @@ def test_a_backup_of_sqlite_comes_back_in_the_database_it_is_given(database: Any
     restore(tmp_path / "backup.tar")
     assert content() == before
     assert make_machine("gpu-2").id > Machine.get(Machine.name == "gpu-1").id, "ids go on where they were"
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_backup_on_a_slow_disk_is_no_program_that_hangs(
+    database: Any, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "STALLED_S", 0.2)
+    database_module.connect(database_url)
+    fill()
+    other, real = psycopg2.connect(database_url), backup_module._write_table
+
+    def slowly(*given: Any) -> Any:
+        other.cursor().execute("SELECT pg_sleep(0.5)")  # longer than a transaction may say nothing
+        return real(*given)
+
+    monkeypatch.setattr(backup_module, "_write_table", slowly)
+    monkeypatch.setattr(backup_module, "KEPT", (Machine, User))
+    assert backup(tmp_path / "backup.tar") == {"machine": 1, "user": 1}
+    other.close()
 
 
 def test_a_database_with_rows_is_not_overwritten_by_accident(database: Any, tmp_path: Path) -> None:
