@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from portal.models import states
 from portal.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,20 @@ def test_every_make_command_in_a_document_is_a_target() -> None:
 @pytest.mark.parametrize("name", [field.name.upper() for field in fields(Settings)])
 def test_every_setting_is_in_the_operators_guide(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / "operator.md").read_text()
+
+
+@pytest.mark.parametrize("noun", ["machine", "lease", "reclaim", "run", "task", "command"])
+def test_the_developers_guide_draws_every_arrow_and_no_other(noun: str) -> None:
+    table = (ROOT / "docs" / "developer.md").read_text()
+    (line,) = re.findall(rf"^\| {noun}(?:, \w+)? \| (.+) \|$", table, re.MULTILINE)
+    drawn = {
+        (start, end)
+        for part in line.split("; ")
+        for start, _, ends in [part.partition(" → ")]
+        for end in ends.split(", ")
+    }
+    arrows: states.Transitions = getattr(states, noun.upper())
+    assert drawn == {(start, end) for start, ends in arrows.items() for end in ends}
 
 
 def test_the_readme_starts_with_its_two_commands() -> None:
