@@ -8,6 +8,7 @@ from __future__ import annotations
 from portal.api import (
     agents,
     alerts,
+    alerts_rules,
     audit,
     auth,
     customer_machines,
@@ -52,4 +53,6 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     monitoring.customer_bp,
     alerts.bp,
     alerts.webhook_bp,
+    alerts_rules.bp,
+    alerts_rules.file_bp,
 )  # fmt: skip

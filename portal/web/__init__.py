@@ -10,6 +10,7 @@ from flask import Blueprint
 
 from portal.web import (
     account,
+    alerts,
     audit,
     auth,
     customers,
@@ -26,4 +27,4 @@ from portal.web.blueprint import bp
 
 BLUEPRINTS: tuple[Blueprint, ...] = (bp,)
 # importing one adds its views
-VIEWS = (account, audit, auth, customers, keys, leases, machines, my_machines, runs, staff, tasks, tenants)
+VIEWS = (account, alerts, audit, auth, customers, keys, leases, machines, my_machines, runs, staff, tasks, tenants)

@@ -51,6 +51,9 @@ STATE_WORDS = {
     "online": lazy_gettext("online"),
     "offline": lazy_gettext("offline"),
     "never": lazy_gettext("never reported"),
+    "firing": lazy_gettext("firing"),
+    "acknowledged": lazy_gettext("acknowledged"),
+    "resolved": lazy_gettext("resolved"),
 }
 
 ROLE_WORDS = {
@@ -94,6 +97,7 @@ class Entry:
 MENU = {
     "staff": (
         ("web.machines", lazy_gettext("Machines"), "server-2"),
+        ("web.alerts", lazy_gettext("Alerts"), "alert-triangle"),
         ("web.leases", lazy_gettext("Leases"), "clock"),
         ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
         ("web.customers", lazy_gettext("Customers"), "users"),
