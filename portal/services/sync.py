@@ -191,7 +191,7 @@ def _mind_the_past(machine_id: int, request: Message) -> None:
             with db.connection():
                 frozen.freeze(machines.get(machine_id), generation)
             _known.drop(machine_id)
-    elif generation > (known.host_generation or 0):
+    elif min(generation, frozen.MOST_GENERATIONS) > (known.host_generation or 0):
         with db.connection():
             frozen.note_generation(machine_id, generation)
         _known.drop(machine_id)
