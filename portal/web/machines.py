@@ -134,7 +134,7 @@ def _history(machine: Machine) -> dict[str, Any]:
         "past": list(overviews.search_leases(machine_id=machine.id).limit(10)),
         "reclaims": list(reclaims.search(machine_id=machine.id).limit(10)),
         "baseline": fleet.find_baseline(machine),
-        "other_keys": [key for key in machine.host_keys_offered or [] if key["line"] != machine.host_key],
+        "keys_in_question": shapes.keys_in_question(machine),
     }
 
 

@@ -20,6 +20,16 @@ def with_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
+def keys_in_question(machine: Machine) -> list[Mapping[str, str]]:
+    """The keys that somebody has to compare: all that were offered, unless the pinned one was among them.
+
+    A host offers one of each type, so the others say nothing by themselves.
+    """
+    offered: list[Mapping[str, str]] = machine.host_keys_offered or []
+    is_settled = any(key["line"] == machine.host_key for key in offered)
+    return [] if is_settled else offered
+
+
 @dataclass(frozen=True)
 class GpuRow:
     """A GPU that is expected, reported, or both. None is unknown. One is missing that the last report lacks."""

@@ -235,10 +235,13 @@ def test_labels_are_written_corrected_and_cleared(house: House, open_as: Open) -
 
 def test_another_host_key_is_pinned_only_with_a_reason(house: House, open_as: Open) -> None:
     host = house.ready_host()
-    other = {"type": "ssh-ed25519", "line": rental.OTHER_HOST_KEY, "fingerprint": ""}
-    machines.offer_host_keys(host.machine, [other], by=SYSTEM)
+    pinned, other = ({"type": "ssh-ed25519", "line": line} for line in (rental.HOST_KEY, rental.OTHER_HOST_KEY))
+    machines.offer_host_keys(host.machine, [other, pinned], by=SYSTEM)  # a host has a key of each type
     page = open_as(house.admin, f"/machines/{host.id}")
     card = page.locator("#host-key")
+    expect(card).to_have_count(0)
+    machines.offer_host_keys(host.machine, [other], by=SYSTEM)
+    page.reload()
     expect(card).to_contain_text("The host has shown another key than the pinned one")
     expect(card).to_contain_text(machines.fingerprint(rental.OTHER_HOST_KEY))
     card.get_by_role("button", name="It is: pin this key").click()
