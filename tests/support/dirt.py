@@ -312,6 +312,8 @@ WAYS: tuple[Way, ...] = (
         _says("systemctl is-active left-transient", "^active"), "system_units", _text("left-transient")),
     Way("task unit", _as_root("systemd-run --quiet --unit remotegpu-task-990001 --uid {login} sleep 90008"),
         _runs("sleep 90008"), "tasks", _text("remotegpu-task-990001.service")),
+    Way("task folder", _as_root("install -d -g {login} -m 0750 /var/lib/remotegpu-tasks/990002"),
+        _exists("/var/lib/remotegpu-tasks/990002"), "tasks", _text("/var/lib/remotegpu-tasks/990002")),
     Way("hosts file", _appended("/etc/hosts", "192.0.2.66 portal"), _holds("/etc/hosts", "192.0.2.66"),
         "hosts", _text("/etc/hosts")),
     Way("sshd settings", _file("/etc/ssh/sshd_config.d/00-left.conf", "PermitEmptyPasswords yes\n"),

@@ -50,6 +50,14 @@ def test_enrolment_uses_up_the_token_and_keeps_a_credential_that_only_root_reads
     assert facts["openssh"].startswith("OpenSSH_")
 
 
+def test_the_host_opens_no_port_for_the_agent(site: Site) -> None:
+    pids = [site.agent_pid(), _nvml_child(site)]
+    assert all(pids)
+    listening = site.host.run(["ss", "-Hlnap", "--tcp", "--udp", "--raw", "state", "listening"]).stdout
+    assert "sshd" in listening, "whoever listens is named"
+    assert [line for line in listening.splitlines() if any(f"pid={pid}," in line for pid in pids)] == []
+
+
 def test_the_host_tells_of_its_gpus_and_itself(site: Site) -> None:
     gpu = site.portal.gpu
     assert gpu is not None
@@ -111,6 +119,40 @@ def test_a_hung_driver_stops_no_heartbeat_and_no_stop(site: Site) -> None:
         # The fake driver hangs for ever: only the end of its process frees it, as a reboot would.
         site.host.run("pkill --signal KILL -f '[n]vml-child'; true")
     until(lambda: site.portal.gpu and site.portal.gpu["state"] == "ok", "a fresh sample", timeout_s=30)
+
+
+@pytest.mark.slow  # patience and grace are a minute each
+def test_a_hung_child_that_ignores_term_is_killed_and_nobody_waits_for_it(site: Site) -> None:
+    before = site.host.gpu.scenario
+    well = until(lambda: (found := site.portal.gpu) and found["state"] == "ok" and found, "a good sample")
+    first = _nvml_child(site)
+    site.host.gpu.show(before.hang(0))
+    try:
+        until(lambda: site.portal.gpu and site.portal.gpu["state"] == "stale", "a stale sample", timeout_s=40)
+        until(lambda: _state_of(site, first).startswith("D"), "the child to be in the kernel's hands", timeout_s=20)
+        reports = len(site.portal.reports)
+        until(lambda: not _state_of(site, first), "the child to be killed", timeout_s=180, every_s=1)
+        assert len(site.portal.reports) - reports > 30, "a heartbeat every two seconds, all the while"
+        until(lambda: _nvml_child(site) not in (0, first), "another child to try", timeout_s=30)
+        stale = site.portal.gpu
+        assert stale is not None
+        assert (stale["state"], [gpu["uuid"] for gpu in stale["gpus"]]) == ("stale", before.uuids)
+        assert stale["sampled_at"] >= well["sampled_at"]
+        assert f"the last values are of {stale['sampled_at']}" in stale["message"]
+    finally:
+        site.host.gpu.show(before)
+        site.host.run("pkill --signal KILL -f '[n]vml-child'; true")
+    until(lambda: site.portal.gpu and site.portal.gpu["state"] == "ok", "a fresh sample", timeout_s=30)
+
+
+def _nvml_child(site: Site) -> int:
+    found = site.host.run("pgrep -f '[n]vml-child'", check=False).stdout.split()
+    return int(found[0]) if found else 0
+
+
+def _state_of(site: Site, pid: int) -> str:
+    """As ps has it: D is deaf to everything; empty once the process is gone."""
+    return site.host.run(["ps", "-o", "stat=", "-p", str(pid)], check=False).stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -196,9 +238,10 @@ def test_cleaning_is_refused_for_an_open_lease_another_lease_and_another_machine
 
 
 def test_a_portal_from_a_backup_freezes_the_host_until_an_operator_thaws_it(site: Site) -> None:
-    lease, ending = site.open_lease(), site.open_lease(seconds=10)
+    lease, ending = site.open_lease(), site.open_lease()
     attempt = site.run_task(lease, "while :; do echo on; sleep 0.5; done")
     site.wait_for_task(attempt, "running")
+    site.end_soon(ending)
     portal = site.portal
     restored = {"generation": portal.generation - 3, "leases": [], "attempts": [], "epoch": uuid.uuid4().hex}
     for name, value in restored.items():

@@ -159,3 +159,52 @@ def test_a_fork_bomb_is_outrun(leased: CleanedHost) -> None:
     )
     assert result_of(leased.clean()["steps"], "processes") == ("passed", "")
     leased.host.run("rm /tmp/bomb.py")
+
+
+GROUND = r"""
+import os
+os.chdir(os.path.expanduser("~"))
+os.mkdir("flat")
+for number in range(8000):
+    os.close(os.open(f"flat/{number:0100}", os.O_CREAT | os.O_WRONLY))
+for top in ("/tmp", "/var/tmp", "."):
+    folder = os.open(top, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d" * 200, dir_fd=folder)
+        folder, before = os.open("d" * 200, os.O_RDONLY, dir_fd=folder), folder
+        os.close(before)
+    os.close(folder)
+    for name in (b"-rf", b"a\nb", b"\xff\xfe", b"x" * 255, b"*", b"$(id)", b" "):
+        os.close(os.open(os.fsencode(top) + b"/" + name, os.O_CREAT | os.O_WRONLY))
+for number in range(20):
+    file = os.open(f"sparse{number}", os.O_CREAT | os.O_WRONLY)
+    os.ftruncate(file, 60 << 20)
+    os.fchmod(file, 0o6755)
+    os.close(file)
+os.symlink("/etc", ".config")
+os.makedirs(".local/share")
+os.symlink("/", ".local/share/systemd")
+"""
+
+
+def test_ground_that_a_tenant_has_prepared_is_cleaned_like_any_other(leased: CleanedHost) -> None:
+    """Trees deeper than any path, thousands of names in one folder, names that are options or commands, links in place
+    of folders that root reads: none of it leads anywhere, and none of it makes cleaning fail.
+    """
+    his = leased.what_is_the_operators()
+    leased.host.run(["python3", "-c", GROUND], user=leased.tenant.login, timeout_s=120)
+    cleaned = leased.clean()
+    assert findings(cleaned["steps"]) == []
+    assert findings(leased.verify()["checks"]) == []
+    assert leased.what_is_the_operators() == his
+    valid("clean_result", cleaned)
+
+
+def test_a_tenant_with_as_many_processes_as_are_allowed_is_killed_at_once(leased: CleanedHost) -> None:
+    """As a user over the limit nothing can be executed any more, not even what shall kill it."""
+    start = "for i in 1 2 3 4 5; do setsid -f sleep 70003 >/dev/null 2>&1; done"
+    leased.host.run(start, user=leased.tenant.login)
+    kill = "import sys; sys.path.insert(0, '/opt/remotegpu/source'); sys.dont_write_bytecode = True\n"
+    kill += f"from remotegpu_agent import killing; killing.kill_at_once({leased.tenant.uid})"
+    leased.host.run(["prlimit", "--nproc=3", "python3", "-I", "-c", kill])
+    assert leased.host.run(["pgrep", "-u", leased.tenant.login], check=False).stdout == ""

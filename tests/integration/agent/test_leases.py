@@ -29,13 +29,20 @@ def portal_down(site: Site) -> Iterator[None]:
 
 
 @contextmanager
+def ending_without_the_portal(site: Site, lease: Lease) -> Iterator[None]:
+    site.end_soon(lease)
+    with portal_down(site):
+        yield
+
+
+@contextmanager
 def open_connection(site: Site, lease: Lease) -> Iterator[subprocess.Popen[bytes]]:
     """A ControlMaster connection without any session, as `ssh -MN` holds it."""
     socket = site.directory / f"control-{lease.lease_id}"
     options = ("-MN", f"-oControlPath={socket}", "-oServerAliveInterval=1")
     master = subprocess.Popen(site.host.ssh_argv(lease.login, lease.key, options=options), stderr=subprocess.DEVNULL)
     try:
-        until(socket.exists, "the master connection", timeout_s=10)
+        until(socket.exists, "the master connection")
         yield master
     finally:
         master.kill()
@@ -128,11 +135,11 @@ def test_a_lease_opened_again_finds_its_data(site: Site) -> None:
 
 
 def test_without_the_portal_the_lease_ends_by_itself(site: Site) -> None:
-    lease = site.open_lease(seconds=6)
+    lease = site.open_lease()
     attempt = site.run_task(lease, "trap '' TERM; echo ready; while :; do sleep 0.2; done", stop_grace_s=600)
     until(lambda: site.portal.log_of(attempt) == b"ready\n", "the task to be ready", also=site.agent_log)
     site.sign_in(lease, DAEMON)
-    with open_connection(site, lease) as master, portal_down(site):
+    with open_connection(site, lease) as master, ending_without_the_portal(site, lease):
         until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=15, every_s=0.01)
         refused = site.sign_in(lease)
         assert refused.returncode == 255
@@ -150,8 +157,9 @@ def test_without_the_portal_the_lease_ends_by_itself(site: Site) -> None:
 
 
 def test_the_timer_ends_the_lease_though_the_agent_is_gone(site: Site) -> None:
-    lease = site.open_lease(seconds=6)
+    lease = site.open_lease()
     site.sign_in(lease, DAEMON)
+    site.end_soon(lease)
     site.host.run(["systemctl", "stop", "remotegpu-agent"])
     try:
         until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=15, every_s=0.01)
@@ -165,10 +173,10 @@ def test_the_timer_ends_the_lease_though_the_agent_is_gone(site: Site) -> None:
 
 
 def test_a_reboot_across_the_end_finds_the_door_closed(site: Site) -> None:
-    ending, staying = site.open_lease(seconds=8), site.open_lease()
+    ending, staying = site.open_lease(), site.open_lease()
     site.sign_in(ending, "mkdir -p .config/systemd/user/default.target.wants")
     site.host.run(["touch", f"/var/lib/systemd/linger/{ending.login}"], check=False)
-    with portal_down(site):
+    with ending_without_the_portal(site, ending):
         # The host is off when the end comes: systemd takes longer to go down than what is left.
         site.host.run(f"{LATE_SHUTDOWN.format(seconds=6)}")
         site.host.reboot(wait=False)
@@ -254,3 +262,71 @@ def test_the_end_is_told_in_the_hosts_time(site: Site) -> None:
         site.wait_for_lease(lease, "closed")
     finally:
         site.host.run(["timedatectl", "set-timezone", "Etc/UTC"])
+
+
+def test_a_login_is_one_user_and_lent_no_further_ones(site: Site) -> None:
+    """What runs as a subordinate uid would be counted as nobody's, and outlive the lease."""
+    lease = site.open_lease()
+    for path in ("/etc/subuid", "/etc/subgid"):
+        assert "ops:" in site.host.read(path), "this system lends them to whoever is added"
+        assert lease.login not in site.host.read(path)
+
+
+@contextmanager
+def full_disk(site: Site) -> Iterator[None]:
+    """What the agent writes to lies on a small disk of its own, which somebody fills to the last name."""
+    folders = ("/var/lib/remotegpu-agent", "/etc/remotegpu/authorized_keys")
+    site.host.run(["systemctl", "stop", "remotegpu-agent"])
+    for folder in folders:
+        copy = f"copy=$(mktemp -d) && cp -a {folder}/. $copy/"
+        small = f"mount -t tmpfs -o size=64m,nr_inodes=4k,mode=$(stat -c %a {folder}) full {folder}"
+        site.host.run(f"{copy} && {small} && cp -a $copy/. {folder}/ && rm -r $copy")
+    site.host.run(["systemctl", "start", "remotegpu-agent"])
+    count = len(site.portal.reports)
+    until(lambda: len(site.portal.reports) > count, "the agent to be back", also=site.agent_log)
+    for folder in folders:
+        site.host.run(f"mkdir {folder}/all; cd {folder}/all; i=0; while : >$i; do i=$((i+1)); done 2>/dev/null; true")
+    try:
+        yield
+    finally:
+        site.host.run(["systemctl", "stop", "remotegpu-agent"])
+        for folder in folders:
+            site.host.run(f"rm -rf {folder}/all; mount --bind / /mnt; cp -a {folder}/. /mnt{folder}/")
+            site.host.run(f"umount /mnt {folder}")
+        site.host.run(["systemctl", "start", "remotegpu-agent"])
+
+
+@pytest.mark.slow  # the end has to be far enough away for a disk to be filled
+def test_a_lease_ends_though_its_tenant_has_filled_the_disk(site: Site) -> None:
+    lease = site.open_lease(seconds=25)
+    attempt = site.run_task(lease, "trap '' TERM; echo ready; while :; do sleep 0.2; done", stop_grace_s=600)
+    until(lambda: site.portal.log_of(attempt) == b"ready\n", "the task to be ready", also=site.agent_log)
+    site.sign_in(lease, DAEMON)
+    with full_disk(site):
+        assert site.processes(lease) != []
+        until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=40, every_s=0.05)
+        assert not site.sign_in(lease).ok
+        until(lambda: not site.processes(lease), "every process to be gone", timeout_s=10, every_s=0.05)
+        seen = site.wait_for_lease(lease, "closed", timeout_s=30)
+        assert seen["closed_at"] is not None
+
+
+@pytest.mark.slow  # cron and at look once a minute
+def test_what_a_tenant_has_left_to_cron_and_at_does_not_run_after_the_end(site: Site) -> None:
+    lease = site.open_lease()
+    site.host.run("command -v at >/dev/null || apt-get install -y -qq --no-install-recommends at cron", timeout_s=300)
+    site.host.run("systemctl start cron atd")
+    planted = site.sign_in(
+        lease, "echo '* * * * * date >>~/cron' | crontab - && echo 'date >>~/at' | at now + 2 minutes 2>/dev/null; atq"
+    )
+    assert lease.login in planted.stdout
+    home = f"/home/{lease.login}"
+    until(lambda: site.host.run(["test", "-e", f"{home}/cron"], check=False).ok, "cron to work at all", timeout_s=70)
+    site.change_lease(lease, state="closed")
+    site.wait_for_lease(lease, "closed")
+    ran = site.host.read(f"{home}/cron")
+    # Queue "a" is for jobs to come; one that atd has taken up and was refused stays behind in "=".
+    until(lambda: f" a {lease.login}" not in site.host.run(["atq"]).stdout, "the job's turn", timeout_s=180, every_s=1)
+    assert site.host.read(f"{home}/cron") == ran
+    assert not site.host.run(["test", "-e", f"{home}/at"], check=False).ok
+    assert site.processes(lease) == []

@@ -138,6 +138,13 @@ def test_a_task_stopped_before_it_started_never_runs(site: Site) -> None:
     assert not site.host.run(["test", "-e", f"/tmp/ran-{attempt}"], check=False).ok
 
 
+def test_a_task_that_no_process_can_be_given_fails_and_says_why(site: Site) -> None:
+    lease = site.open_lease()
+    ended, _ = site.finished(site.run_task(lease, "true", env={"HALF": "a\0b"}))
+    assert (ended["state"], ended["started_at"]) == ("failed", None)
+    assert "NUL" in ended["reason"]
+
+
 def test_a_log_is_whole_byte_for_byte_though_the_agent_was_killed(site: Site) -> None:
     lease = site.open_lease()
     command = (
