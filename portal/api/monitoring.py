@@ -81,6 +81,10 @@ class TaskCountsOut(Schema):
     running = ma.fields.Integer(required=True)
 
 
+class AlertCountsOut(Schema):
+    open = ma.fields.Integer(required=True)
+
+
 class HistoryOut(Schema):
     state = ma.fields.String(required=True, validate=ma.validate.OneOf(("ok", "none", "down")))
     message = ma.fields.String(required=True, allow_none=True)
@@ -92,6 +96,7 @@ class StatsOut(Schema):
     machines = ma.fields.Nested(MachineCountsOut, required=True)
     customers = ma.fields.Nested(CustomerCountsOut, required=True)
     tasks = ma.fields.Nested(TaskCountsOut, required=True)
+    alerts = ma.fields.Nested(AlertCountsOut, required=True)
     gpus = ma.fields.Nested(FleetUseOut, required=True)
 
 

@@ -22,7 +22,7 @@ from portal.errors import Unavailable
 from portal.services import config
 from portal.settings import Settings
 
-LOCK_S = 15.0  # longer than a computation that ends by the deadline of Prometheus
+LOCK_S = 20.0  # longer than any computation, which ends by the deadlines of Prometheus
 LOOK_S = 0.05  # between two looks for what another process is computing
 REFUSED_S = 5.0  # a failure is told again for so long, or everybody in turn would wait for the same deadline
 AWAY_S = 5.0  # a Redis that failed is left alone for so long

@@ -116,6 +116,7 @@ def test_the_cards_add_up_over_a_fleet_that_has_every_state(host: Host, tenant: 
     assert counts["by_reachability"] == {"online": 1, "offline": 0, "never": len(MACHINE)}
     assert seen["customers"] == {"total": 1, "active": 1}
     assert seen["tasks"] == {"running": 0}
+    assert seen["alerts"] == {"open": 0}
 
 
 def test_an_empty_fleet_has_no_mean(staff: Any) -> None:
