@@ -17,6 +17,7 @@ from portal.web import (
     keys,
     leases,
     machines,
+    monitoring,
     my_machines,
     runs,
     staff,
@@ -27,4 +28,19 @@ from portal.web.blueprint import bp
 
 BLUEPRINTS: tuple[Blueprint, ...] = (bp,)
 # importing one adds its views
-VIEWS = (account, alerts, audit, auth, customers, keys, leases, machines, my_machines, runs, staff, tasks, tenants)
+VIEWS = (
+    account,
+    alerts,
+    audit,
+    auth,
+    customers,
+    keys,
+    leases,
+    machines,
+    monitoring,
+    my_machines,
+    runs,
+    staff,
+    tasks,
+    tenants,
+)

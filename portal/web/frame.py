@@ -98,10 +98,10 @@ MENU = {
     "staff": (
         ("web.machines", lazy_gettext("Machines"), "server-2"),
         ("web.alerts", lazy_gettext("Alerts"), "alert-triangle"),
+        ("web.monitoring", lazy_gettext("Monitoring"), "chart-line"),
         ("web.leases", lazy_gettext("Leases"), "clock"),
         ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
         ("web.customers", lazy_gettext("Customers"), "users"),
-        ("web.monitoring", lazy_gettext("Monitoring"), "chart-line"),
         ("web.runs", lazy_gettext("Runs"), "list-check"),
         ("web.audit", lazy_gettext("Audit"), "file-certificate"),
     ),

@@ -31,7 +31,7 @@ STAFF = (
 )
 OWN = ("/my/machines", "/tasks", "/tasks/new", "/my/keys", *ACCOUNT)
 MENU = {
-    "admin": ["Machines", "Alerts", "Leases", "Tasks", "Customers", "Monitoring", "Runs", "Audit", "Staff"],
+    "admin": ["Machines", "Alerts", "Monitoring", "Leases", "Tasks", "Customers", "Runs", "Audit", "Staff"],
     "customer": ["My machines", "Tasks", "SSH keys"],
 }
 
