@@ -263,14 +263,23 @@ def prune(now: datetime | None = None) -> int:
 
 
 def note_watchdog(now: datetime) -> None:
-    """The alert that always fires has arrived."""
+    """The alert that always fires has arrived. How long after the time before it is kept: it may come seldom."""
+    before = watchdog_heard_at()
+    gap_s = None if before is None else max(0.0, (now - before).total_seconds())
     with atomic():
-        _set(HEARD, {"at": now.isoformat()})
+        _set(HEARD, {"at": now.isoformat(), "gap_s": gap_s})
 
 
 def watchdog_heard_at() -> datetime | None:
     row = Setting.get_or_none(Setting.key == HEARD)
     return None if row is None else datetime.fromisoformat(row.value["at"])
+
+
+def watchdog_gap() -> timedelta | None:
+    """How long it was away between the last two times; None if it came once at most."""
+    row = Setting.get_or_none(Setting.key == HEARD)
+    gap_s = None if row is None else row.value.get("gap_s")
+    return None if gap_s is None else timedelta(seconds=gap_s)
 
 
 def _note_truncated(count: int, *, by: Actor, now: datetime) -> None:

@@ -138,16 +138,27 @@ def conditions(now: datetime, since: datetime) -> Iterator[Condition]:
 
 
 def _monitoring(now: datetime, since: datetime) -> Iterator[Condition]:
-    heard_at = alerts.watchdog_heard_at()
-    is_expected = config.current().alertmanager_url is not None or (
-        heard_at is not None and now - heard_at < MONITORING_FORGOTTEN
-    )
-    if is_expected and now - max(heard_at or since, since) >= MONITORING_SILENT:
+    patience = _patience(now)
+    if patience is not None and now - max(alerts.watchdog_heard_at() or since, since) >= patience:
         yield Condition(
             "MonitoringSilent",
             "No alert arrives from Prometheus and Alertmanager.",
             "Look whether both run and reach the portal. Until then the portal raises what it knows by itself.",
         )
+
+
+def _patience(now: datetime) -> timedelta | None:
+    """How long the Watchdog may be away before that is an alert; None where nobody expects it.
+
+    Where the portal asks Alertmanager itself, it hears of it every minute. Else it comes as often as Alertmanager was
+    told to repeat it, which is seen from the times before.
+    """
+    if config.current().alertmanager_url is not None:
+        return MONITORING_SILENT
+    heard_at, gap = alerts.watchdog_heard_at(), alerts.watchdog_gap()
+    if heard_at is None or gap is None or now - heard_at >= MONITORING_FORGOTTEN:
+        return None
+    return max(MONITORING_SILENT, 2 * gap)
 
 
 def _agents(fleet: Sequence[Machine], now: datetime, since: datetime) -> Iterator[Condition]:

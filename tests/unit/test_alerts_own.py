@@ -214,7 +214,8 @@ def test_while_prometheus_raises_alerts_the_portal_does_not(now: datetime) -> No
 
 def test_when_prometheus_falls_silent_the_portal_says_so_and_raises_its_own(now: datetime) -> None:
     rental.ready_host()
-    alerts.note_watchdog(now)
+    for minutes in (-1, 0):
+        alerts.note_watchdog(later(minutes=minutes))
     sweep(later(minutes=5))
     assert open_alerts() == []
     sweep(later(minutes=7))
@@ -249,11 +250,28 @@ def test_an_alertmanager_that_is_configured_and_never_heard_is_missed(now: datet
 
 
 def test_a_prometheus_that_was_taken_away_is_not_missed_for_ever(now: datetime) -> None:
-    alerts.note_watchdog(now)
+    for minutes in (-1, 0):
+        alerts.note_watchdog(later(minutes=minutes))
     sweep(later(hours=23))
     assert open_alerts() == ["MonitoringSilent"]
     sweep(later(hours=25))
     assert open_alerts() == []
+
+
+def test_a_watchdog_that_is_repeated_seldom_is_not_missed_too_soon(now: datetime, settings: Settings) -> None:
+    """Alertmanager's default is four hours; where the portal asks it itself, it hears every minute all the same."""
+    alerts.note_watchdog(later(hours=-4))
+    sweep(later(hours=-3))
+    assert open_alerts() == [], "it came once: nobody knows how often it will"
+    alerts.note_watchdog(now)
+    sweep(later(hours=7))
+    assert open_alerts() == []
+    sweep(later(hours=9))
+    assert open_alerts() == ["MonitoringSilent"]
+    alerts.note_watchdog(later(hours=9))
+    object.__setattr__(settings, "alertmanager_url", "http://127.0.0.1:1")
+    sweep(later(hours=9.2))
+    assert open_alerts() == ["MonitoringSilent"]
 
 
 def test_the_portals_own_alert_is_not_closed_by_hand(now: datetime, operator: User) -> None:
