@@ -88,6 +88,14 @@ def _slowed(reason: str) -> str:
     return f'label_replace({" or ".join(map(_of_gpu, names))}, "reason", "{reason}", "", "")'
 
 
+def _slowed_by_mask() -> str:
+    """The same out of the bit mask of all reasons, at its last sample: hardware, thermal (both), power brake."""
+    names = [f"nvidia_smi_clocks_{word}_reasons_active" for word in ("event", "throttle")]
+    mask = " or ".join(_of_gpu(name, "last") for name in names)
+    bits = " + ".join(f"floor(({mask}) / {bit}) % 2" for bit in (0x08, 0x20, 0x40, 0x80))
+    return f"clamp_max({bits}, 1)"
+
+
 def _traffic(node: str, agent: str, direction: str) -> str:
     exporter = f'sum by (host) (rate({node}{{device!~"{PLUMBING}",<m>}}<w>))'
     portal = f"sum by (host) (rate({agent}{{<m>}}<w>))"
@@ -151,7 +159,10 @@ MEASURES: Mapping[str, Measure] = {
         Measure(
             "slowdown",
             "percent",
-            (f"100 * max by (host, uuid) ({_slowed('hw_slowdown')} or {_slowed('sw_thermal_slowdown')})",),
+            (
+                f"100 * max by (host, uuid) ({_slowed('hw_slowdown')} or {_slowed('sw_thermal_slowdown')})",
+                f"100 * {_slowed_by_mask()}",
+            ),
         ),
         Measure(
             "ecc",

@@ -369,10 +369,19 @@ def test_the_recording_rules_join_both_sources(tmp_path: Path) -> None:
         'remotegpu_gpu_utilization_ratio{host="a",uuid="1",job="portal"}': "0.9x10",
         'remotegpu_gpu_utilization_ratio{host="b",uuid="2",job="portal"}': "0x10",
         'remotegpu_gpu_up{host="b",uuid="3",job="portal"}': "1x10",
+        # Bit masks of both names: thermal, a power cap (which is no slowdown), hardware and a power cap.
+        'nvidia_smi_clocks_throttle_reasons_active{host="c",uuid="4"}': "32x10",
+        'nvidia_smi_clocks_event_reasons_active{host="c",uuid="5"}': "4x10",
+        'nvidia_smi_clocks_event_reasons_active{host="c",uuid="6"}': "12x10",
     }
     expected = {
         "gpu:utilization_percent:avg5m": [('{host="a",uuid="1"}', 50), ('{host="b",uuid="2"}', 0)],
         "fleet:utilization_percent:avg5m": [("", 25)],
+        "gpu:slowdown_percent:avg5m": [
+            ('{host="c",uuid="4"}', 100),
+            ('{host="c",uuid="5"}', 0),
+            ('{host="c",uuid="6"}', 100),
+        ],
     }
     test = {
         "rule_files": [str(RULES)],
