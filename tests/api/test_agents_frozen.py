@@ -84,7 +84,8 @@ def test_an_operator_thaws_the_host_and_it_goes_on(leased: Any) -> None:
 
     told = agent.await_order()
     (command,) = [each for each in told["commands"] if each["kind"] == "thaw"]
-    assert command["args"] == {"machine_id": machine.id, "epoch": told["epoch"], "generation": told["generation"]}
+    expected = {"machine_id": machine.id, "epoch": told["epoch"], "generation": told["generation"], "retained": []}
+    assert command["args"] == expected
     assert told["epoch"] != machine.epoch
     assert [each["lease_id"] for each in told["leases"]] == [lease.id]
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import peewee
 import psycopg2
 import pytest
 
@@ -146,7 +147,7 @@ def test_who_waits_holds_no_connection(database: Any) -> None:
 
 def test_a_table_that_cannot_be_read_for_a_moment_ends_nothing(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Wake()
-    reads = iter([wake_module.peewee.OperationalError("gone"), OSError("gone")])
+    reads = iter([peewee.OperationalError("gone"), OSError("gone")])
     real = own._read
 
     def read() -> Any:
