@@ -1,0 +1,137 @@
+#!/usr/bin/python
+"""What a host says about NVIDIA hardware and its driver, without asking the driver: a hung one answers nobody.
+
+Read from sysfs, procfs and efivars, and from `modinfo` for the module that the next boot would load. Unknown is None,
+never a guess. What to do about it is decided in tasks/ and vars/; here is only looked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: nvidia_facts
+short_description: NVIDIA hardware and driver of a host
+description:
+  - Gives the fact C(nvidia) with the GPUs and switches on the PCI bus, the driver that is loaded, the one on disk,
+    and what stands in its way.
+options:
+  root:
+    description: Folder that stands for C(/); another one in tests, where no driver can be loaded.
+    type: path
+    default: /
+"""
+
+VENDOR = "0x10de"
+GPU_CLASSES = ("0x0300", "0x0302")  # VGA and 3D controller; audio and USB of a card are other classes
+BRIDGE_CLASS = "0x0680"  # an NVSwitch of an HGX board
+# Variables of UEFI carry four bytes of attributes before their value.
+SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+TURING, BLACKWELL = 0x1E00, 0x2900  # the first PCI device ids of each; NVIDIA gives them out upwards
+MODINFO_TIMEOUT_S = 20.0
+
+
+def look(root: Path) -> dict[str, Any]:
+    """Everything at once. `root` stands for /."""
+    devices = [device for path in folder(root / "sys/bus/pci/devices") if (device := nvidia_device(path)) is not None]
+    gpus = [device for device in devices if device["class"] in GPU_CLASSES]
+    loaded = find_text(root / "proc/driver/nvidia/version")
+    modules = (find_text(root / "proc/modules") or "").splitlines()
+    on_disk = modinfo(root, "version")
+    return {
+        "gpus": gpus,
+        "nvswitches": sum(device["class"] == BRIDGE_CLASS for device in devices),
+        "open_possible": all(generation(gpu) >= TURING for gpu in gpus),
+        "open_required": any(generation(gpu) >= BLACKWELL for gpu in gpus),
+        "loaded": version_in(loaded or ""),
+        "loaded_open": None if loaded is None else "Open Kernel Module" in loaded,
+        "on_disk": on_disk,
+        "on_disk_signer": modinfo(root, "signer") if on_disk else None,
+        "nouveau_loaded": any(line.split(" ")[0] == "nouveau" for line in modules),
+        "secure_boot": secure_boot(root),
+        "kernel": os.uname().release,
+        "headers": (root / "lib/modules" / os.uname().release / "build").exists(),
+    }
+
+
+def nvidia_device(path: Path) -> dict[str, Any] | None:
+    """One function on the PCI bus, or None where it is somebody else's."""
+    if find_text(path / "vendor") != VENDOR:
+        return None
+    code, kind = find_text(path / "device"), find_text(path / "class")
+    if code is None or kind is None:
+        return None
+    return {"address": path.name, "device": f"10de:{code[2:]}", "class": kind[:6]}
+
+
+def generation(gpu: dict[str, Any]) -> int:
+    """The PCI device id as a number: larger is newer."""
+    return int(gpu["device"].partition(":")[2], 16)
+
+
+def version_in(text: str) -> str | None:
+    """The driver's version in the first line of /proc/driver/nvidia/version.
+
+    >>> version_in("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Thu …")
+    '535.261.03'
+    """
+    first = text.splitlines()[0] if text else ""
+    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", first)
+    return found.group(1) if found else None
+
+
+def secure_boot(root: Path) -> bool | None:
+    """Whether the firmware loads signed code only; None where it is no UEFI or does not say."""
+    try:
+        value = (root / SECURE_BOOT).read_bytes()
+    except OSError:
+        return None
+    return bool(value[4]) if len(value) == 5 else None
+
+
+def modinfo(root: Path, field: str) -> str | None:
+    """A field of the module that this kernel would load, or None where there is none."""
+    own = root / "usr/sbin/modinfo"
+    program = str(own) if own.exists() else "modinfo"
+    try:
+        done = subprocess.run(
+            [program, "-k", os.uname().release, "-F", field, "nvidia"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=MODINFO_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def folder(path: Path) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []
+
+
+def find_text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec={"root": {"type": "path", "default": "/"}}, supports_check_mode=True)
+    module.exit_json(changed=False, ansible_facts={"nvidia": look(Path(module.params["root"]))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The driver's role where no test host runs, and what it reads off a host without asking the driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support.rendering import FACTS, evaluate, render
+
+ROLE = Path(__file__).parents[2] / "roles/nvidia_driver"
+FAKE_ROOT = Path(__file__).parents[2] / "molecule/nvidia_driver/files/root"
+H100, H100_HGX, PASCAL, BLACKWELL = "10de:2330", "10de:2330", "10de:1b38", "10de:2901"
+DISTRIBUTIONS = {
+    "bookworm": ("Debian", "12"),
+    "trixie": ("Debian", "13"),
+    "jammy": ("Ubuntu", "22"),
+    "noble": ("Ubuntu", "24"),
+}
+
+
+def load_module() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("nvidia_facts", ROLE / "library/nvidia_facts.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+nvidia_facts = load_module()
+
+
+def host(*devices: str, **changes: Any) -> dict[str, Any]:
+    """The fact `nvidia` of a host with these cards, as the module makes it of them."""
+    gpus = [{"address": f"0000:{number:02x}:00.0", "device": device} for number, device in enumerate(devices)]
+    return {
+        "gpus": gpus,
+        "nvswitches": 0,
+        "open_possible": all(nvidia_facts.generation(gpu) >= nvidia_facts.TURING for gpu in gpus),
+        "open_required": any(nvidia_facts.generation(gpu) >= nvidia_facts.BLACKWELL for gpu in gpus),
+        "loaded": None,
+        "on_disk": None,
+        "nouveau_loaded": False,
+        "secure_boot": None,
+        "kernel": "6.8.0-60-generic",
+        "headers": True,
+        **changes,
+    }
+
+
+def says(expression: str, suite: str, nvidia: dict[str, Any] | None = None, **given: Any) -> Any:
+    distribution, major = DISTRIBUTIONS[suite]
+    facts = {**FACTS, "distribution": distribution, "distribution_major_version": major, "architecture": "x86_64"}
+    facts["nvidia"] = nvidia or host(H100)
+    return evaluate("{{ " + expression + " }}", "nvidia_driver", suite, ansible_facts=facts, **given)
+
+
+# -- which packages --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suite", "given", "card", "expected"),
+    [
+        ("bookworm", {}, H100, "nvidia-open-kernel-dkms"),
+        ("bookworm", {}, PASCAL, "nvidia-kernel-dkms"),
+        ("trixie", {"nvidia_driver_modules": "proprietary"}, H100, "nvidia-kernel-dkms"),
+        ("noble", {}, H100, "nvidia-utils-580-server"),
+        ("jammy", {"nvidia_driver_branch": "570"}, H100, "nvidia-utils-570-server"),
+        ("bookworm", {"nvidia_driver_source": "nvidia"}, H100, "nvidia-open-580"),
+        ("bookworm", {"nvidia_driver_source": "nvidia"}, PASCAL, "cuda-drivers-580"),
+        ("noble", {"nvidia_driver_source": "nvidia", "nvidia_driver_branch": "595"}, H100, "nvidia-open"),
+    ],
+)
+def test_the_release_is_that_of_the_package_which_carries_the_driver(
+    suite: str, given: dict[str, Any], card: str, expected: str
+) -> None:
+    assert says("__nvidia_driver_release_package", suite, host(card), **given) == expected
+
+
+@pytest.mark.parametrize("suite", ["jammy", "noble"])
+def test_ubuntu_takes_modules_that_are_signed_and_builds_none(suite: str) -> None:
+    names = says("__nvidia_driver_apt_names", suite, __nvidia_driver_release="580.95.05")
+    assert "linux-modules-nvidia-580-server-open-generic" in names
+    assert "nvidia-headless-no-dkms-580-server-open=580.95.05-*" in names
+    assert not any("dkms" in name and "no-dkms" not in name for name in names)
+    assert says("__nvidia_driver_built_here", suite) is False
+
+
+@pytest.mark.parametrize("suite", ["jammy", "noble"])
+def test_ubuntu_builds_modules_where_it_is_told_to(suite: str) -> None:
+    names = says(
+        "__nvidia_driver_apt_names",
+        suite,
+        host(PASCAL, headers=False),
+        __nvidia_driver_release="580.95.05",
+        nvidia_driver_prebuilt=False,
+    )
+    assert "nvidia-headless-580-server=580.95.05-*" in names
+    assert {"linux-headers-generic", "linux-headers-6.8.0-60-generic"} <= set(names)
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+@pytest.mark.parametrize("source", ["distribution", "nvidia"])
+def test_everything_of_a_release_is_asked_for_in_one_step(suite: str, source: str) -> None:
+    if (DISTRIBUTIONS[suite][0], source) == ("Debian", "distribution"):
+        assert says("__nvidia_driver_fabric_manager", suite, nvidia_driver_source=source) == ""
+        return
+    names = says(
+        "__nvidia_driver_apt_names",
+        suite,
+        host(H100_HGX, nvswitches=4),
+        nvidia_driver_source=source,
+        __nvidia_driver_release="580.95.05",
+    )
+    assert "nvidia-fabricmanager-580=580.95.05-*" in names
+
+
+def test_from_590_on_a_package_pins_the_branch_that_names_no_longer_carry() -> None:
+    names = says(
+        "__nvidia_driver_apt_names",
+        "noble",
+        host(BLACKWELL, nvswitches=2),
+        nvidia_driver_source="nvidia",
+        nvidia_driver_branch="595",
+        __nvidia_driver_release="595.71.05",
+    )
+    assert {"nvidia-open=595.71.05-*", "nvidia-fabricmanager=595.71.05-*", "nvidia-driver-pinning-595"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("ii  nvidia-smi 535.261.03-1", True),
+        ("ii  libnvidia-ml1 535.261.03-1", True),
+        ("ii  firmware-nvidia-gsp 535.261.03-1", True),
+        ("ii  libcuda1 535.261.03-1", True),
+        ("ii  linux-modules-nvidia-580-server-open-generic 6.8.0-60.63", True),
+        ("ii  nvidia-container-toolkit 1.18.2-1", False),
+        ("ii  libnvidia-container1 1.18.2-1", False),
+        ("ii  openssl 3.0.17-1", False),
+        ("rc  nvidia-smi 535.261.03-1", False),
+    ],
+)
+def test_all_of_a_driver_is_held_and_nothing_else(line: str, ours: bool) -> None:
+    unheld = says("__nvidia_driver_unheld", "bookworm", __nvidia_driver_dpkg={"stdout": line})
+    assert unheld == ([line.split()[1]] if ours else [])
+
+
+def test_what_is_installed_in_another_release_is_missing() -> None:
+    dpkg = "\n".join(
+        [
+            "hi  nvidia-utils-580-server 580.95.05-0ubuntu0.24.04.1",
+            "hi  nvidia-compute-utils-580-server 580.65.06-0ubuntu0.24.04.1",
+            "hi  nvidia-headless-no-dkms-580-server-open 580.95.05-0ubuntu0.24.04.1",
+            "ii  linux-modules-nvidia-580-server-open-generic 6.8.0-60.63",
+        ]
+    )
+    missing = says(
+        "__nvidia_driver_missing",
+        "noble",
+        __nvidia_driver_dpkg={"stdout": dpkg},
+        __nvidia_driver_release="580.95.05",
+    )
+    assert sorted(missing) == ["libnvidia-encode-580-server", "nvidia-compute-utils-580-server"]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_ubuntus_persistence_daemon_is_told_to_persist() -> None:
+    text = render("nvidia_driver", "persistenced.conf.j2", "noble", ansible_managed="managed")
+    assert says("__nvidia_driver_persistence_off", "noble") is True
+    assert text.splitlines()[-3:] == [
+        "[Service]",
+        "ExecStart=",
+        "ExecStart=/usr/bin/nvidia-persistenced --user nvidia-persistenced --persistence-mode --verbose",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Components: main\n", "Components: main COMPONENT\n"),
+        ("Components: main contrib non-free-firmware  \n", "Components: main contrib non-free-firmware COMPONENT\n"),
+        ("Components: main COMPONENT\n", None),
+        ("Components: contrib\n", None),
+    ],
+)
+def test_components_come_beside_main_once(text: str, expected: str | None) -> None:
+    pattern = says("__nvidia_driver_component_lines", "trixie")[".sources"].replace("COMPONENT", "non-free")
+    wanted = text if expected is None else expected
+    assert re.sub(pattern, r"\1 non-free", text.replace("COMPONENT", "non-free")) == wanted.replace(
+        "COMPONENT", "non-free"
+    )
+
+
+# -- what a host says ------------------------------------------------------------------------------------------------
+
+
+def test_the_fixture_is_a_host_with_two_cards_of_one_board() -> None:
+    seen = nvidia_facts.look(FAKE_ROOT)
+    assert [gpu["device"] for gpu in seen["gpus"]] == ["10de:2330", "10de:2330"]
+    assert seen["nvswitches"] == 1
+    assert (seen["loaded"], seen["secure_boot"], seen["nouveau_loaded"]) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "is_open"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Tue Jul 22 2025\nGCC version: gcc 12.2.0",
+            "535.261.03",
+            False,
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (x)", "570.133.20", True),
+        ("something else 1.2.3", None, False),
+    ],
+)
+def test_the_loaded_driver_is_read_from_the_kernel(
+    tmp_path: Path, text: str, version: str | None, is_open: bool
+) -> None:
+    put(tmp_path / "proc/driver/nvidia/version", text)
+    seen = nvidia_facts.look(tmp_path)
+    assert (seen["loaded"], seen["loaded_open"]) == (version, is_open)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(b"\6\0\0\0\1", True), (b"\6\0\0\0\0", False), (b"", None)])
+def test_secure_boot_is_read_from_the_firmware(tmp_path: Path, value: bytes, expected: bool | None) -> None:
+    path = tmp_path / nvidia_facts.SECURE_BOOT
+    path.parent.mkdir(parents=True)
+    path.write_bytes(value)
+    assert nvidia_facts.look(tmp_path)["secure_boot"] is expected
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "counted"),
+    [
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x040300", False),  # the card's own sound
+        ("0x1002", "0x030000", False),
+    ],
+)
+def test_a_card_is_a_display_controller_of_nvidia(tmp_path: Path, vendor: str, kind: str, counted: bool) -> None:
+    for name, text in (("vendor", vendor), ("class", kind), ("device", "0x2330")):
+        put(tmp_path / "sys/bus/pci/devices/0000:18:00.0" / name, text)
+    assert len(nvidia_facts.look(tmp_path)["gpus"]) == counted
+
+
+def test_a_modinfo_that_fails_or_hangs_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia_facts, "MODINFO_TIMEOUT_S", 0.2)
+    for script in ("exit 1", "exec sleep 60", "echo"):
+        put(tmp_path / "usr/sbin/modinfo", f"#!/bin/sh\n{script}\n").chmod(0o755)
+        assert nvidia_facts.look(tmp_path)["on_disk"] is None
+    put(tmp_path / "usr/sbin/modinfo", f'#!/bin/sh\n[ "$2" = {os.uname().release} ] && echo 1.2\n').chmod(0o755)
+    assert nvidia_facts.look(tmp_path)["on_disk"] == "1.2"
+
+
+@pytest.mark.parametrize(
+    ("nvidia", "reasons"),
+    [
+        (host(H100), []),
+        (host(H100, loaded="1", on_disk="1"), []),
+        (host(H100, loaded="1", on_disk="2"), ["the kernel runs driver 1 and the disk holds 2"]),
+        (host(H100, on_disk="2"), ["driver 2 is installed and not loaded"]),
+        (host(H100, nouveau_loaded=True), ["nouveau holds the cards"]),
+    ],
+)
+def test_a_reboot_has_its_reasons(nvidia: dict[str, Any], reasons: list[str]) -> None:
+    assert says("__nvidia_driver_reasons", "noble", nvidia) == reasons
+
+
+def put(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
