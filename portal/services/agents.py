@@ -177,10 +177,21 @@ def _look_up(digest: str) -> Agent:
         .first()
     )
     if row is None or row.state == "ended" or (row.state == "pending" and not _take_into_use(row)):
-        raise NotSignedIn(
-            "This credential is unknown or has ended. Provision the machine again.", code="credential_refused"
-        )
+        raise _not_accepted()
     return Agent(row.machine_id, row.id)
+
+
+def refuse_ended(agent: Agent) -> None:
+    """Raises NotSignedIn if the credential has ended since it was authenticated."""
+    alive = (AgentCredential.id == agent.credential_id) & (AgentCredential.state << machines.ALIVE)
+    if not AgentCredential.select().where(alive).exists():
+        raise _not_accepted()
+
+
+def _not_accepted() -> NotSignedIn:
+    return NotSignedIn(
+        "This credential is unknown or has ended. Provision the machine again.", code="credential_refused"
+    )
 
 
 def _take_into_use(row: AgentCredential) -> bool:

@@ -135,19 +135,20 @@ def hold(agent: agents.Agent, request: Message, *, check: Callable[[], agents.Ag
             known = _know(machine_id)
             remaining_s = give_up_at - time.monotonic()
             if remaining_s <= 0 or (known.may_be_told() and not known.is_current(request)):
-                return _answer(machine_id, request, known, NOTHING)
+                return _answer(agent, request, known, NOTHING)
             ear.wait(remaining_s)
             check()
 
 
-def _answer(machine_id: int, request: Message, known: Known, acks: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(agent: agents.Agent, request: Message, known: Known, acks: Mapping[str, Any]) -> dict[str, Any]:
     wanted = None
     epoch, generation = known.epoch, known.generation
     if not known.may_be_told() and known.frozen_generation is not None:
         generation = known.frozen_generation  # whatever was counted here since, to the host we are behind
     if known.may_be_told() and not known.is_current(request):
         with db.connection():
-            machine = machines.get(machine_id)
+            agents.refuse_ended(agent)  # asked of the database: what this process remembers may be a moment old
+            machine = machines.get(agent.machine_id)
             is_frozen = machine.frozen_reason is not None and not known.is_thawing  # by another process, just now
             if not is_frozen and not _is_behind(machine.epoch, machine.generation, request):
                 wanted = desired.desired_of(machine)
@@ -225,7 +226,7 @@ def report(agent: agents.Agent, request: Message) -> dict[str, Any]:
         with db.connection():
             acks = _take_in(agent.machine_id, request, told, known)
     heartbeats.note(heartbeat)
-    return _answer(agent.machine_id, request, _know(agent.machine_id), acks)
+    return _answer(agent, request, _know(agent.machine_id), acks)
 
 
 def _heartbeat(machine_id: int, told: Message, received_at: datetime) -> Heartbeat:

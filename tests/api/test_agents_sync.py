@@ -17,6 +17,7 @@ from flask import Flask
 
 from portal import db
 from portal.db import utcnow
+from portal.errors import NotSignedIn
 from portal.integrations.wake import wake
 from portal.models import AuditEntry, Command, JournalRecord, Lease, Machine, MachineReport, Table, User
 from portal.services import agents, commands, events, health, heartbeats, machines, sync
@@ -134,6 +135,17 @@ def test_a_credential_that_ends_while_its_call_waits_is_told_nothing_more(agent:
     assert "desired" not in response.get_json()
 
 
+def test_a_credential_that_ends_after_it_was_authenticated_is_told_nothing_more(
+    agent: FakeAgent, machine: Machine
+) -> None:
+    caller = agents.authenticate(agent.credential)
+    agents.end_credentials(machine, by=SYSTEM)
+    with db.atomic():
+        events.desired_changed(machine.id)
+    with pytest.raises(NotSignedIn):
+        sync.hold(caller, agent.message(report=None, wait_s=0, generation=0), check=lambda: caller)
+
+
 # Reports
 
 
@@ -172,6 +184,7 @@ LAST_WORDS = """
 import sys
 from portal import db
 from portal.db import utcnow
+from portal.errors import NotSignedIn
 from portal.services import heartbeats
 db.connect(sys.argv[1])
 heartbeats.note(heartbeats.Heartbeat(int(sys.argv[2]), utcnow(), 0.0, "1", "b", 42, False, None, None, []))
