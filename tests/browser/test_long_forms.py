@@ -11,6 +11,7 @@ import jwt
 import pytest
 from playwright.sync_api import Page, Response, expect
 
+from portal.db import utcnow
 from portal.models import AuditEntry, SshKey, User
 from portal.services import sessions
 from portal.services.actors import SYSTEM
@@ -37,9 +38,10 @@ def hasty(served: House) -> Iterator[Portal]:
 def typing(house: House, hasty: Portal, open_as: Open) -> Iterator[Page]:
     """The page of the keys, filled in by somebody whose browser slept meanwhile: no timer of the page ran."""
     page = open_as(house.new_customer(), "/my/keys", url=hasty.url, fresh=True)
-    page.clock.install()
+    now = utcnow()
+    page.clock.install(time=now)
+    page.clock.pause_at(now + timedelta(minutes=1))  # still to come when the browser hears of it; no timer goes on
     page.goto("/my/keys")
-    page.clock.pause_at(now_of(page) + timedelta(milliseconds=1))
     page.locator("#field-name").fill("Office")
     page.locator("#field-key").fill(ssh_key_pair()[0])
     until(lambda: expires_at(page) < time.time(), "the access token to run out")
