@@ -152,6 +152,9 @@ def test_after_an_old_backup_the_host_freezes_and_nothing_is_cleaned(rental: Ren
     world.portal.stop()
     world.portal.command("restore", str(backup), "--force")
     world.portal.start("web", "worker")
+    for client in (world.admin, *(person.client for person in rental.people.values() if isinstance(person, Person))):
+        assert client.ask("GET", "auth/me").status == 401, "a sign-in of before outlived the restoration"
+        client.sign_in_again()
     until(lambda: "frozen" in problems_of(world, host), "the host to freeze and ask", timeout_s=60)
     assert host.ssh(lease["login"], later, "cat kept").stdout == "precious\n", "an old word was followed"
     nobody_gets_it(rental, host, "leased")

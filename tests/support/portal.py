@@ -169,13 +169,18 @@ class Client:
         self._session.verify = str(portal.ca_file)
 
     def sign_in(self, username: str, password: str) -> None:
-        answer = self.post("auth/login", username=username, password=password)
-        self._take(answer)
+        self._take(self.post("auth/login", username=username, password=password))
+        self._credentials = (username, password)
+
+    def sign_in_again(self) -> None:
+        """With the name and password of the last time."""
+        self.sign_in(*self._credentials)
 
     def sign_in_first_time(self, username: str, given: str) -> None:
         """Sign in with the password that was given, and choose another one."""
         self.sign_in(username, given)
         self._take(self.post("auth/password", old_password=given, new_password=OWN_PASSWORD))
+        self._credentials = (username, OWN_PASSWORD)
 
     def _take(self, answer: Answer) -> None:
         self._session.headers["Authorization"] = f"Bearer {answer['access_token']}"
