@@ -1,0 +1,135 @@
+"""The role prometheus, as far as it can be told without a host: what is scraped, and how rules are scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roles.prometheus.filter_plugins.scale import prometheus_scale_for, scale
+from tests.support.rendering import DISTRIBUTIONS, ROLES, evaluate, render
+
+RULES = """\
+groups:
+  - name: machines
+    rules:
+      # for: an hour, said the old one
+      - alert: MachineOffline
+        expr: up{job="hosts"} == 0 and on () vector(1) # for: ever
+        for: 5m
+        keep_firing_for: "1h30m" # flaps
+        annotations: {summary: "for: 5m {{ $labels.host }}"}
+      - record: host:gpus
+        expr: count(up[5m:])
+"""
+
+
+def config(suite: str = "bookworm", **given: Any) -> dict[str, Any]:
+    document = yaml.safe_load(render("prometheus", "prometheus.yml.j2", suite, **given))
+    assert isinstance(document, dict)
+    return document
+
+
+def jobs(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["job_name"]: entry for entry in document["scrape_configs"]}
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+def test_it_listens_on_loopback_and_keeps_thirty_days(suite: str) -> None:
+    line = render("prometheus", "default.j2", suite).splitlines()[-1]
+    assert line == 'ARGS="--web.listen-address=127.0.0.1:9090 --storage.tsdb.retention.time=30d"'
+
+
+def test_an_ipv6_address_is_written_with_brackets() -> None:
+    line = render("prometheus", "default.j2", "noble", prometheus_listen_address="::1", prometheus_retention_size="9GB")
+    assert "--web.listen-address=[::1]:9090 " in line
+    assert "--storage.tsdb.retention.size=9GB" in line
+
+
+def test_hosts_come_from_the_portal_with_a_token_from_a_file() -> None:
+    document = config(
+        prometheus_portal_url="https://portal.example.org/",
+        prometheus_portal_token="rgt_0123456789abcdef0123",
+        prometheus_portal_ca_pem="-----BEGIN CERTIFICATE-----",
+    )
+    door = {
+        "authorization": {"type": "Bearer", "credentials_file": "/etc/prometheus/portal.token"},
+        "tls_config": {"ca_file": "/etc/prometheus/portal-ca.pem"},
+    }
+    hosts = jobs(document)["hosts"]["http_sd_configs"]
+    url = "https://portal.example.org/api/v1/prometheus/targets"
+    assert hosts == [{"url": url, "refresh_interval": "60s", **door}]
+    assert jobs(document)["portal"] == {
+        "job_name": "portal",
+        "scheme": "https",
+        "metrics_path": "/metrics",
+        "static_configs": [{"targets": ["portal.example.org"]}],
+        **door,
+    }
+    assert "rgt_" not in str(document)
+
+
+def test_without_a_portal_it_watches_itself() -> None:
+    document = config()
+    assert list(jobs(document)) == ["prometheus"]
+    assert document["alerting"] == {"alertmanagers": []}
+
+
+def test_what_is_asked_is_asked_every_fifteen_seconds() -> None:
+    told = config(prometheus_external_labels={"site": "{{ here }}"}, prometheus_alertmanagers=["127.0.0.1:9093"])
+    assert told["global"]["scrape_interval"] == told["global"]["evaluation_interval"] == "15s"
+    assert told["alerting"]["alertmanagers"] == [{"static_configs": [{"targets": ["127.0.0.1:9093"]}]}]
+    assert told["rule_files"] == [
+        "/etc/prometheus/rules/*.rules.yml",
+        "/etc/prometheus/rules-of-the-portal/*.rules.yml",
+    ]
+
+
+def test_every_rule_file_of_the_role_is_installed() -> None:
+    there = sorted(path.name for path in (ROLES / "prometheus" / "files").glob("*.rules.yml"))
+    taken = [Path(path).name for path in evaluate("{{ __prometheus_rules }}", "prometheus", "trixie")]
+    assert taken == there
+
+
+def test_the_patience_of_every_alert_is_scaled_and_nothing_else() -> None:
+    changed = [
+        (old, new)
+        for old, new in zip(RULES.splitlines(), prometheus_scale_for(RULES, 0.02).splitlines(), strict=True)
+        if old != new
+    ]
+    assert changed == [
+        ("        for: 5m", "        for: 6s"),
+        ('        keep_firing_for: "1h30m" # flaps', "        keep_firing_for: 108s # flaps"),
+    ]
+
+
+def test_a_scale_of_one_changes_no_byte() -> None:
+    assert prometheus_scale_for(RULES, 1) is RULES
+
+
+@pytest.mark.parametrize(
+    ("duration", "factor", "expected"),
+    [
+        ("5m", 0.02, "6s"),
+        ("1d", 0.0001, "8640ms"),
+        ("0", 3, "0s"),
+        ("0s", 3, "0s"),
+        ("90s", 2, "180s"),
+        ("5m", 0, "0s"),
+    ],
+)
+def test_durations_are_scaled_to_the_millisecond(duration: str, factor: float, expected: str) -> None:
+    assert scale(duration, factor) == expected
+
+
+@pytest.mark.parametrize("duration", ["5", "m", "5 m", "-5m", "5m3"])
+def test_a_duration_that_is_none_is_refused(duration: str) -> None:
+    with pytest.raises(ValueError, match="no duration"):
+        scale(duration, 2)
+
+
+def test_a_negative_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 or more"):
+        prometheus_scale_for(RULES, -1)
