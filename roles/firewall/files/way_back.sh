@@ -1,0 +1,86 @@
+#!/bin/sh
+# shellcheck disable=SC2094 # words that are names of files in the folder, and of commands as well
+# The way back: `keep` remembers which firewall is at work on this host and what it does, `back` makes it so again. Lies in /run while a change is under
+# way; a timer runs `back` if nobody takes it away. What others have in the kernel's tables is touched only where firewalld has flushed it.
+set -u
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
+before=/run/remotegpu-firewall.before
+program=/usr/local/sbin/remotegpu-firewall
+units='ufw firewalld nftables remotegpu-firewall remotegpu-firewall-docker'
+
+files() {
+    for path in /etc/remotegpu/firewall.* "$program" /etc/ufw /etc/default/ufw /etc/firewalld \
+        /etc/systemd/system/remotegpu-firewall*.service /etc/systemd/system/nftables.service \
+        /etc/systemd/system/nftables.service.d/remotegpu.conf /etc/systemd/system/netfilter-persistent.service.d/remotegpu.conf; do
+        if [ -e "$path" ] || [ -L "$path" ]; then echo "$path"; fi
+    done
+}
+
+sums_of_units() { files | grep '^/etc/systemd/' | xargs -r sha256sum 2>/dev/null; }
+ufw_is_on() { grep -qs '^ENABLED=yes' /etc/ufw/ufw.conf; }
+firewalld_is_on() { systemctl --quiet is-active firewalld.service; }
+# Asked only where they may be: iptables makes an empty frame of tables by being asked.
+chains_are_there() { [ -e "$program" ] && iptables -w -S REMOTEGPU-FORWARD >/dev/null 2>&1 && ! firewalld_is_on; }
+
+keep() {
+    set -e
+    umask 077
+    rm -rf $before
+    mkdir $before
+    cd $before
+    files >names
+    tar -cpPf files.tar --files-from names
+    sums_of_units >units
+    for unit in $units; do echo "$unit $(systemctl is-enabled "$unit.service" 2>/dev/null || true)"; done >enabled
+    nft list table inet remotegpu >table 2>/dev/null || rm -f table
+    if [ -e /etc/firewalld ]; then
+        for family in iptables ip6tables; do "$family-save" >"$family" 2>/dev/null || rm -f "$family"; done
+    fi
+    if ufw_is_on; then : >ufw; fi
+    if firewalld_is_on; then : >firewalld; fi
+    if chains_are_there; then : >chains; fi
+}
+
+back() {
+    cd $before || exit 1
+    leave_the_new
+    bring_the_files
+    return_to_the_old
+}
+
+leave_the_new() {
+    if firewalld_is_on && ! [ -e firewalld ]; then
+        systemctl disable --now firewalld.service
+        for family in iptables ip6tables; do if [ -e $family ]; then "$family-restore" <"$family"; fi; done
+    fi
+    if ufw_is_on && ! [ -e ufw ]; then ufw disable; fi
+    if chains_are_there && ! [ -e chains ]; then "$program" unload; fi
+    command -v nft >/dev/null || return 0
+    {
+        printf 'table inet remotegpu {\n}\ndelete table inet remotegpu\n'
+        if [ -e table ]; then cat table; fi
+    } | nft -f -
+}
+
+bring_the_files() {
+    files | while read -r path; do rm -rf "$path"; done
+    tar -xpPf files.tar
+    sums_of_units | cmp -s - units || systemctl daemon-reload
+    while read -r unit state; do
+        if [ "$state" = "$(systemctl is-enabled "$unit.service" 2>/dev/null)" ]; then continue; fi
+        case $state in
+        enabled) systemctl unmask "$unit.service"; systemctl enable "$unit.service" ;;
+        disabled) systemctl unmask "$unit.service"; systemctl disable "$unit.service" ;;
+        esac
+    done <enabled
+}
+
+return_to_the_old() {
+    if [ -e firewalld ]; then
+        if firewalld_is_on; then firewall-cmd --reload; else systemctl start firewalld.service; fi
+    fi
+    if [ -e ufw ]; then if ufw_is_on; then ufw --force enable; ufw reload; fi; fi
+    if [ -e chains ]; then "$program" load; fi
+}
+
+"$1"

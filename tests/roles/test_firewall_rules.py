@@ -1,0 +1,247 @@
+"""The firewall's rules in a real kernel: what somebody outside gets through, on IPv4 and IPv6, beside Docker's own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.roles.network import CONTAINER, HOST, OUTSIDE, Net, network
+from tests.roles.rendering import Role
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not all(map(shutil.which, ("nft", "iptables", "ip"))), reason="needs nft and iptables"),
+]
+
+ALLOW = [
+    {"port": 8100, "sources": [OUTSIDE[4], OUTSIDE[6]], "comment": "for us"},
+    {"port": 8101, "sources": ["192.0.2.1", "2001:db8:9::/64"], "comment": "for somebody else"},
+    {"port": 8091, "sources": [OUTSIDE[4], OUTSIDE[6]]},
+    {"port": 8200},
+]
+SSH, FOR_US, FOR_OTHERS, CLOSED, PUBLISHED, PUBLISHED_FOR_US = 22, 8100, 8101, 8102, 8090, 8091
+ECHO = 8200  # answers what it is told
+EVERY = (SSH, FOR_US, FOR_OTHERS, CLOSED, PUBLISHED, PUBLISHED_FOR_US)
+owns_everything = pytest.mark.parametrize("backend", ["nftables", "iptables"])
+every_writer = pytest.mark.parametrize("backend", ["nftables", "iptables", "ufw"])
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with network([SSH, FOR_US, FOR_OTHERS, CLOSED, ECHO]) as made:
+        yield made
+
+
+@pytest.fixture
+def load(net: Net, tmp_path: Path) -> Iterator[Callable[..., Callable[[], str]]]:
+    """Load a backend's rules as its unit does; what comes back loads them once more."""
+
+    def loaded(backend: str, **said: Any) -> Callable[[], str]:
+        role = Role("firewall", firewall_backend=backend, **{"firewall_allow": ALLOW, "__firewall_ssh": [22], **said})
+        if backend == "nftables":
+            (tmp_path / "firewall.nft").write_text(role.template("firewall.nft.j2"))
+            return lambda: net.on(net.host, "nft", "-f", str(tmp_path / "firewall.nft"))
+        for family in (4, 6):
+            (tmp_path / f"firewall.v{family}").write_text(role.template("chains.j2", item={"family": family}))
+        program = role.template("remotegpu-firewall.sh.j2").replace("/etc/remotegpu", str(tmp_path))
+        program = program.replace("ufw_is_there ||", "true ||").replace("/run/", f"{tmp_path}/")
+        (tmp_path / "program").write_text(program)
+        return lambda: net.on(net.host, "sh", str(tmp_path / "program"), "load")
+
+    yield loaded
+    net.on(net.host, "nft", "flush", "ruleset")
+
+
+def test_without_rules_everything_answers_or_the_rest_proves_nothing(net: Net) -> None:
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    assert net.answering(EVERY) == list(EVERY)
+    assert net.answering([80], at=CONTAINER) == [80]
+    net.on(net.host, "nft", "flush", "ruleset")
+
+
+@owns_everything
+def test_who_is_allowed_gets_in_and_nobody_else(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    assert net.answering(EVERY) == [SSH, FOR_US]
+    assert net.pings(4)
+    assert net.pings(6)
+
+
+@every_writer
+def test_what_docker_publishes_is_closed_unless_it_is_open(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US], "rules first, Docker later"
+    load(backend)()
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US], "and loaded again"
+
+
+@every_writer
+def test_what_docker_has_published_before_is_closed_too(backend: str, net: Net, load: Any) -> None:
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    assert net.answering([PUBLISHED]) == [PUBLISHED]
+    load(backend)()
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US]
+
+
+@every_writer
+def test_who_knows_a_containers_own_address_gets_no_further(backend: str, net: Net, load: Any) -> None:
+    net.play_docker([])
+    for program in ("iptables", "ip6tables"):
+        net.on(net.host, program, "-P", "FORWARD", "ACCEPT")
+    assert net.answering([80], at=CONTAINER) == [80]
+    load(backend)()
+    assert net.answering([80], at=CONTAINER) == []
+
+
+@every_writer
+def test_containers_go_out(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    net.play_docker([])
+    for family in (4, 6):
+        script = f"import socket; socket.create_connection(({OUTSIDE[family]!r}, 80), timeout=2)"
+        net.on(net.container, "python3", "-c", script)
+
+
+@owns_everything
+def test_an_established_connection_survives_rules_that_would_refuse_it(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    talk = f"""
+import socket
+connection = socket.create_connection(({HOST[4]!r}, {ECHO}), timeout=5)
+print("open", flush=True)
+input()
+connection.sendall(b"still there?")
+print(connection.recv(100).decode())
+"""
+    argv = ["ip", "netns", "exec", net.outside, "python3", "-c", talk]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as talking:
+        assert talking.stdin
+        assert talking.stdout
+        assert talking.stdout.readline() == "open\n"
+        load(backend, firewall_allow=[])()
+        assert net.answering([ECHO, SSH]) == [SSH]
+        answer, _ = talking.communicate("now\n", timeout=10)
+    assert answer == "still there?\n"
+
+
+def test_loading_twice_changes_nothing_and_ours_is_asked_first(net: Net, load: Any) -> None:
+    again = load("iptables")
+    again()
+    first = net.on(net.host, "iptables", "-S"), net.on(net.host, "ip6tables", "-S")
+    again()
+    assert (net.on(net.host, "iptables", "-S"), net.on(net.host, "ip6tables", "-S")) == first
+    net.on(net.host, "iptables", "-I", "INPUT", "1", "-j", "ACCEPT")
+    again()
+    rules = net.on(net.host, "iptables", "-S", "INPUT").splitlines()
+    assert rules == ["-P INPUT ACCEPT", "-A INPUT -j REMOTEGPU-INPUT", "-A INPUT -j ACCEPT"]
+
+
+def test_the_whole_ruleset_of_iptables_is_ours_and_what_was_there(net: Net, load: Any) -> None:
+    net.on(net.host, "iptables", "-A", "INPUT", "-s", "203.0.113.9/32", "-j", "DROP")
+    load("iptables", firewall_allow=[{"port": 9100, "sources": ["192.0.2.10"], "comment": "Prometheus"}])()
+    assert net.on(net.host, "iptables", "-S").splitlines() == [
+        "-P INPUT ACCEPT",
+        "-P FORWARD ACCEPT",
+        "-P OUTPUT ACCEPT",
+        "-N DOCKER-USER",
+        "-N REMOTEGPU-ALLOWED",
+        "-N REMOTEGPU-FORWARD",
+        "-N REMOTEGPU-INPUT",
+        "-N REMOTEGPU-PUBLISHED",
+        "-N REMOTEGPU-REFUSED",
+        "-A INPUT -j REMOTEGPU-INPUT",
+        "-A INPUT -s 203.0.113.9/32 -j DROP",
+        "-A FORWARD -j REMOTEGPU-FORWARD",
+        "-A DOCKER-USER -j REMOTEGPU-FORWARD",
+        "-A REMOTEGPU-ALLOWED -p tcp -m conntrack --ctorigdstport 22 -m comment --comment SSH -j RETURN",
+        "-A REMOTEGPU-ALLOWED -s 192.0.2.10/32 -p tcp -m conntrack --ctorigdstport 9100 -m comment --comment Prometheus"
+        " -j RETURN",
+        "-A REMOTEGPU-ALLOWED -g REMOTEGPU-REFUSED",
+        "-A REMOTEGPU-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN",
+        "-A REMOTEGPU-FORWARD -i docker0 -j RETURN",
+        "-A REMOTEGPU-FORWARD -i br-+ -j RETURN",
+        "-A REMOTEGPU-FORWARD -g REMOTEGPU-PUBLISHED",
+        "-A REMOTEGPU-INPUT -i lo -j RETURN",
+        "-A REMOTEGPU-INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN",
+        "-A REMOTEGPU-INPUT -p icmp -m icmp --icmp-type 3 -j RETURN",
+        "-A REMOTEGPU-INPUT -p icmp -m icmp --icmp-type 8 -j RETURN",
+        "-A REMOTEGPU-INPUT -p icmp -m icmp --icmp-type 11 -j RETURN",
+        "-A REMOTEGPU-INPUT -p icmp -m icmp --icmp-type 12 -j RETURN",
+        "-A REMOTEGPU-INPUT -m conntrack --ctstate INVALID -j DROP",
+        "-A REMOTEGPU-INPUT -p udp -m udp --sport 67 --dport 68 -j RETURN",
+        "-A REMOTEGPU-INPUT -p tcp -m tcp --dport 22 -m comment --comment SSH -j RETURN",
+        "-A REMOTEGPU-INPUT -g REMOTEGPU-ALLOWED",
+        "-A REMOTEGPU-PUBLISHED -m conntrack --ctstate INVALID -j DROP",
+        "-A REMOTEGPU-PUBLISHED -m conntrack ! --ctstate DNAT -g REMOTEGPU-REFUSED",
+        "-A REMOTEGPU-PUBLISHED -g REMOTEGPU-ALLOWED",
+        "-A REMOTEGPU-REFUSED -j DROP",
+    ]
+
+
+def test_a_rule_of_somebody_else_still_narrows_what_we_allow(net: Net, load: Any) -> None:
+    for program in ("iptables", "ip6tables"):
+        net.on(net.host, program, "-A", "INPUT", "-p", "tcp", "--dport", str(FOR_US), "-j", "DROP")
+    load("iptables")()
+    assert net.answering(EVERY) == [SSH]
+
+
+def test_what_is_taken_out_leaves_everything_else(net: Net, load: Any, tmp_path: Path) -> None:
+    net.on(net.host, "iptables", "-A", "INPUT", "-s", "203.0.113.9/32", "-j", "DROP")
+    before = net.on(net.host, "iptables-save", "-t", "filter")
+    load("iptables")()
+    net.on(net.host, "sh", str(tmp_path / "program"), "unload")
+    left = [
+        line for line in net.on(net.host, "iptables-save", "-t", "filter").splitlines() if "DOCKER-USER" not in line
+    ]
+    assert [line for line in left if not line.startswith(("#", ":"))] == [
+        line for line in before.splitlines() if not line.startswith(("#", ":"))
+    ]
+
+
+def test_check_sees_a_rule_that_somebody_has_taken_out_of_ours(net: Net, load: Any, tmp_path: Path) -> None:
+    load("iptables")()
+
+    def is_loaded() -> bool:
+        said = net.on(net.host, "sh", "-c", f"sh {tmp_path}/program check && echo yes || echo no")
+        return said.strip() == "yes"
+
+    assert is_loaded()
+    net.on(net.host, "ip6tables", "-D", "REMOTEGPU-REFUSED", "-j", "DROP")
+    assert not is_loaded()
+    load("iptables")()
+    assert is_loaded()
+    net.on(net.host, "iptables", "-D", "DOCKER-USER", "-j", "REMOTEGPU-FORWARD")
+    assert not is_loaded()
+
+
+def test_ufw_keeps_what_it_owns_and_our_chains_ask_only_about_containers(net: Net, load: Any) -> None:
+    load("iptables")()
+    load("ufw")()
+    rules = net.on(net.host, "iptables", "-S")
+    assert "REMOTEGPU-INPUT" not in rules, "what comes in is ufw's to say"
+    assert re.findall("-A (INPUT|FORWARD) ", rules) == []
+    assert net.answering([CLOSED]) == [CLOSED]
+
+
+def test_the_table_of_nftables_is_the_file_and_nothing_else_whatever_was_there(net: Net, load: Any) -> None:
+    net.on(net.host, "nft", "add table ip foreign; add chain ip foreign keep; add rule ip foreign keep counter")
+    foreign = net.on(net.host, "nft", "-s", "list", "table", "ip", "foreign")
+    load("nftables", firewall_allow=[])()
+    fresh = net.on(net.host, "nft", "-s", "list", "table", "inet", "remotegpu")
+    load("nftables")()
+    net.on(net.host, "nft", "insert rule inet remotegpu input accept")
+    load("nftables", firewall_allow=[])()
+    assert net.on(net.host, "nft", "-s", "list", "table", "inet", "remotegpu") == fresh
+    assert net.on(net.host, "nft", "-s", "list", "table", "ip", "foreign") == foreign
+    assert sorted(net.on(net.host, "nft", "list", "tables").split("\n")) == [
+        "",
+        "table inet remotegpu",
+        "table ip foreign",
+    ]
