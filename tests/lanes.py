@@ -70,7 +70,7 @@ FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=2)
 # The longest first: four lanes run beside each other, and those with hosts mostly wait.
 LANES = (
     FAST,
-    Lane("services", ("tests/integration",), PLAIN),
+    Lane("services", ("tests/integration", "tests/roles"), PLAIN),
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),

@@ -51,7 +51,12 @@ class Playbook:
     tags: frozenset[str] = frozenset()
 
 
-ROLES = frozenset(("base", "ssh_hardening", "firewall", "docker", "node_exporter", "gpu_agent"))
+ROLES = frozenset(
+    (
+        *("base", "ssh_hardening", "unattended_upgrades", "firewall", "docker", "node_exporter", "gpu_agent"),
+        *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"),
+    )
+)
 PLAYBOOKS = MappingProxyType(
     {
         "gpu_hosts": Playbook("gpu_hosts", disrupts=True, repeatable=True, tags=ROLES),

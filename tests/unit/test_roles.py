@@ -12,9 +12,16 @@ import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
+from portal.services import runs
+
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
-GPU_HOST_ROLES = ("base", "ssh_hardening", "firewall", "docker", "node_exporter", "gpu_agent")
+GPU_HOST_PLAYS = (
+    ("gpu_hosts", ("base", "ssh_hardening", "unattended_upgrades", "firewall", "docker", "node_exporter")),
+    ("with_nvidia_gpus", ("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter")),
+    ("gpu_hosts", ("gpu_agent",)),
+)
+GPU_HOST_ROLES = tuple(role for _, roles in GPU_HOST_PLAYS for role in roles)
 TYPES: dict[str, type] = {
     "bool": bool,
     "dict": dict,
@@ -140,17 +147,22 @@ def test_a_readme_can_be_read_in_a_minute(role: Path) -> None:
     assert len((role / "README.md").read_text().splitlines()) <= 40
 
 
+def test_the_playbook_runs_each_role_under_its_own_tag_and_those_of_cards_where_cards_are() -> None:
+    plays = read(ROOT / "playbooks/gpu_hosts.yml")
+    for key in ("role", "tags"):
+        assert tuple((play["hosts"], tuple(entry[key] for entry in play["roles"])) for play in plays) == GPU_HOST_PLAYS
+    assert set(GPU_HOST_ROLES) == runs.ROLES, "the portal runs the playbook by the same tags"
+
+
 @pytest.mark.parametrize("name", GPU_HOST_ROLES)
-def test_the_playbook_runs_the_role_under_its_own_tag_and_a_scenario_tries_it(name: str) -> None:
-    (play,) = read(ROOT / "playbooks/gpu_hosts.yml")
-    assert [entry["role"] for entry in play["roles"]] == list(GPU_HOST_ROLES)
-    assert [entry["tags"] for entry in play["roles"]] == list(GPU_HOST_ROLES)
+def test_a_scenario_tries_the_role(name: str) -> None:
     for file in ("molecule.yml", "converge.yml", "verify.yml"):
         assert (ROOT / "molecule" / name / file).exists()
 
 
 def test_what_disrupts_a_lease_waits_for_maintenance() -> None:
-    for name in ("docker", "firewall", "gpu_agent"):
+    ours = ("docker", "firewall", "gpu_agent", "reboot", "ssh_hardening")
+    for name in (*ours, "nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"):
         loader = DataLoader()
         path = ROOT / "roles" / name / "defaults/main.yml"
         rule = loader.load_from_file(str(path), trusted_as_template=True)[f"{name}_disruption_allowed"]
