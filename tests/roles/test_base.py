@@ -51,7 +51,7 @@ def test_another_comment_is_the_same_key() -> None:
 def test_a_key_goes_from_the_login_that_lost_it_and_from_no_other() -> None:
     role = base(base_operator_keys=[PORTAL], base_users=[{"name": "bob", "keys": [ADA]}])
     recorded = [f"ops {PORTAL}", f"ops {ADA}", f"ada {ADA}", f"bob {ADA}"]
-    assert gone(role, recorded) == [["ops", *ADA.split()], ["ada", *ADA.split()]]
+    assert gone(role, recorded) == [["ada", *ADA.split()], ["ops", *ADA.split()]]
 
 
 def test_where_nothing_is_recorded_nothing_is_ours_and_nothing_goes() -> None:
