@@ -58,6 +58,7 @@ def says(expression: str, suite: str, nvidia: dict[str, Any] | None = None, **gi
     distribution, major = DISTRIBUTIONS[suite]
     facts = {**FACTS, "distribution": distribution, "distribution_major_version": major, "architecture": "x86_64"}
     facts["nvidia"] = nvidia or host(H100)
+    given = {"__nvidia_driver_dpkg": {"stdout": ""}, "__nvidia_driver_release": "580.95.05", **given}
     return evaluate("{{ " + expression + " }}", "nvidia_driver", suite, ansible_facts=facts, **given)
 
 
@@ -155,6 +156,7 @@ def test_all_of_a_driver_is_held_and_nothing_else(line: str, ours: bool) -> None
 def test_what_is_installed_in_another_release_is_missing() -> None:
     dpkg = "\n".join(
         [
+            "ii  adduser 3.134",  # a version without a dash: what follows it is read as well
             "hi  nvidia-utils-580-server 580.95.05-0ubuntu0.24.04.1",
             "hi  nvidia-compute-utils-580-server 580.65.06-0ubuntu0.24.04.1",
             "hi  nvidia-headless-no-dkms-580-server-open 580.95.05-0ubuntu0.24.04.1",
