@@ -172,6 +172,17 @@ def test_what_is_installed_in_another_release_is_missing() -> None:
     assert sorted(missing) == ["libnvidia-encode-580-server", "nvidia-compute-utils-580-server"]
 
 
+@pytest.mark.parametrize(("release", "moves"), [("570.2", True), ("570.1", False)])
+def test_what_is_of_the_branch_moves_with_the_driver_and_stays_with_it(release: str, moves: bool) -> None:
+    dpkg = {"stdout": "hi  nvidia-open-570 570.1-1\nhi  nvidia-persistenced 570.1-1\n"}
+    given = {"nvidia_driver_source": "nvidia", "nvidia_driver_branch": "570", "nvidia_driver_packages_extra": ["more"]}
+    names = says(
+        "__nvidia_driver_apt_names", "trixie", **given, __nvidia_driver_dpkg=dpkg, __nvidia_driver_release=release
+    )
+    assert f"nvidia-open-570={release}-*" in names
+    assert ("nvidia-persistenced=570.*" in names) is moves
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
