@@ -1,7 +1,7 @@
 #!/bin/sh
 # shellcheck disable=SC2094 # words that are names of files in the folder, and of commands as well
-# The way back: `keep` remembers which firewall is at work on this host and what it does, `back` makes it so again. Lies in /run while a change is under
-# way; a timer runs `back` if nobody takes it away. What others have in the kernel's tables is touched only where firewalld has flushed it.
+# The way back: `keep` remembers which firewall is at work on this host and what it does, `back SECONDS` makes it so again. Lies in /run while a change
+# is under way; a timer runs `back` if nobody takes it away. What others have in the kernel's tables is touched only where firewalld has flushed it.
 set -u
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 before=/run/remotegpu-firewall.before
@@ -41,11 +41,16 @@ keep() {
     if chains_are_there; then : >chains; fi
 }
 
+# back SECONDS: three times, with so many seconds in between. On a slow host a step of the change may still be under way when the time comes; what it
+# does after the way back was taken would stay, with nobody left who can get in.
 back() {
     cd $before || exit 1
-    leave_the_new
-    bring_the_files
-    return_to_the_old
+    for pause in "$1" "$1" ''; do
+        leave_the_new
+        bring_the_files
+        return_to_the_old
+        if [ -n "$pause" ]; then sleep "$pause"; fi
+    done
 }
 
 leave_the_new() {
@@ -83,4 +88,4 @@ return_to_the_old() {
     if [ -e chains ]; then "$program" load; fi
 }
 
-"$1"
+"$@"
