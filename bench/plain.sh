@@ -8,7 +8,7 @@ apt-get -qq update
 apt-get -qq install --no-install-recommends >/dev/null \
     ca-certificates conntrack cron curl dbus-user-session iproute2 libpam-systemd openssh-server openssh-sftp-server procps psmisc \
     python3 python3-apt rsync sudo tzdata systemd-timesyncd \
-    nftables docker.io docker-cli iptables apparmor prometheus-node-exporter
+    nftables docker.io docker-cli iptables apparmor prometheus-node-exporter unattended-upgrades
 
 groupadd --system remotegpu-leases
 mkdir -p /opt/remotegpu /etc/remotegpu/authorized_keys

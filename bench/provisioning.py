@@ -28,6 +28,8 @@ GOAL = 0.5
 SHOWN = 10
 SCRIPT = Path(__file__).with_name("plain.sh")
 FILES = (
+    "etc/apt/apt.conf.d/20auto-upgrades",
+    "etc/apt/apt.conf.d/52remotegpu-unattended-upgrades",
     "etc/sudoers.d/remotegpu-operators",
     "etc/ssh/sshd_config.d/00-remotegpu.conf",
     "etc/docker/daemon.json",
@@ -35,6 +37,7 @@ FILES = (
     "etc/remotegpu/agent.json",
     "etc/remotegpu/ca.pem",
     "etc/remotegpu/firewall.nft",
+    "etc/remotegpu/operator_keys",
     "etc/systemd/system/nftables.service.d/remotegpu.conf",
     "etc/systemd/system/remotegpu-agent.service",
     "etc/systemd/system/remotegpu-firewall.service",
