@@ -6,24 +6,19 @@ and services/alerts_silences.py. Deliveries come the other way, to api/alerts.py
 
 from __future__ import annotations
 
-import base64
 import json
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from portal.errors import Error, Unavailable
+from portal.integrations.exchange import NoAnswer, TooLong, basic, exchange
 from portal.settings import Settings
 
-TIMEOUT_S = 5.0
-MOST_BYTES = 64 * 1024 * 1024
+DEADLINE_S = 5.0
 COMMENT_LENGTH = 1000
-
-# Alertmanager may lie on a host of its own, never behind the proxy that leads to the internet.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Unreachable(Unavailable):
@@ -53,22 +48,22 @@ class Known:
 
 @dataclass(frozen=True)
 class Alertmanager:
-    """One Alertmanager, or the address in front of several. Every call raises Unreachable, within TIMEOUT_S."""
+    """One Alertmanager, or the address in front of several. Every call raises Unreachable, by its deadline."""
 
     url: str
     user: str | None = None
-    password: str = ""
+    password: str = field(default="", repr=False)
+    deadline_s: float = DEADLINE_S
 
     def started_at(self) -> datetime:
         """When it was started: it keeps no alerts over a restart."""
-        return _moment(self._ask("GET", "status")["uptime"])
+        with _sense():
+            return _moment(self._ask("GET", "status")["uptime"])
 
     def alerts(self) -> list[Known]:
         """Every alert that fires, silenced ones too."""
-        try:
+        with _sense():
             return [_known(entry) for entry in self._ask("GET", "alerts")]
-        except (KeyError, TypeError, ValueError) as error:
-            raise Unreachable(f"Alertmanager's answer makes no sense: {error!r}.") from None
 
     def silence(self, labels: Mapping[str, str], *, until: datetime, by: str, reason: str) -> str:
         """Silence the alert with exactly these labels; returns the silence's id. Raises Refused."""
@@ -82,7 +77,8 @@ class Alertmanager:
             "createdBy": by,
             "comment": reason[:COMMENT_LENGTH],
         }
-        return str(self._ask("POST", "silences", body)["silenceID"])
+        with _sense():
+            return str(self._ask("POST", "silences", body)["silenceID"])
 
     def end_silence(self, silence_id: str) -> None:
         """End it now. One that is over or unknown there is no error: nothing is silenced by it."""
@@ -93,27 +89,31 @@ class Alertmanager:
                 raise
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        request = urllib.request.Request(  # noqa: S310 - the setting is checked to be http or https
-            f"{self.url.rstrip('/')}/api/v2/{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Accept": "application/json", "Content-Type": "application/json", **self._credentials()},
-        )
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self.user is not None:
+            headers["Authorization"] = basic(self.user, self.password)
+        url = f"{self.url.rstrip('/')}/api/v2/{path}"
+        told = None if body is None else json.dumps(body).encode()
         try:
-            with _opener.open(request, timeout=TIMEOUT_S) as answer:
-                content = answer.read(MOST_BYTES)
-            return json.loads(content) if content.strip() else None
-        except urllib.error.HTTPError as error:
-            said = error.read(300).decode(errors="replace").strip()
-            raise Refused(f"Alertmanager refuses: {error.code} {said}.", answered=error.code) from None
-        except (OSError, ValueError) as error:
+            status, content = exchange(method, url, body=told, headers=headers, deadline_s=self.deadline_s)
+        except NoAnswer as error:
             raise Unreachable(f"Alertmanager does not answer: {error}.") from None
+        except TooLong:
+            raise Unreachable("Alertmanager answers with more than 64 MiB.") from None
+        if not 200 <= status < 300:
+            said = content[:300].decode(errors="replace").strip()
+            raise Refused(f"Alertmanager refuses: {status} {said}.", answered=status)
+        with _sense():
+            return json.loads(content) if content.strip() else None
 
-    def _credentials(self) -> dict[str, str]:
-        if self.user is None:
-            return {}
-        pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Authorization": f"Basic {pair}"}
+
+@contextmanager
+def _sense() -> Iterator[None]:
+    """What cannot be read is as good as no answer. Raises Unreachable."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unreachable(f"Alertmanager's answer makes no sense: {error!r}.") from None
 
 
 def of(settings: Settings) -> Alertmanager | None:

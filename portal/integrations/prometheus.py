@@ -5,26 +5,20 @@ What is asked and what it means is in services/monitoring_charts.py. Nothing her
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import http.client
 import math
-import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import orjson
 
 from portal.errors import Unavailable
+from portal.integrations.exchange import NoAnswer, TooLong, basic, exchange
 from portal.settings import Settings
 
 DEADLINE_S = 5.0  # a chart asks up to three times, and somebody waits for it
 MAX_POINTS = 11_000  # of one series; Prometheus refuses more
-MAX_BYTES = 64 * 1024 * 1024
 
 
 class PrometheusDown(Unavailable):
@@ -79,8 +73,13 @@ class Prometheus:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         if self.authorization:
             headers["Authorization"] = self.authorization
-        path = f"{urlsplit(self.url).path.rstrip('/')}/api/v1/{what}"
-        status, answer = self._exchange(path, body, headers)
+        url = f"{self.url.rstrip('/')}/api/v1/{what}"
+        try:
+            status, answer = exchange("POST", url, body=body, headers=headers, deadline_s=self.deadline_s)
+        except NoAnswer as error:
+            raise PrometheusDown(f"Prometheus does not answer: {error}") from None
+        except TooLong:
+            raise PrometheusRefused("Prometheus answers with more than 64 MiB; ask for less.") from None
         if status in (401, 403):
             raise PrometheusRefused("Prometheus does not accept our credentials; see PROMETHEUS_TOKEN and its like.")
         told = _parsed(answer)
@@ -88,31 +87,6 @@ class Prometheus:
             raise PrometheusRefused(f"Prometheus refuses the query: {told.get('error') or f'HTTP {status}'}")
         found: list[Any] = told["data"]["result"]
         return found
-
-    def _exchange(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        connection = self._connection()
-        try:
-            with _deadline(self.deadline_s) as (expired, cut):
-                try:
-                    connection.connect()
-                    cut.append(connection.sock)
-                    connection.request("POST", path, body, dict(headers))
-                    response = connection.getresponse()
-                    answer = _read(response)
-                except (OSError, http.client.HTTPException) as error:
-                    late = expired.is_set() or isinstance(error, TimeoutError)
-                    why = f"no answer within {self.deadline_s:g} s" if late else str(error) or type(error).__name__
-                    raise PrometheusDown(f"Prometheus does not answer: {why}") from None
-                if expired.is_set():  # what was cut off looks like the end of an answer without a length
-                    raise PrometheusDown(f"Prometheus does not answer: no answer within {self.deadline_s:g} s")
-                return response.status, answer
-        finally:
-            connection.close()
-
-    def _connection(self) -> http.client.HTTPConnection:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        return kind(parts.hostname or "", parts.port, timeout=self.deadline_s)
 
 
 def of_settings(settings: Settings) -> Prometheus | None:
@@ -126,36 +100,8 @@ def _authorization(settings: Settings) -> str | None:
     if settings.prometheus_token:
         return f"Bearer {settings.prometheus_token}"
     if settings.prometheus_user:
-        pair = f"{settings.prometheus_user}:{settings.prometheus_password}".encode()
-        return f"Basic {base64.b64encode(pair).decode()}"
+        return basic(settings.prometheus_user, settings.prometheus_password)
     return None
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[tuple[threading.Event, list[socket.socket]]]:
-    """Cut these sockets when the time is up: a timeout of their own begins anew with every byte that trickles in."""
-    expired, sockets = threading.Event(), list[socket.socket]()
-
-    def cut() -> None:
-        expired.set()
-        for each in sockets:
-            with contextlib.suppress(OSError):  # the other side was first
-                each.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield expired, sockets
-    finally:
-        timer.cancel()
-
-
-def _read(response: http.client.HTTPResponse) -> bytes:
-    answer = response.read(MAX_BYTES + 1)
-    if len(answer) > MAX_BYTES:
-        raise PrometheusRefused("Prometheus answers with more than 64 MiB; ask for less.")
-    return answer
 
 
 def _parsed(answer: bytes) -> dict[str, Any]:

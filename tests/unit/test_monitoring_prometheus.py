@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,36 +12,9 @@ import pytest
 from portal.integrations import prometheus
 from portal.integrations.prometheus import Prometheus, PrometheusDown, PrometheusRefused
 from portal.settings import Settings
+from tests.support.one_answer import Answer, answering, saying, trickling
 
-Answer = Callable[[socket.socket], None]
-
-
-@contextmanager
-def answering(answer: Answer) -> Iterator[tuple[str, list[bytes]]]:
-    """A server for one call; yields its address and what it was sent."""
-    heard: list[bytes] = []
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.settimeout(10)
-            while b"query=" not in b"".join(heard):
-                heard.append(connection.recv(65536))
-            answer(connection)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", heard
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def saying(status: str, body: Any, **headers: str) -> Answer:
-    text = body if isinstance(body, str) else json.dumps(body)
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(text.encode())}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return lambda connection: connection.sendall(("\r\n".join(lines) + "\r\n\r\n" + text).encode())
+asked = partial(answering, after=b"query=")  # it stands in the body, which follows the head
 
 
 def vector(*values: tuple[dict[str, str], str]) -> dict[str, Any]:
@@ -54,7 +24,7 @@ def vector(*values: tuple[dict[str, str], str]) -> dict[str, Any]:
 
 def test_an_answer_becomes_values_and_what_is_no_number_is_none() -> None:
     said = vector(({"host": "a"}, "0"), ({"host": "b"}, "NaN"), ({"host": "c"}, "+Inf"))
-    with answering(saying("200 OK", said)) as (url, heard):
+    with asked(saying("200 OK", said)) as (url, heard):
         found = Prometheus(url + "/prefix/").query("up", at=1000)
     assert [(series.labels["host"], series.value) for series in found] == [("a", 0.0), ("b", None), ("c", None)]
     assert found[0].points == ((1000.5, 0.0),)
@@ -70,7 +40,7 @@ def test_an_answer_becomes_values_and_what_is_no_number_is_none() -> None:
     ],
 )
 def test_our_credentials_go_along_and_are_not_shown(settings: Settings, given: dict[str, str], sent: bytes) -> None:
-    with answering(saying("200 OK", vector())) as (url, heard):
+    with asked(saying("200 OK", vector())) as (url, heard):
         for name, value in {**given, "prometheus_url": url}.items():
             object.__setattr__(settings, name, value)
         asking = prometheus.of_settings(settings)
@@ -97,7 +67,7 @@ def test_without_an_address_there_is_none(settings: Settings) -> None:
     ],
 )
 def test_a_refusal_is_told(answer: Answer, told: str) -> None:
-    with answering(answer) as (url, _heard), pytest.raises(PrometheusRefused, match=told):
+    with asked(answer) as (url, _heard), pytest.raises(PrometheusRefused, match=told):
         Prometheus(url).query("up")
 
 
@@ -109,24 +79,14 @@ def test_nobody_there_is_told() -> None:
 
 
 def test_a_server_that_hangs_up_is_told() -> None:
-    with answering(lambda _connection: None) as (url, _heard), pytest.raises(PrometheusDown, match="does not answer"):
+    with asked(lambda _connection: None) as (url, _heard), pytest.raises(PrometheusDown, match="does not answer"):
         Prometheus(url).query("up")
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
 def test_a_server_that_trickles_is_left_at_the_deadline(head: bytes) -> None:
-    def trickle(connection: socket.socket) -> None:
-        connection.sendall(head)
-        give_up_at = time.monotonic() + 8
-        try:
-            while time.monotonic() < give_up_at:  # the other side hangs up first
-                connection.sendall(b" ")
-                time.sleep(0.02)
-        except OSError:
-            return
-
     began = time.monotonic()
-    with answering(trickle) as (url, _heard), pytest.raises(PrometheusDown, match=r"no answer within 0\.3 s"):
+    with asked(trickling(head)) as (url, _heard), pytest.raises(PrometheusDown, match=r"no answer within 0\.3 s"):
         Prometheus(url, deadline_s=0.3).query("up")
     assert time.monotonic() - began < 4
 
