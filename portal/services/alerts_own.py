@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography import x509
 
 from portal.db import utcnow
-from portal.models import Alert, ApiToken, Gpu, Lease, Machine, MachineReport, Run, RunHost, User
+from portal.models import Alert, ApiToken, Lease, Machine, MachineReport, Run, RunHost, User
 from portal.models.states import ALERT_OPEN
 from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines
 from portal.services.actors import SYSTEM
@@ -165,14 +165,12 @@ def _agents(fleet: Sequence[Machine], now: datetime, since: datetime) -> Iterato
     """Silent agents, and what the others say is wrong. A machine in maintenance is somebody's work already."""
     watched = [machine for machine in fleet if machine.maintenance_since is None]
     ids = [machine.id for machine in watched]
-    gpus: dict[int, list[Gpu]] = {}
-    for gpu in Gpu.select().where(Gpu.machine << ids):
-        gpus.setdefault(gpu.machine_id, []).append(gpu)
+    gpus, limits = machines.gpus_by_machine(ids), machines.limits()
     reports = {report.machine_id: report for report in MachineReport.select().where(MachineReport.machine << ids)}
     for machine in watched:
         report = reports.get(machine.id)
-        told = health.of(machine, gpus.get(machine.id, []), report, now, machines.limits())
-        if told.is_online or now - since > timedelta(seconds=machines.limits().silence_s):
+        told = health.of(machine, gpus.get(machine.id, []), report, now, limits)
+        if told.is_online or now - since > timedelta(seconds=limits.silence_s):
             yield from _of_agent(machine, told)
 
 

@@ -54,6 +54,15 @@ def expected_gpus(machine: Machine) -> list[Gpu]:
     return list(Gpu.select().where(Gpu.machine == machine).order_by(Gpu.slot, Gpu.id))
 
 
+def gpus_by_machine(ids: Sequence[int] | None = None) -> dict[int, list[Gpu]]:
+    """The same of many machines, or of all, by the machine's id; one without any is not in it."""
+    query = Gpu.select().order_by(Gpu.slot, Gpu.id)
+    found: dict[int, list[Gpu]] = {}
+    for gpu in query if ids is None else query.where(Gpu.machine << ids):
+        found.setdefault(gpu.machine_id, []).append(gpu)
+    return found
+
+
 def find_report(machine: Machine) -> MachineReport | None:
     report: MachineReport | None = MachineReport.get_or_none(MachineReport.machine == machine)
     return report

@@ -72,9 +72,7 @@ def _whole(now: datetime) -> dict[str, Any]:
 def _compute(now: datetime) -> dict[str, Any]:
     asked = _ask()
     every = list(Machine.select().where(Machine.state != "retired").order_by(Machine.name))
-    gpus: dict[int, list[Gpu]] = {}
-    for gpu in Gpu.select().order_by(Gpu.slot, Gpu.id):
-        gpus.setdefault(gpu.machine_id, []).append(gpu)
+    gpus = machines.gpus_by_machine()
     reports = {report.machine_id: report for report in MachineReport.select()}
     limits = machines.limits()
     shown, reachable, by_region = [], Counter[str](), dict[str, list[dict[str, Any]]]()

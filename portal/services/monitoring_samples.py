@@ -109,7 +109,7 @@ def exposition(now: datetime) -> str:
     """Everything, in the text format of Prometheus."""
     samples = Samples()
     reports = {report.machine_id: report for report in MachineReport.select()}
-    gpus = _by_machine(Gpu.select().order_by(Gpu.slot, Gpu.id))
+    gpus = machines.gpus_by_machine()
     limits = machines.limits()
     counted: Counter[tuple[str, str]] = Counter()
     for number, machine in enumerate(list(Machine.select().order_by(Machine.name))):
@@ -126,13 +126,6 @@ def exposition(now: datetime) -> str:
             samples.add("remotegpu_machines", labels, counted[word, reachability])
     _nouns(samples)
     return samples.text()
-
-
-def _by_machine(gpus: Iterable[Gpu]) -> dict[int, list[Gpu]]:
-    found: dict[int, list[Gpu]] = {}
-    for gpu in gpus:
-        found.setdefault(gpu.machine_id, []).append(gpu)
-    return found
 
 
 def _nouns(samples: Samples) -> None:

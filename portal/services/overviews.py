@@ -5,7 +5,7 @@ Read only. Pages and API show the same, because both take it from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import reduce
@@ -103,7 +103,7 @@ def _address_or(keyword: str) -> str:
 def of_machines(rows: Sequence[Machine], now: datetime) -> list[MachineView]:
     """The views of these machines, in the same order."""
     ids = [machine.id for machine in rows]
-    gpus = _grouped(Gpu.select().where(Gpu.machine << ids).order_by(Gpu.slot, Gpu.id))
+    gpus = machines.gpus_by_machine(ids)
     reports = {report.machine_id: report for report in MachineReport.select().where(MachineReport.machine << ids)}
     open_leases = Lease.select(Lease, Tenant).join(Tenant).where(Lease.machine << ids, Lease.state << LEASE_OPEN)
     by_machine = {lease.machine_id: lease for lease in open_leases}
@@ -136,13 +136,6 @@ def _view(
         lease=lease,
         reclaim=reclaim,
     )
-
-
-def _grouped(gpus: Iterable[Gpu]) -> dict[int, list[Gpu]]:
-    groups: dict[int, list[Gpu]] = {}
-    for gpu in gpus:
-        groups.setdefault(gpu.machine_id, []).append(gpu)
-    return groups
 
 
 def _newest_reclaims(by: Any, ids: Sequence[int]) -> dict[int, Reclaim]:
