@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import marshmallow as ma
@@ -19,17 +18,15 @@ from flask_jwt_extended import get_jwt
 from portal.api.blueprint import Blueprint, Schema
 from portal.api.guard import current_user, requires
 from portal.db import connection
-from portal.integrations.wake import EVERYTHING, WINDOW_S, Heard, Key, wake
-from portal.models import Event, User
-from portal.services import sessions, tenants
+from portal.integrations.wake import EVERYTHING, Heard, Key, wake
+from portal.models import User
+from portal.services import events, sessions, tenants
 
 bp = Blueprint("events", __name__, url_prefix="/api/v1/events", description="What changes, as it changes")
 
 KEEP_ALIVE_S = 15.0
 LIFE_S = 600.0  # shorter than an access token lives
-INTERNAL = ("machine.generation", "credential.ended")  # of no meaning to people
 KEEP_ALIVE = ": still here\n\n"
-PAGE = 500  # as many missed events are read at a time
 Reader = Callable[[], User | None]
 
 
@@ -87,7 +84,8 @@ def _events(ask: Reader, wanted: tuple[str, ...], last: int | None) -> Iterator[
     with wake.listen(*keys) as ear:
         yield KEEP_ALIVE
         sent: set[int] = set()
-        for heard in () if last is None else _missed(keys, last):
+        whose = None if EVERYTHING in keys else [tenant_id for _, tenant_id in keys]
+        for heard in () if last is None else events.missed(last, of_tenants=whose):
             sent.add(heard.id)
             yield from _told(heard, wanted)
         asked_at = time.monotonic()
@@ -111,30 +109,7 @@ def _keys(user: User | None) -> tuple[Key, ...]:
     return tuple(("tenant", tenant_id) for tenant_id in tenants.ids_of(user))
 
 
-def _missed(keys: tuple[Key, ...], last: int) -> Iterator[Heard]:
-    """What came after the last event that was read, and shortly before it: ids commit out of order.
-
-    Whoever was away for longer than events are kept is told all that there are.
-    """
-    columns = (Event.id, Event.topic, Event.machine_id, Event.tenant_id, Event.resource_id, Event.data)
-    told: Any = Event.select(*columns).where(Event.topic.not_in(INTERNAL), Event.id != last)
-    if EVERYTHING not in keys:
-        told = told.where(Event.tenant_id << [tenant_id for _, tenant_id in keys])
-    with connection():
-        seen_at = Event.select(Event.at).where(Event.id == last).scalar()
-    if seen_at is not None:
-        told = told.where(Event.at > seen_at - timedelta(seconds=WINDOW_S))
-    page: list[Any] = []
-    while True:
-        after = page[-1][0] if page else 0
-        with connection():
-            page = list(told.where(Event.id > after).order_by(Event.id).limit(PAGE).tuples())
-        yield from (Heard(*row) for row in page)
-        if len(page) < PAGE:
-            return
-
-
 def _told(heard: Heard, wanted: tuple[str, ...]) -> Iterator[str]:
-    if heard.topic.startswith(wanted) and heard.topic not in INTERNAL:
+    if heard.topic.startswith(wanted) and heard.topic not in events.INTERNAL:
         about = {"machine_id": heard.machine_id, "resource_id": heard.resource_id, **heard.data}
         yield line(heard.topic, about, id=heard.id)

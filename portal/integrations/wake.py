@@ -61,6 +61,9 @@ class Heard:
         return ((self.topic, about), ("tenant", self.tenant_id), EVERYTHING)
 
 
+HEARD = (Event.id, Event.topic, Event.machine_id, Event.tenant_id, Event.resource_id, Event.data)  # a row of it
+
+
 @dataclass(eq=False)
 class Ear:
     """What one waiter listens to. Belongs to one thread or greenlet."""
@@ -213,9 +216,8 @@ class Wake:
         now = time.monotonic()
         far = now - self._looked_far_at >= 1.0
         since = utcnow() - timedelta(seconds=WINDOW_S if far else SHORT_WINDOW_S)
-        columns = (Event.id, Event.topic, Event.machine_id, Event.tenant_id, Event.resource_id, Event.data)
         with connection():
-            rows: list[Any] = list(Event.select(*columns).where(Event.at > since).tuples())
+            rows: list[Any] = list(Event.select(*HEARD).where(Event.at > since).tuples())
         self.looks += 1
         if now - self._looked_at > WINDOW_S / 2:
             self.unbroken_since = now

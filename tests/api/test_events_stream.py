@@ -109,13 +109,13 @@ def test_however_much_happened_elsewhere_nothing_of_ones_own_is_missed(
     with db.atomic():
         for _ in range(12):
             Event.insert_many([noise] * 100).execute()
-    Event.insert_many([{**noise, "topic": "task.running"}] * (2 * streams.PAGE)).execute()
+    Event.insert_many([{**noise, "topic": "task.running"}] * (2 * events.PAGE)).execute()
     write("task.succeeded", tenant_id=tenant.id)
     a_while_ago()
     person = sign_in(request.getfixturevalue(who))
     heard = topics_heard(person, lambda: None, headers={"Last-Event-ID": str(last)})
     assert heard[-1] == "task.succeeded"
-    assert heard.count("task.running") == (0 if who == "customer" else 2 * streams.PAGE)
+    assert heard.count("task.running") == (0 if who == "customer" else 2 * events.PAGE)
 
 
 def test_whoever_was_away_for_longer_than_events_are_kept_is_told_all_that_there_are(
