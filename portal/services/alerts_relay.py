@@ -48,8 +48,7 @@ def start() -> bool:
 
 def _reconcile_alone() -> None:
     try:
-        with connection():
-            reconcile()
+        reconcile()
     except Exception:
         LOG.exception("alerts were not compared with Alertmanager; it is tried again in a minute")
 
@@ -68,7 +67,8 @@ def reconcile(now: datetime | None = None) -> int:
     except Error as error:
         LOG.info("alerts are not compared: %s", error.message)
         return 0
-    return compare(known, started_at, now)
+    with connection():  # only now: an Alertmanager that hangs holds none
+        return compare(known, started_at, now)
 
 
 def compare(known: Sequence[Known], started_at: datetime, now: datetime) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from portal.db import connection, utcnow
+from portal.db import connection, db, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations.alertmanager import Known
 from portal.models import Alert, AuditEntry, User
@@ -277,6 +277,27 @@ def test_a_delivery_that_never_came_is_fetched(database: Any) -> None:
     assert compare(WATCHDOG, known(HOT)) == 0
     assert story() == [("firing", NOW, None)]
     assert alerts.watchdog_heard_at() == NOW + 5 * MINUTE, "it is no alert, it says that Prometheus lives"
+
+
+def test_while_alertmanager_is_asked_no_connection_is_held(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    class Asked:
+        def alerts(self) -> list[Known]:
+            held.append(not db.is_closed())
+            return [WATCHDOG, known(HOT)]
+
+        def started_at(self) -> datetime:
+            held.append(not db.is_closed())
+            return LONG_AGO
+
+    monkeypatch.setattr(alerts_relay.alertmanager, "of", lambda _settings: Asked())
+    monkeypatch.setattr(alerts_relay.config, "current", lambda: None)
+    thread = threading.Thread(target=alerts_relay._reconcile_alone)
+    thread.start()
+    thread.join()
+    assert held == [False, False]
+    assert story() == [("firing", NOW, None)]
 
 
 def test_an_alert_that_alertmanager_forgot_to_end_is_over(database: Any) -> None:
