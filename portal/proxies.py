@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -28,7 +28,7 @@ class KnownProxies:
     def __init__(self, app: WSGIApplication, trusted: str) -> None:
         self._proxies, self._is_socket_ours = networks(trusted, but=UNIX_SOCKET), UNIX_SOCKET in words(trusted)
         self._app, self._behind_proxy = app, ProxyFix(app, x_for=0, x_proto=1, x_host=1)
-        self._is_ours = cache(self._look_up)  # few proxies, and each of them calls often
+        self._is_ours = lru_cache(1024)(self._look_up)  # few proxies call often; strangers have no end of addresses
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         sender = environ.get("REMOTE_ADDR", "")
