@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 import redis
+from redis.exceptions import LockError
+from redis.lock import Lock
 
 from portal.errors import Unavailable
 from portal.services import config
@@ -28,9 +30,6 @@ REFUSED_S = 5.0  # a failure is told again for so long, or everybody in turn wou
 AWAY_S = 5.0  # a Redis that failed is left alone for so long
 MOST = 500  # answers kept in a process
 PREFIX = "remotegpu:monitoring:"
-
-# Let go of the lock only if it is still ours: a slow computation may have lost it to somebody else.
-RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +89,13 @@ class Cache:
 
     def _fetch_or_compute(self, key: str, compute: Callable[[], Any], keep_s: float) -> Kept:
         give_up_at = time.monotonic() + LOCK_S
-        token = str(uuid.uuid4())
         while (server := self._server()) is not None:
             try:
                 if (found := server.get(PREFIX + key)) is not None:
                     return _unpacked(found)
-                if server.set(f"{PREFIX}lock:{key}", token, nx=True, px=int(LOCK_S * 1000)):
-                    return self._compute_for_all(server, key, token, compute, keep_s)
+                lock = server.lock(f"{PREFIX}lock:{key}", timeout=LOCK_S)
+                if lock.acquire(blocking=False):
+                    return self._compute_for_all(server, lock, key, compute, keep_s)
             except redis.RedisError as error:
                 self._leave_alone(error)
                 break
@@ -106,21 +105,22 @@ class Cache:
         return self._computed(compute, keep_s)
 
     def _compute_for_all(
-        self, server: redis.Redis, key: str, token: str, compute: Callable[[], Any], keep_s: float
+        self, server: redis.Redis, lock: Lock, key: str, compute: Callable[[], Any], keep_s: float
     ) -> Kept:
         kept = None
         try:
             kept = self._computed(compute, keep_s)
             return kept
         finally:
-            self._tell_all(server, key, token, kept)
+            self._tell_all(server, lock, key, kept)
 
-    def _tell_all(self, server: redis.Redis, key: str, token: str, kept: Kept | None) -> None:
+    def _tell_all(self, server: redis.Redis, lock: Lock, key: str, kept: Kept | None) -> None:
         """What was computed, if it was, and that the others need not wait any longer."""
         try:
             if kept is not None and kept.failure is None:
                 server.set(PREFIX + key, _packed(kept), px=max(1, int((kept.until - self.clock()) * 1000)))
-            server.eval(RELEASE, 1, f"{PREFIX}lock:{key}", token)
+            with suppress(LockError):  # it took too long, and the lock is somebody else's by now
+                lock.release()
         except redis.RedisError as error:
             self._leave_alone(error)
 
