@@ -18,7 +18,7 @@ from portal.errors import Conflict, Error, Invalid, NotFound
 from portal.integrations import alertmanager
 from portal.models import Alert, AlertSilence, User
 from portal.models.states import ALERT_OPEN
-from portal.services import audit, config, events
+from portal.services import audit, batch, config, events
 from portal.services.actors import SYSTEM, Actor
 from portal.services.transitions import WrongState, move
 
@@ -89,9 +89,7 @@ def end(silence: AlertSilence, *, by: Actor) -> AlertSilence:
     """End it now; Alertmanager first. Raises WrongState if it has ended."""
     if silence.state != "active":
         raise WrongState("The silence has ended already.", state=silence.state)
-    outside = alertmanager.of(config.current())
-    if outside is not None and silence.external_id is not None:
-        outside.end_silence(silence.external_id)
+    _end_outside(silence.external_id)
     with atomic():
         move(silence, leave="active", enter="ended", ended_at=utcnow(), ended_by=by.user)
         _tell("alert_silence.ended", silence, by=by)
@@ -100,17 +98,15 @@ def end(silence: AlertSilence, *, by: Actor) -> AlertSilence:
 
 def end_due(now: datetime | None = None) -> int:
     """End those whose time is up; returns how many. Alertmanager keeps the same time by itself. For the sweep."""
-    now = now or utcnow()
-    ended = 0
-    for silence in list(AlertSilence.select().where(AlertSilence.state == "active", AlertSilence.ends_at <= now)):
-        try:
-            with atomic():
-                move(silence, leave="active", enter="ended", ended_at=silence.ends_at)
-                _tell("alert_silence.ended", silence, by=SYSTEM)
-        except WrongState:
-            continue
-        ended += 1
-    return ended
+    due = AlertSilence.select().where(AlertSilence.state == "active", AlertSilence.ends_at <= (now or utcnow()))
+    return batch.each(due, _end_by_time)
+
+
+def _end_by_time(silence: AlertSilence) -> bool:
+    with atomic():
+        move(silence, leave="active", enter="ended", ended_at=silence.ends_at)
+        _tell("alert_silence.ended", silence, by=SYSTEM)
+    return True
 
 
 def find_active(fingerprint: str) -> AlertSilence | None:
