@@ -14,19 +14,19 @@ import redis
 from portal.db import db, is_sqlite
 from portal.models import ApiToken, Lease, Machine
 from portal.services import alerts_own, config
-from portal.services.monitoring_samples import labelled
+from portal.services.monitoring_samples import Samples, labelled
 
 REDIS_TIMEOUT_S = 1.0
 
-FAMILIES: Mapping[str, str] = {
-    "remotegpu_lease_end_timestamp_seconds": "When an active lease ends",
-    "remotegpu_run_failed": "1 where the newest run of a playbook on a machine has failed within a day",
-    "remotegpu_certificate_end_timestamp_seconds": "When a certificate of the portal ends",
-    "remotegpu_token_end_timestamp_seconds": "When the API token of a program ends",
-    "remotegpu_database_connections": "Connections to the database server, of everybody",
-    "remotegpu_database_connections_limit": "How many connections the database server takes",
-    "remotegpu_redis_memory_used_bytes": "Memory that Redis uses",
-    "remotegpu_redis_memory_limit_bytes": "Memory that Redis may use; nothing where it has no limit",
+FAMILIES: Mapping[str, tuple[str, str]] = {
+    "remotegpu_lease_end_timestamp_seconds": ("gauge", "When an active lease ends"),
+    "remotegpu_run_failed": ("gauge", "1 where the newest run of a playbook on a machine has failed within a day"),
+    "remotegpu_certificate_end_timestamp_seconds": ("gauge", "When a certificate of the portal ends"),
+    "remotegpu_token_end_timestamp_seconds": ("gauge", "When the API token of a program ends"),
+    "remotegpu_database_connections": ("gauge", "Connections to the database server, of everybody"),
+    "remotegpu_database_connections_limit": ("gauge", "How many connections the database server takes"),
+    "remotegpu_redis_memory_used_bytes": ("gauge", "Memory that Redis uses"),
+    "remotegpu_redis_memory_limit_bytes": ("gauge", "Memory that Redis may use; nothing where it has no limit"),
 }
 
 Sample = tuple[str, Mapping[str, str], float]
@@ -34,14 +34,10 @@ Sample = tuple[str, Mapping[str, str], float]
 
 def exposition(now: datetime) -> str:
     """Everything, in the text format of Prometheus. What cannot be asked now has no sample."""
-    lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    samples = Samples(FAMILIES)
     for name, labels, value in _samples(now):
-        lines[name].append(f"{name}{labelled(labels)} {float(value)!r}\n")
-    return "".join(
-        f"# HELP {name} {FAMILIES[name]}\n# TYPE {name} gauge\n{''.join(found)}"
-        for name, found in lines.items()
-        if found
-    )
+        samples.add(name, labelled(labels), value)
+    return samples.text()
 
 
 def _samples(now: datetime) -> Iterator[Sample]:

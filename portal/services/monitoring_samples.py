@@ -18,7 +18,7 @@ import peewee
 
 from portal.models import Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, Task
 from portal.models.states import LEASE, MACHINE, RECLAIM, RUN, TASK
-from portal.services import health, machines
+from portal.services import health, machines, monitoring_measures
 from portal.services.health import Health
 from portal.services.monitoring_targets import labels_of
 
@@ -26,7 +26,7 @@ REACHABILITY = ("online", "offline", "never")
 BREATH = 50  # machines between two moments in which other requests get their turn
 MOST_DISKS = 32  # of one host; a host that invents names must not fill Prometheus
 MOST_INTERFACES = 16
-PLUMBING = re.compile(r"lo|(veth|docker|br-|cni|cali|flannel|virbr|vnet|tap|lxc|ifb|dummy).*")
+PLUMBING = re.compile(monitoring_measures.PLUMBING)
 
 # name → type and help. The order is that of the answer.
 FAMILIES: Mapping[str, tuple[str, str]] = {
@@ -73,8 +73,9 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
 class Samples:
     """Samples by family, written as text at once: at 8,000 GPUs an object for each would cost a second of processor."""
 
-    def __init__(self) -> None:
-        self._lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    def __init__(self, families: Mapping[str, tuple[str, str]]) -> None:
+        self._families = families
+        self._lines: dict[str, list[str]] = {name: [] for name in families}
 
     def add(self, name: str, labels: str, value: float | bool | None) -> None:
         """`labels` are as `labelled` writes them. None is unknown, and no sample."""
@@ -87,7 +88,7 @@ class Samples:
     def _parts(self) -> Iterator[str]:
         for name, lines in self._lines.items():
             if lines:
-                kind, about = FAMILIES[name]
+                kind, about = self._families[name]
                 yield f"# HELP {name} {about}\n# TYPE {name} {kind}\n"
                 yield from lines
 
@@ -107,7 +108,7 @@ def normalised(gpu_uuid: str) -> str:
 
 def exposition(now: datetime) -> str:
     """Everything, in the text format of Prometheus."""
-    samples = Samples()
+    samples = Samples(FAMILIES)
     reports = {report.machine_id: report for report in MachineReport.select()}
     gpus = machines.gpus_by_machine()
     limits = machines.limits()
