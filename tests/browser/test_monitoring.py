@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from portal import start
 from portal.db import atomic, utcnow
@@ -87,14 +87,6 @@ def house(site: Site) -> Iterator[House]:
     wake.stop()
     heartbeats.buffer.stop()
     close_database(database.obj)
-
-
-@pytest.fixture
-def windows(browser: Browser, house: House) -> Iterator[Windows]:
-    opened = Windows(browser, house.url)
-    yield opened
-    opened.close()
-    assert opened.faults == []
 
 
 @pytest.fixture(scope="module")

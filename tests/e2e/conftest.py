@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from tests.e2e.world import INSTALLER_PASSWORD, World
 from tests.hosts import Host
 from tests.hosts.docker import boot, gateway_address
 from tests.hosts.fixtures import operator_key
-from tests.support.portal import Portal, free_port, running
-from tests.support.waiting import until
+from tests.support import redis
+from tests.support.portal import Portal, running
 
 __all__ = ["operator_key"]
 
@@ -43,7 +42,7 @@ def house(
         environ = {"REPORT_INTERVAL_S": "1", "OFFLINE_AFTER_S": "10"}
         if request.param == "postgresql":
             environ["DATABASE_URL"] = stack.enter_context(a_database())
-            environ["REDIS_URL"] = stack.enter_context(redis(folder))
+            environ["REDIS_URL"] = stack.enter_context(redis.server(folder)).url
         hosts = {suite: stack.enter_context(booted(suite, request.param, operator_key)) for suite in SUITES}
         portal = Portal(folder / "instance", address=gateway_address(), environ=environ)
         stack.enter_context(running(portal))
@@ -69,18 +68,3 @@ def a_database() -> Iterator[str]:
     with postgresql.server() as url:
         postgresql.execute(url, "CREATE DATABASE rental")
         yield f"{url}/rental"
-
-
-@contextmanager
-def redis(folder: Path) -> Iterator[str]:
-    """A Redis that cannot evict, on loopback."""
-    port = free_port("127.0.0.1")
-    argv = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    process = subprocess.Popen([*argv, "--maxmemory-policy", "noeviction"], stdout=subprocess.DEVNULL)
-    try:
-        answers = ["redis-cli", "-p", str(port), "ping"]
-        until(lambda: subprocess.run(answers, capture_output=True).stdout == b"PONG\n", "Redis to answer", timeout_s=10)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait(10)

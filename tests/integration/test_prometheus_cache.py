@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import redis
 
 from portal.services.monitoring_cache import LOCK_S, PREFIX, Cache
-from tests.support.portal import free_port
+from tests.support.redis import Server
+from tests.support.redis import server as redis_server
 from tests.support.waiting import until
 
 PROCESSES = 3
 
 
-@dataclass
-class Server:
-    url: str
-    process: subprocess.Popen[bytes]
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A Redis of this test's own."""
-    port = free_port("127.0.0.1")
-    argv = ["setpriv", "--pdeathsig", "TERM", "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    with (tmp_path / "redis.log").open("wb") as log:
-        process = subprocess.Popen([*argv, "--dir", str(tmp_path)], stdout=log, stderr=log)
-    until(lambda: "Ready to accept" in (tmp_path / "redis.log").read_text(), "Redis to start")
-    yield Server(f"redis://127.0.0.1:{port}/0", process)
-    process.send_signal(signal.SIGCONT)
-    process.terminate()
-    process.wait()
+    with redis_server(tmp_path) as running:
+        yield running
 
 
 def ask_at_once(url: str, together: multiprocessing.synchronize.Barrier) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +12,13 @@ import pytest
 
 from portal.integrations import queue
 from portal.settings import Settings
-from tests.support.portal import free_port
-from tests.support.waiting import until
+from tests.support.redis import server as redis_server
 
 
 @pytest.fixture
 def redis_url(tmp_path: Path) -> Iterator[str]:
-    """A Redis of this test's own."""
-    port = free_port("127.0.0.1")
-    argv = ["setpriv", "--pdeathsig", "TERM", "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    with (tmp_path / "redis.log").open("wb") as log:
-        process = subprocess.Popen([*argv, "--dir", str(tmp_path)], stdout=log, stderr=log)
-    until(lambda: "Ready to accept" in (tmp_path / "redis.log").read_text(), "Redis to start")
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait()
+    with redis_server(tmp_path) as running:
+        yield running.url
 
 
 @contextmanager
