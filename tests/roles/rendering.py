@@ -1,22 +1,23 @@
 """A role's templates and variables as a host would see them, without a host.
 
-`Role` loads a role as Ansible does: defaults, vars/main.yml, the narrowest file of the distribution, then what the test
-says.
+`Role` holds one role for many questions, on top of tests/support/rendering.py, which reads its variables.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
-ROLES = Path(__file__).parents[2] / "roles"
-DISTRIBUTIONS = ("Debian 12", "Debian 13", "Ubuntu 22", "Ubuntu 24")
+from tests.support import rendering
+from tests.support.rendering import ROLES, variables_of
+
+SUITES = {" ".join(distribution): suite for suite, distribution in rendering.DISTRIBUTIONS.items()}
+DISTRIBUTIONS = tuple(SUITES)
 
 
 class Role:
@@ -25,13 +26,7 @@ class Role:
     def __init__(self, name: str, distribution: str = "Debian 13", **said: Any) -> None:
         self.path = ROLES / name
         self._loader = DataLoader()
-        family, major = distribution.split()
-        candidates = [f"{family}_{major}.yml", f"{family}.yml", "Debian.yml"]
-        chosen = next(file for file in candidates if (self.path / "vars" / file).exists())
-        self.variables: dict[str, Any] = {"ansible_managed": "managed", "role_path": str(self.path)}
-        for file in ("defaults/main.yml", "vars/main.yml", f"vars/{chosen}"):
-            self.variables |= self._loader.load_from_file(str(self.path / file), trusted_as_template=True)
-        self.variables |= said
+        self.variables = variables_of(name, SUITES[distribution], **{"ansible_managed": "managed", **said})
 
     def value(self, name: str, **more: Any) -> Any:
         """A variable, rendered."""

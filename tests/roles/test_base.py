@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from tests.roles.rendering import ROLES, Role
+from tests.roles.rendering import Role
+from tests.support.rendering import ROLES
 
 ADA = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAda1"
 PORTAL = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPortalPortalPortalPortalPortalPortalPor1"

@@ -14,7 +14,6 @@ from tests.support.rendering import evaluate, render, variables_of
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {"ansible_managed": "managed"}
 
 
 def value(role: str, name: str) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.roles.rendering import DISTRIBUTIONS, ROLES, Role, load_module
+from tests.roles.rendering import DISTRIBUTIONS, Role, load_module
+from tests.support.rendering import ROLES
 
 BACKENDS = ("nftables", "iptables", "firewalld", "ufw")
 ALLOW: list[dict[str, Any]] = [

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.support.rendering import FACTS, evaluate, render
+from tests.roles.rendering import load_module
+from tests.support.rendering import DISTRIBUTIONS, FACTS, evaluate, render
 
 ROLE = Path(__file__).parents[2] / "roles/nvidia_driver"
 FAKE_ROOT = Path(__file__).parents[2] / "molecule/nvidia_driver/files/root"
 H100, H100_HGX, PASCAL, BLACKWELL = "10de:2330", "10de:2330", "10de:1b38", "10de:2901"
-DISTRIBUTIONS = {
-    "bookworm": ("Debian", "12"),
-    "trixie": ("Debian", "13"),
-    "jammy": ("Ubuntu", "22"),
-    "noble": ("Ubuntu", "24"),
-}
-
-
-def load_module() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("nvidia_facts", ROLE / "library/nvidia_facts.py")
-    assert specification
-    assert specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-nvidia_facts = load_module()
+nvidia_facts = load_module("nvidia_driver", "nvidia_facts")
 
 
 def host(*devices: str, **changes: Any) -> dict[str, Any]:
@@ -175,7 +157,11 @@ def test_what_is_installed_in_another_release_is_missing() -> None:
 @pytest.mark.parametrize(("release", "moves"), [("570.2", True), ("570.1", False)])
 def test_what_is_of_the_branch_moves_with_the_driver_and_stays_with_it(release: str, moves: bool) -> None:
     dpkg = {"stdout": "hi  nvidia-open-570 570.1-1\nhi  nvidia-persistenced 570.1-1\n"}
-    given = {"nvidia_driver_source": "nvidia", "nvidia_driver_branch": "570", "nvidia_driver_packages_extra": ["more"]}
+    given: dict[str, Any] = {
+        "nvidia_driver_source": "nvidia",
+        "nvidia_driver_branch": "570",
+        "nvidia_driver_packages_extra": ["more"],
+    }
     names = says(
         "__nvidia_driver_apt_names", "trixie", **given, __nvidia_driver_dpkg=dpkg, __nvidia_driver_release=release
     )

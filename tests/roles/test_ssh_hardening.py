@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.roles.rendering import DISTRIBUTIONS, ROLES, Role
+from tests.roles.rendering import DISTRIBUTIONS, Role
+from tests.support.rendering import ROLES
 
 SERVICE_ALONE = [["systemctl", "try-reload-or-restart", "ssh.service"]]
 SOCKET_TOO = [["systemctl", "daemon-reload"], ["systemctl", "restart", "ssh.socket"], *SERVICE_ALONE]
