@@ -24,7 +24,7 @@ SCOPES = {
     "alerts": "deliver alerts as Alertmanager does",
     "inventory": "read the machines as the inventory plugin does",
     "network": "export names and openings for Pulumi",
-    "prometheus": "read targets and metrics as Prometheus does",
+    "prometheus": "read targets, rules and metrics as Prometheus does",
     "read": "read lists and details",
     "admin": "change machines, leases and runs",
 }

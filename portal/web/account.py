@@ -26,7 +26,7 @@ SCOPE_WORDS = {
     "inventory": lazy_gettext("read the machines as the inventory plugin does"),
     "network": lazy_gettext("export names and openings for Pulumi"),
     "alerts": lazy_gettext("deliver alerts as Alertmanager does"),
-    "prometheus": lazy_gettext("ask which hosts Prometheus shall watch"),
+    "prometheus": lazy_gettext("read targets, rules and metrics as Prometheus does"),
     "read": lazy_gettext("read lists and details"),
     "admin": lazy_gettext("change machines, leases and runs"),
 }
@@ -58,7 +58,7 @@ def _account_page(form: Form | None) -> str:
         user=me,
         sign_ins=list(sessions.open_of(me)),
         this=family_id(),
-        lives=len(list(api_tokens.list_of(me))),
+        lives=api_tokens.list_of(me).count(),
     )
 
 
