@@ -8,7 +8,7 @@ import pytest
 
 from portal.errors import Invalid
 from portal.models import ApiToken, User
-from portal.services import robots, tokens
+from portal.services import robots, tokens, users
 from portal.services.actors import SYSTEM
 
 YEAR = timedelta(days=365)
@@ -43,6 +43,13 @@ def test_programs_share_one_account_that_nobody_knows_the_password_of(client, se
     assert (owner.username, owner.role) == (robots.OWNER, "operator")
     body = {"username": robots.OWNER, "password": secret}
     assert client.post("/api/v1/auth/login", json=body).status_code == 401
+
+
+def test_a_new_token_works_though_somebody_gave_the_account_a_one_time_password(client, secret):
+    users.reset_password(users.find(robots.OWNER), by=SYSTEM)
+    assert call(client, secret, "/prometheus/targets").status_code == 403
+    again = robots.new_token("prometheus", scope="prometheus", life=YEAR, by=SYSTEM)
+    assert call(client, again, "/prometheus/targets").status_code == 200
 
 
 def test_an_unknown_scope_is_refused_and_the_token_of_before_stays(client, secret):
