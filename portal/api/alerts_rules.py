@@ -136,8 +136,7 @@ def remove_rule(rule_id: int) -> None:
 @bp.response(200, TrialOut)
 def try_rule(body: dict[str, Any]) -> Trial:
     """When a rule would have fired in the last hours; nothing is saved"""
-    body.pop("is_on", None)
-    return alerts_rules.try_out(hours=body.pop("hours"), **body)
+    return alerts_rules.try_out(**body)
 
 
 @file_bp.get("/rules")

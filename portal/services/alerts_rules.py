@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,18 +125,13 @@ def remove(rule: AlertRule, *, by: Actor) -> None:
             audit.record("alert_rule.removed", rule, by=by, **_fields(rule))
 
 
-class _named_once:
+@contextmanager
+def _named_once(name: str) -> Iterator[None]:
     """The database holds that a name is there once; this says so."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, peewee.IntegrityError):
-            raise Conflict(f"There is an alert rule {self._name} already.", code="already_exists") from None
+    try:
+        yield
+    except peewee.IntegrityError:
+        raise Conflict(f"There is an alert rule {name} already.", code="already_exists") from None
 
 
 FIELDS = ("name", "metric", "condition", "threshold", "duration_s", "severity", "scope", "summary", "way_out", "is_on")

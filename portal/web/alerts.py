@@ -210,7 +210,6 @@ def _written(rule: AlertRule | None) -> ResponseReturnValue:
     try:
         given = _typed(form)
         if form.is_checked("try"):
-            given.pop("is_on")
             trial = alerts_rules.try_out(hours=form.number("hours", default=24), **given)
             return _rule_page(rule, form, trial)
         if rule is None:
