@@ -53,9 +53,13 @@ class Page:
 
 
 def page_asked(query: ModelSelect[Any], *filters: str) -> Page:
-    """The page of `query` that the address asks for; nonsense in `page` is the first one."""
-    asked = request.args.get("page", "1")
-    number = min(max(int(asked), 1), MAX_PAGE) if asked.isascii() and asked.isdigit() else 1
-    found = page_of(query, {"page": number, "page_size": PAGE_SIZE})
+    """The page of `query` that the address asks for."""
+    found = page_of(query, {"page": number_asked(), "page_size": PAGE_SIZE})
     kept = {name: request.args[name] for name in filters if request.args.get(name)}
     return Page(**found, filters=kept)
+
+
+def number_asked() -> int:
+    """The number of the page that the address asks for; nonsense is the first one."""
+    asked = request.args.get("page", "1")
+    return min(max(int(asked), 1), MAX_PAGE) if asked.isascii() and asked.isdigit() else 1

@@ -15,14 +15,13 @@ from flask.typing import ResponseReturnValue
 from flask_babel import lazy_gettext
 
 from portal.api.guard import current_user, requires
-from portal.api.paging import MAX_PAGE
 from portal.db import utcnow
 from portal.errors import Error, NotFound
 from portal.services import leases, monitoring_charts, monitoring_live
 from portal.services import machines as fleet
 from portal.services.monitoring_charts import SPANS
 from portal.services.monitoring_measures import MEASURES
-from portal.web.acting import PAGE_SIZE, Page
+from portal.web.acting import PAGE_SIZE, Page, number_asked
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment, told
 
@@ -104,11 +103,9 @@ def monitoring() -> ResponseReturnValue:
 
 def _overview() -> dict[str, Any]:
     now = utcnow()
-    asked = request.args.get("page", "")
-    page = min(max(int(asked), 1), MAX_PAGE) if asked.isascii() and asked.isdigit() else 1
     order = request.args.get("order", "")
     order = order if order in monitoring_live.ORDERS else "host"
-    found = monitoring_live.devices(now, order=order, page=page, page_size=PAGE_SIZE)
+    found = monitoring_live.devices(now, order=order, page=number_asked(), page_size=PAGE_SIZE)
     return {
         **_live(monitoring_live.overview(now)),
         "devices": Page(**found, filters={"order": order}),
