@@ -30,6 +30,7 @@ from portal.models import AlertRule
 from portal.models.states import ALERT_SEVERITIES
 from portal.services import alerts, alerts_own, audit, config
 from portal.services.actors import Actor
+from portal.services.monitoring_measures import NO_DISK
 
 NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,63}")
 CONDITIONS = (">", ">=", "<", "<=")
@@ -49,7 +50,7 @@ class Metric:
     expression: str
 
 
-NO_DISK = 'job="node", fstype!~"tmpfs|ramfs|overlay|squashfs|iso9660|fuse.*|nsfs"'
+DISKS = f'job="node", fstype!~"{NO_DISK}"'
 METRICS: Mapping[str, Metric] = {
     "cpu_percent": Metric("%", '100 * (1 - avg by (host) (rate(node_cpu_seconds_total{job="node", mode="idle"}[5m])))'),
     "memory_percent": Metric(
@@ -60,9 +61,9 @@ METRICS: Mapping[str, Metric] = {
     "disk_percent": Metric(
         "%",
         "100 * (1 - min by (host, mountpoint) "
-        f"(node_filesystem_avail_bytes{{{NO_DISK}}} / node_filesystem_size_bytes{{{NO_DISK}}}))",
+        f"(node_filesystem_avail_bytes{{{DISKS}}} / node_filesystem_size_bytes{{{DISKS}}}))",
     ),
-    "disk_free_gib": Metric("GiB", f"min by (host, mountpoint) (node_filesystem_avail_bytes{{{NO_DISK}}}) / 2^30"),
+    "disk_free_gib": Metric("GiB", f"min by (host, mountpoint) (node_filesystem_avail_bytes{{{DISKS}}}) / 2^30"),
     "load1": Metric("", 'max by (host) (node_load1{job="node"})'),
     "gpu_utilization_percent": Metric("%", "100 * max by (host, uuid) (remotegpu_gpu_utilization_ratio)"),
     "gpu_memory_percent": Metric(

@@ -15,7 +15,9 @@ from textwrap import wrap
 
 RECORDED_S = 300  # how often the recording rules are evaluated, and the window that each of their values covers
 PLUMBING = "lo|veth.*|docker.*|br-.*|cni.*|cali.*|flannel.*|virbr.*|vnet.*|tap.*|lxc.*|ifb.*|dummy.*"
-NO_DISK = "tmpfs|ramfs|devtmpfs|overlay|squashfs|nsfs|autofs|proc|sysfs|fuse.*|rpc_pipefs|efivarfs|tracefs|cgroup.*"
+NO_DISK = (
+    "tmpfs|ramfs|devtmpfs|overlay|squashfs|iso9660|nsfs|autofs|proc|sysfs|fuse.*|rpc_pipefs|efivarfs|tracefs|cgroup.*"
+)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from portal.services.alerts_rules import METRICS
 from portal.services.monitoring_measures import MEASURES, Measure, matching, rules_file
 
 RULES = Path(__file__).parents[2] / "roles" / "prometheus" / "files" / "remotegpu.recording.rules.yml"
@@ -49,3 +51,10 @@ def test_old_and_new_names_of_a_driver_stand_side_by_side() -> None:
     assert "nvidia_smi_clocks_event_reasons_hw_slowdown" in asked
     assert "nvidia_smi_clocks_throttle_reasons_hw_slowdown" in asked
     assert "nvidia_smi_power_draw_instant_watts" in MEASURES["power"].raw({}, 90)
+
+
+def test_a_mounted_image_that_is_always_full_is_no_disk_in_a_chart_or_a_rule() -> None:
+    for expression in (MEASURES["disk"].raw({}, 90), METRICS["disk_percent"].expression):
+        (kinds,) = set(re.findall(r'fstype!~"([^"]+)"', expression))
+        told = [each for each in ("iso9660", "squashfs", "ext4", "xfs") if not re.fullmatch(kinds, each)]
+        assert told == ["ext4", "xfs"]
