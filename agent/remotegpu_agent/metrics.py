@@ -9,6 +9,8 @@ from typing import Any
 
 from remotegpu_agent.protocol import format_time, now
 
+IMAGES = ("squashfs", "iso9660", "udf", "erofs")  # always full, so their room says nothing: snaps, discs, data sets
+
 
 def sample() -> dict[str, Any]:
     """One sample as the protocol's `metrics`. The processor's share is since the sample before; null in the first."""
@@ -45,12 +47,12 @@ def _cpu_percent() -> float | None:
 
 
 def _disks() -> list[dict[str, Any]]:
-    """Real file systems, each device once: bind mounts and containers show the same one again and again."""
+    """File systems to write to, each device once: bind mounts and containers show the same one again and again."""
     import psutil
 
     found: dict[str, dict[str, Any]] = {}
     for part in psutil.disk_partitions(all=False):
-        if part.device in found or not os.path.isdir(part.mountpoint):
+        if part.device in found or part.fstype in IMAGES or not os.path.isdir(part.mountpoint):
             continue
         try:
             usage = psutil.disk_usage(part.mountpoint)
