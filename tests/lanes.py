@@ -55,6 +55,7 @@ class Lane:
     marks: str
     jobs: int = 1
     hosts: bool = False
+    dist: str = "worksteal"
 
 
 @dataclass
@@ -75,7 +76,7 @@ LANES = (
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
-    Lane("roles", ("tests/roles",), "hosts", hosts=True),
+    Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
     Lane("browser", ("tests/browser",), "browser"),
 )
@@ -167,7 +168,7 @@ def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False) -> Result:
     outcome, output = scratch / f"{lane.name}.xml", scratch / f"{lane.name}.txt"
     argv = [sys.executable, "-m", "pytest", "-q", "-m", marks, f"--junit-xml={outcome}", "--durations=5", *lane.paths]
     if lane.jobs > 1:
-        argv += ["-n", str(lane.jobs), "--dist", "worksteal"]
+        argv += ["-n", str(lane.jobs), "--dist", lane.dist]
     began = time.monotonic()
     with output.open("wb") as file:
         code = subprocess.run(argv, cwd=ROOT, stdout=None if shown else file, stderr=subprocess.STDOUT).returncode

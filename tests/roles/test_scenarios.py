@@ -28,8 +28,13 @@ def test_every_role_is_tried_by_a_scenario() -> None:
 @pytest.mark.parametrize(
     ("scenario", "suites"),
     [
-        (WHOLE, "trixie"),  # the rental converges both suites every time, without asking for a second run
-        *(pytest.param(name, "bookworm trixie", marks=pytest.mark.slow) for name in SCENARIOS),
+        # The rental converges both suites every time, without asking for a second run.
+        pytest.param(WHOLE, "trixie", marks=pytest.mark.xdist_group(WHOLE)),
+        # Those of one scenario use the same hosts: one after the other.
+        *(
+            pytest.param(name, "bookworm trixie", marks=[pytest.mark.slow, pytest.mark.xdist_group(name)])
+            for name in SCENARIOS
+        ),
     ],
 )
 def test_a_scenario_passes(scenario: str, suites: str, tmp_path: Path) -> None:
