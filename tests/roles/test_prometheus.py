@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from roles.prometheus.filter_plugins.scale import prometheus_scale_for, scale
+from roles.prometheus.filter_plugins.scale import prometheus_scale_for, prometheus_seconds, scale
 from tests.support.rendering import DISTRIBUTIONS, ROLES, evaluate, render
 
 RULES = """\
@@ -130,6 +130,36 @@ def test_a_duration_that_is_none_is_refused(duration: str) -> None:
         scale(duration, 2)
 
 
-def test_a_negative_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 or more"):
-        prometheus_scale_for(RULES, -1)
+@pytest.mark.parametrize("factor", [0, -1, float("nan")])
+def test_a_scale_that_is_none_is_refused(factor: float) -> None:
+    for scaled in (lambda: prometheus_scale_for(RULES, factor), lambda: prometheus_seconds(15, factor)):
+        with pytest.raises(ValueError, match="above 0"):
+            scaled()
+
+
+def test_one_variable_scales_all_that_the_server_waits_for() -> None:
+    told = config(prometheus_time_scale=0.1, prometheus_portal_url="http://127.0.0.1:8081")
+    assert told["global"] == {
+        "scrape_interval": "1500ms",
+        "scrape_timeout": "1s",
+        "evaluation_interval": "1500ms",
+        "external_labels": {},
+    }
+    assert jobs(told)["hosts"]["http_sd_configs"][0]["refresh_interval"] == "6s"
+    assert "OnUnitInactiveSec=6s\n" in render(
+        "prometheus", "remotegpu-prometheus-rules.timer.j2", "trixie", prometheus_time_scale=0.1
+    )
+    line = render("prometheus", "default.j2", "trixie", prometheus_time_scale=0.1).splitlines()[-1]
+    assert "--rules.alert.resend-delay=6s" in line
+
+
+def test_on_a_site_every_alert_waits_as_long_as_promtools_tests_say() -> None:
+    """They read the very files that are installed, and without a word of the site's nothing is scaled."""
+    assert evaluate("{{ prometheus_time_scale }}", "prometheus", "trixie") == 1
+    delivered = {path.resolve() for path in (ROLES / "prometheus" / "files").glob("*.rules.yml")}
+    tests = sorted((ROLES.parent / "tests" / "roles" / "rules").glob("*.yml"))
+    read = {(test.parent / file).resolve() for test in tests for file in yaml.safe_load(test.read_text())["rule_files"]}
+    assert tests
+    assert read <= delivered
+    for path in delivered:
+        assert prometheus_scale_for(path.read_text(), 1) == path.read_text()

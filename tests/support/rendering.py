@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import init_plugin_loader
+from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar, trust_as_template
 
 ROLES = Path(__file__).parents[2] / "roles"
@@ -87,3 +87,5 @@ def _narrowest(role: str, suite: str) -> Path | None:
 def _know_plugins() -> None:
     """Once a process: lookups and filters are found by name only after this."""
     init_plugin_loader()
+    for folder in sorted(ROLES.glob("*/filter_plugins")):
+        filter_loader.add_directory(str(folder))

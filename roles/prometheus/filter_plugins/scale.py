@@ -1,7 +1,7 @@
-"""Rules whose alerts wait shorter or longer: plain text in, plain text out, so that every comment and expression stays.
+"""A server that waits shorter or longer: the rules' patience and its own times, by one factor.
 
-Only the lines `for:` and `keep_firing_for:` of a rule change; how far an expression looks back is its meaning, not its
-patience. A factor of 1 gives the same bytes.
+Of rules only the lines `for:` and `keep_firing_for:` change, plain text in, plain text out, so that every comment and
+expression stays; how far an expression looks back is its meaning, not its patience. A factor of 1 gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,31 @@ PATIENCE = re.compile(
 
 def prometheus_scale_for(rules: str, factor: float) -> str:
     """The rules with the patience of every alert times `factor`. Raises ValueError for a duration that is none."""
-    factor = float(factor)
-    if factor < 0:
-        raise ValueError(f"prometheus_alert_for_scale is {factor}; it takes 0 or more")
-    if factor == 1:
+    if checked(factor) == 1:
         return rules
     return PATIENCE.sub(lambda found: found["key"] + scale(found["duration"], factor) + found["rest"], rules)
+
+
+def prometheus_seconds(seconds: float, factor: float) -> str:
+    """So many seconds times a factor, as a duration. Raises ValueError for a factor that is none."""
+    return written(round(float(seconds) * 1000 * checked(factor)))
+
+
+def checked(factor: float) -> float:
+    if not float(factor) > 0:
+        raise ValueError(f"prometheus_time_scale is {factor}; it takes a number above 0")
+    return float(factor)
 
 
 def scale(duration: str, factor: float) -> str:
     """`1h30m` times a factor, as Prometheus writes it: whole milliseconds, rounded."""
     if not DURATION.match(duration):
         raise ValueError(f"for: {duration!r} is no duration such as 5m or 1h30m")
-    total = round(sum(int(number) * MS[unit] for number, unit in PART.findall(duration)) * factor)
+    return written(round(sum(int(number) * MS[unit] for number, unit in PART.findall(duration)) * float(factor)))
+
+
+def written(total: int) -> str:
+    """Milliseconds as Prometheus writes them."""
     return f"{total // 1000}s" if total % 1000 == 0 else f"{total}ms"
 
 
@@ -41,4 +53,4 @@ class FilterModule:
     """What Ansible finds here."""
 
     def filters(self) -> dict[str, Callable[..., str]]:
-        return {"prometheus_scale_for": prometheus_scale_for}
+        return {"prometheus_scale_for": prometheus_scale_for, "prometheus_seconds": prometheus_seconds}
