@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_token_end_timestamp_seconds": ("gauge", "When the API token of a program ends"),
     "remotegpu_database_connections": ("gauge", "Connections to the database server, of everybody"),
     "remotegpu_database_connections_limit": ("gauge", "How many connections the database server takes"),
+    "remotegpu_redis_up": ("gauge", "1 if Redis answers, 0 if not; nothing where there is none"),
     "remotegpu_redis_memory_used_bytes": ("gauge", "Memory that Redis uses"),
     "remotegpu_redis_memory_limit_bytes": ("gauge", "Memory that Redis may use; nothing where it has no limit"),
 }
@@ -67,7 +68,7 @@ def _database() -> Iterator[Sample]:
 
 
 def _redis() -> Iterator[Sample]:
-    """A Redis that is away is told of by those who need it, not here."""
+    """Redis's; a portal without one misses none."""
     url = config.current().redis_url
     if url is None:
         return
@@ -77,7 +78,9 @@ def _redis() -> Iterator[Sample]:
         ) as client:
             memory = client.info("memory")
     except redis.RedisError:
+        yield "remotegpu_redis_up", {}, 0
         return
+    yield "remotegpu_redis_up", {}, 1
     yield "remotegpu_redis_memory_used_bytes", {}, memory["used_memory"]
     if memory.get("maxmemory"):
         yield "remotegpu_redis_memory_limit_bytes", {}, memory["maxmemory"]

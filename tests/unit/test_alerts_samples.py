@@ -66,9 +66,10 @@ def test_connections_are_counted_where_they_can_run_out(database: Any, database_
         assert 1 <= told["remotegpu_database_connections"] < told["remotegpu_database_connections_limit"] == 300
 
 
-def test_a_redis_that_is_away_makes_no_sample_and_no_error(database: Any, settings: Settings) -> None:
+def test_a_redis_that_is_away_is_told_and_no_error(database: Any, settings: Settings) -> None:
     object.__setattr__(settings, "redis_url", "redis://127.0.0.1:1/0")
-    assert not any(name.startswith("remotegpu_redis") for name in samples())
+    told = {name: value for name, value in samples().items() if name.startswith("remotegpu_redis")}
+    assert told == {"remotegpu_redis_up": 0}
 
 
 def test_every_family_is_described(database: Any, tenant: Tenant) -> None:
