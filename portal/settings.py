@@ -58,6 +58,7 @@ class Settings:
     alertmanager_url: str | None = None  # without it silences are the portal's alone, and lost deliveries stay lost
     alertmanager_user: str | None = None
     alertmanager_password: str = field(default="", repr=False)
+    monitoring_silent_s: float = 360.0  # the Watchdog comes, or is fetched, every minute
     metrics_allow: str = ""  # addresses and networks that read /metrics without a token
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
@@ -111,6 +112,7 @@ RANGES = {
     "run_lock_s": (1, 3600),
     "run_timeout_s": (1, 7 * 24 * 3600),
     "log_quota_bytes": (1, 2**53 - 1),
+    "monitoring_silent_s": (10, 24 * 3600),
     "default_retain_s": (0, 90 * 24 * 3600),  # as for each lease
     "workers": (1, 256),
 }

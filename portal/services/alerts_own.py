@@ -22,7 +22,6 @@ from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice, fingerprint_of
 from portal.services.health import Health, Problem
 
-MONITORING_SILENT = timedelta(minutes=6)  # the Watchdog comes, or is fetched, every minute
 MONITORING_FORGOTTEN = timedelta(days=1)  # a Prometheus that was taken away is not missed for ever
 LEASE_ENDING = timedelta(hours=24)
 RUN_REMEMBERED = timedelta(hours=24)
@@ -123,7 +122,7 @@ def _says_otherwise(alert: Alert, condition: Condition) -> bool:
 def is_monitored(now: datetime) -> bool:
     """Whether Prometheus evidently raises alerts that arrive here."""
     heard_at = alerts.watchdog_heard_at()
-    return heard_at is not None and now - heard_at < MONITORING_SILENT
+    return heard_at is not None and now - heard_at < _silent()
 
 
 def conditions(now: datetime, since: datetime) -> Iterator[Condition]:
@@ -154,11 +153,15 @@ def _patience(now: datetime) -> timedelta | None:
     told to repeat it, which is seen from the times before.
     """
     if config.current().alertmanager_url is not None:
-        return MONITORING_SILENT
+        return _silent()
     heard_at, gap = alerts.watchdog_heard_at(), alerts.watchdog_gap()
     if heard_at is None or gap is None or now - heard_at >= MONITORING_FORGOTTEN:
         return None
-    return max(MONITORING_SILENT, 2 * gap)
+    return max(_silent(), 2 * gap)
+
+
+def _silent() -> timedelta:
+    return timedelta(seconds=config.current().monitoring_silent_s)
 
 
 def _agents(fleet: Sequence[Machine], now: datetime, since: datetime) -> Iterator[Condition]:

@@ -274,6 +274,16 @@ def test_a_watchdog_that_is_repeated_seldom_is_not_missed_too_soon(now: datetime
     assert open_alerts() == ["MonitoringSilent"]
 
 
+def test_how_long_the_watchdog_may_be_away_is_a_setting(now: datetime, settings: Settings) -> None:
+    object.__setattr__(settings, "alertmanager_url", "http://127.0.0.1:1")
+    object.__setattr__(settings, "monitoring_silent_s", 30.0)
+    alerts.note_watchdog(now)
+    sweep(later(seconds=29))
+    assert open_alerts() == []
+    sweep(later(seconds=31))
+    assert open_alerts() == ["MonitoringSilent"]
+
+
 def test_the_portals_own_alert_is_not_closed_by_hand(now: datetime, operator: User) -> None:
     rental.ready_host()
     sweep(later(minutes=5))
