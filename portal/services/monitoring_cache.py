@@ -109,6 +109,8 @@ class Cache:
     ) -> Kept:
         kept = None
         try:
+            if (found := server.get(PREFIX + key)) is not None:  # computed between our look and the lock
+                return _unpacked(found)
             kept = self._computed(compute, keep_s)
             return kept
         finally:

@@ -46,6 +46,23 @@ def test_of_several_processes_one_computes(server: Server) -> None:
     assert answers == [1] * PROCESSES
 
 
+def test_an_answer_that_came_between_the_look_and_the_lock_is_taken(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, cache = Cache(server.url), Cache(server.url)
+    look = redis.Redis.get
+
+    def too_early(client: redis.Redis, name: str) -> object:
+        monkeypatch.setattr(redis.Redis, "get", look)
+        found = look(client, name)
+        assert other.get("key", lambda: "theirs", keep_s=30) == "theirs"
+        return found
+
+    monkeypatch.setattr(redis.Redis, "get", too_early)
+    assert cache.get("key", lambda: "ours", keep_s=30) == "theirs"
+    assert redis.Redis.from_url(server.url).get(f"{PREFIX}lock:key") is None
+
+
 def test_an_answer_is_not_kept_longer_for_having_been_fetched(server: Server) -> None:
     """The second process fetches what is 25 s old: it asks again after five more, not after thirty."""
     now = [1000.0]
