@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tests.e2e.world import INSTALLER_PASSWORD, PROVISION_TIMEOUT_S, Person, World, new_key
 from tests.hosts import Host
-from tests.hosts.docker import boot, gateway_address
+from tests.hosts.docker import boot, gateway_address, unique
 from tests.support.portal import Portal, running
 
 SUITE = "trixie"
@@ -68,7 +67,7 @@ def portal() -> Iterator[World]:
 
 @contextmanager
 def booted(what_for: str, *, prepared: bool) -> Iterator[Host]:
-    host = boot(f"bench-{what_for}-{os.getpid()}", SUITE, prepared=prepared, password=INSTALLER_PASSWORD, gpus=GPUS)
+    host = boot(unique(f"bench-{what_for}"), SUITE, prepared=prepared, password=INSTALLER_PASSWORD, gpus=GPUS)
     try:
         yield host
     finally:

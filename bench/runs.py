@@ -29,7 +29,7 @@ from portal.services.actors import SYSTEM
 from portal.settings import Settings
 from portal.worker import directory
 from portal.worker.main import Worker
-from tests.hosts import boot
+from tests.hosts import boot, unique
 from tests.support.runs import make_machine
 from tests.support.waiting import until
 
@@ -75,7 +75,7 @@ def host_record(folder: Path) -> Iterator[tuple[Machine, Settings]]:
     config.use(settings)
     vault.unlock(settings)
     queue.use(settings)
-    host = boot(f"bench-runs-{os.getpid()}", "bookworm", prepared=True)
+    host = boot(unique("bench-runs"), "bookworm", prepared=True)
     try:
         host.authorize("ops", settings.ssh_key_file.with_suffix(".pub").read_text())
         yield make_machine("bench-1", address=host.address, host_key=host.host_keys[0]), settings

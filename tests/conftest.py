@@ -32,9 +32,14 @@ from portal.services.sessions import Caller
 from portal.settings import Settings
 from tests import postgresql
 from tests.factories import make_tenant, make_user
+from tests.hosts import owner
 
 API = "/api/v1"
 _databases = itertools.count(1)
+
+
+def pytest_configure() -> None:
+    owner.begin_run()
 
 
 @pytest.fixture(scope="session", autouse=True)

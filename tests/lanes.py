@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Semaphore
 
+from tests.hosts import owner
+
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "molecule" / "image"
 BUDGET_MIN = {"foundation": 14.0, "portal": 6.0}
@@ -153,13 +155,14 @@ def is_there(program: str) -> bool:
 
 @contextmanager
 def docker_engine() -> Iterator[None]:
-    """A Docker engine for as long as the lanes run; one that was there before is left alone."""
-    started = subprocess.run([IMAGES / "dockerd", "start"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    """A Docker engine for as long as the lanes run; it ends with them if nobody else on this machine needs it."""
+    owner.begin_run()
+    whose = str(owner.user())
+    subprocess.run([IMAGES / "dockerd", "start", whose], check=True)
     try:
         yield
     finally:
-        if started.strip() == "started":
-            subprocess.run([IMAGES / "dockerd", "stop"], check=True)
+        subprocess.run([IMAGES / "dockerd", "stop", whose], check=True)
 
 
 def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False) -> Result:

@@ -12,7 +12,7 @@ import pytest
 from tests import postgresql
 from tests.e2e.world import INSTALLER_PASSWORD, World
 from tests.hosts import Host
-from tests.hosts.docker import boot, gateway_address
+from tests.hosts.docker import boot, gateway_address, unique
 from tests.hosts.fixtures import operator_key
 from tests.support import redis
 from tests.support.portal import Portal, running
@@ -53,8 +53,7 @@ def house(
 
 @contextmanager
 def booted(suite: str, kind: str, operator_key: Path) -> Iterator[Host]:
-    name = f"rental-{kind[:4]}-{suite}"
-    host = boot(name, suite, prepared=True, password=INSTALLER_PASSWORD)
+    host = boot(unique(f"rental-{kind[:4]}-{suite}"), suite, prepared=True, password=INSTALLER_PASSWORD)
     try:
         host.authorize("ops", operator_key.with_suffix(".pub").read_text())
         yield host

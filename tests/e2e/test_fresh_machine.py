@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host
-from tests.hosts.docker import Result, boot
+from tests.hosts.docker import Result, boot, unique
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(2400)]
@@ -86,7 +86,7 @@ class Visitor:
 @pytest.fixture(scope="module", params=["trixie", pytest.param("bookworm", marks=pytest.mark.slow)])
 def bare_host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """A host with the README's prerequisites, and a user who may nothing; `~/origin` is what is cloned."""
-    host = boot(f"fresh-{request.param}-{secrets.token_hex(3)}", request.param, prepared=False, gpus=0)
+    host = boot(unique(f"fresh-{request.param}"), request.param, prepared=False, gpus=0)
     try:
         host.run(["useradd", "--create-home", "--shell", "/bin/bash", "visitor"])
         hand_on_package_settings(host)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.hosts.docker import SUITES, Host, HostError, attach, boot, list_hosts
+from tests.hosts.docker import SUITES, Host, HostError, attach, boot, list_hosts, unique
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _boot(args: argparse.Namespace) -> dict[str, Any]:
     labels = dict(args.label)
-    host = boot(args.name, args.suite, prepared=args.prepared, password=args.password, gpus=args.gpus, labels=labels)
+    name = unique(args.name) if args.unique else args.name
+    host = boot(name, args.suite, prepared=args.prepared, password=args.password, gpus=args.gpus, labels=labels)
     for user, path in args.authorize:
         host.authorize(user, Path(path).read_text())
     return _describe(host)
@@ -74,13 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(command=_boot)
     one.add_argument("name")
     one.add_argument("suite", choices=SUITES)
+    one.add_argument("--unique", action="store_true", help="add to the name what no other run has")
     one.add_argument("--prepared", action="store_true", help="with the roles' packages installed")
     one.add_argument("--password", help="the password of the user `installer`; it is locked without one")
     one.add_argument("--gpus", type=int, default=2)
     one.add_argument("--authorize", type=_pair, action="append", default=[], metavar="USER=PUBLIC_KEY_FILE")
     one.add_argument("--label", type=_pair, action="append", default=[], metavar="KEY=VALUE")
 
-    every = commands.add_parser("list", help="the test hosts of this machine")
+    every = commands.add_parser("list", help="the test hosts of this checkout")
     every.set_defaults(command=_list)
     every.add_argument("--label", type=_pair, action="append", default=[], metavar="KEY=VALUE")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from tests import lanes
 from tests.e2e.world import INSTALLER_PASSWORD, PROVISION_TIMEOUT_S, Person, World
-from tests.hosts.docker import IMAGE_DIR, Host, HostError, boot, gateway_address, list_hosts
+from tests.hosts.docker import IMAGE_DIR, Host, HostError, boot, gateway_address, list_hosts, unique
+from tests.hosts.owner import started_at
 from tests.support.portal import OWN_PASSWORD, Client, Portal, free_port
 from tests.support.waiting import until
 
@@ -93,11 +94,11 @@ def install_packages() -> None:
 
 def make() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    engine = subprocess.run([IMAGE_DIR / "dockerd", "start"], check=True, stdout=subprocess.PIPE, text=True).stdout
-    note(engine_is_ours=engine.strip() == "started")
+    note(begun=True)
     say("Booting two hosts (the first time their images are built, which takes minutes)…")
     hosts = [
-        boot(name, suite, prepared=True, password=INSTALLER_PASSWORD, labels=LABEL) for name, suite in HOSTS.items()
+        boot(unique(name), suite, prepared=True, password=INSTALLER_PASSWORD, labels=LABEL)
+        for name, suite in HOSTS.items()
     ]
     say("Starting the portal…")
     portal = portal_of(gateway_address())
@@ -105,7 +106,7 @@ def make() -> None:
     admin = serve(portal)
     world = World(portal, admin, FOLDER)
     onboard(world, hosts)
-    tell(world, fill(world, hosts))
+    tell(world, fill(world, hosts), hosts)
 
 
 # -- the portal, in the background
@@ -128,20 +129,13 @@ def serve(portal: Portal) -> Client:
             command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     note(pid=process.pid, started_at=started_at(process.pid))
+    subprocess.run([IMAGE_DIR / "dockerd", "start", str(process.pid)], check=True)  # its hosts go on when we have ended
     until(lambda: process.poll() is not None or "answers at" in LOG.read_text(), "the portal to answer", timeout_s=90)
     shown = re.search(r"one-time password: (\S+)", LOG.read_text())
     assert shown, LOG.read_text()
     admin = Client(portal)
     admin.sign_in_first_time("admin", shown[1])
     return admin
-
-
-def started_at(pid: int) -> str | None:
-    """Field 22 of /proc/PID/stat: with it a pid is that very process. None: there is no such process any more."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 # -- the world
@@ -173,21 +167,22 @@ def fill(world: World, hosts: Sequence[Host]) -> list[Person]:
     return [alice, bob, carol]
 
 
-def tell(world: World, people: Sequence[Person]) -> None:
+def tell(world: World, people: Sequence[Person], hosts: Sequence[Host]) -> None:
     alice, bob, carol = people
-    connection = alice.client.get(f"customer/machines/{world.machines['demo-1']}/connection")
+    leased, free = hosts
+    connection = alice.client.get(f"customer/machines/{world.machines[leased.name]}/connection")
     print(
         f"""
 RemoteGPU answers at {world.portal.url} (your browser will ask about its own CA: {world.portal.ca_file})
 
   admin    an operator's pages
-  {alice.name:<9}owner in Quark Labs, which has leased demo-1
+  {alice.name:<9}owner in Quark Labs, which has leased {leased.name}
   {bob.name:<9}member of Quark Labs
   {carol.name:<9}owner in Northern Lights, which has leased nothing
 
   The password of each: {OWN_PASSWORD}
 
-To click, as admin: demo-2 → Allocate; demo-1 → Reclaim; any machine → Maintenance; Runs → the output.
+To click, as admin: {free.name} → Allocate; {leased.name} → Reclaim; any machine → Maintenance; Runs → the output.
 To click, as alice: My machines → Connect; Tasks → the one that runs → Stop; SSH keys → Add.
 
 From this shell, as alice:
@@ -209,8 +204,9 @@ def down() -> int:
     if made:
         for host in list_hosts(LABEL):
             host.destroy()
-    if made.get("engine_is_ours") and not list_hosts():
-        subprocess.run([IMAGE_DIR / "dockerd", "stop"], check=True)
+    if made:
+        for pid in filter(None, (made.get("pid"), os.getpid())):
+            subprocess.run([IMAGE_DIR / "dockerd", "stop", str(pid)], check=True)
     shutil.rmtree(FOLDER, ignore_errors=True)
     say("The demo is removed." if made else "There is no demo.")
     return 0
@@ -221,13 +217,8 @@ def end_process(pid: int, since: str | None) -> None:
     if since is None or started_at(pid) != since:
         return
     os.kill(pid, 15)
-    if not wait_until(lambda: has_ended(pid, since)):
+    if not wait_until(lambda: started_at(pid) != since):
         os.killpg(pid, 9)
-
-
-def has_ended(pid: int, since: str) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return started_at(pid) != since or ") Z " in stat.read_text()  # a child of ours that nobody has waited for yet
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:

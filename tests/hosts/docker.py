@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.hosts.gpu import FakeGpus, Scenario
+from tests.hosts.owner import CHECKOUT, find_owner, is_gone, user
 
 SUITES = ("bookworm", "trixie")
 IMAGE_DIR = Path(__file__).parents[2] / "molecule" / "image"
 LABEL = "remotegpu-test"
+OF_THIS_CHECKOUT = {f"{LABEL}.checkout": CHECKOUT}
 BOOT_TIMEOUT_S = 90.0
 ADDRESS_LOCK = Path(tempfile.gettempdir()) / f"remotegpu-test-addresses-{os.geteuid()}.lock"
 
@@ -69,24 +72,29 @@ def boot(
     suite: str,
     *,
     prepared: bool = False,
+    kind: str | None = None,
     password: str | None = None,
     gpus: int = 2,
     labels: Mapping[str, str] | None = None,
 ) -> Host:
     """A new running host. Builds the image and starts the engine where they are missing.
 
-    `prepared` hosts have the packages that the roles install, nothing configured. `password` is set for `installer`.
+    `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`, control or
+    cards (molecule/image/site). `password` is set for `installer`.
     `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises HostError when the name is
-    taken or systemd does not come up within 90 s; a host that failed to boot is removed.
+    taken (`unique` makes one that is not) or systemd does not come up within 90 s; a host that failed to boot is
+    removed, and so is what a killed run of this checkout has left.
     """
     if suite not in SUITES:
         raise ValueError(f"no such suite: {suite!r}; there are: {', '.join(SUITES)}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
         raise ValueError(f"a host's name is 1 to 63 of a-z, 0-9 and '-', not {name!r}")
-    image = _image(suite, prepared=prepared)
+    image = _image(suite, kind or ("prepared" if prepared else None))
+    remove_leftovers()
+    whose = {f"{LABEL}.owner": find_owner() or ""}
     with _addresses_locked():
         addresses = _free_addresses(name)
-        container = _docker("create", *_create_options(name, suite, addresses, labels or {}), image)
+        container = _docker("create", *_create_options(name, suite, addresses, {**whose, **(labels or {})}), image)
     host = Host(name=name, id=container, suite=suite, address=addresses[0], address_v6=([*addresses, None])[1])
     try:
         _docker("start", container)
@@ -101,6 +109,22 @@ def boot(
         host.destroy()
         raise
     return host
+
+
+def unique(name: str) -> str:
+    """A name that no other run has, of this checkout or of another on this machine."""
+    return f"{name}-{secrets.token_hex(3)}"
+
+
+def remove_leftovers() -> list[str]:
+    """Remove the hosts of this checkout whose run was killed before it could; returns their names."""
+    filters = [f"--filter=label={key}={value}" for key, value in OF_THIS_CHECKOUT.items()]
+    every = _docker("ps", "--all", f'--format={{{{.Names}}}}\t{{{{.Label "{LABEL}.owner"}}}}', *filters)
+    owners = dict(line.split("\t") for line in every.splitlines())
+    left = [name for name, whose in owners.items() if whose and is_gone(whose)]
+    for name in left:
+        _remove(name)
+    return left
 
 
 def attach(name: str) -> Host:
@@ -121,9 +145,10 @@ def attach(name: str) -> Host:
 
 
 def list_hosts(labels: Mapping[str, str] | None = None) -> list[Host]:
-    """All test hosts of this machine, running or not, that carry these labels; sorted by name."""
+    """All test hosts of this checkout, running or not, that carry these labels; sorted by name."""
     _ensure_engine()
-    filters = [f"--filter=label={key}={value}" for key, value in {LABEL: "1", **(labels or {})}.items()]
+    wanted = {LABEL: "1", **OF_THIS_CHECKOUT, **(labels or {})}
+    filters = [f"--filter=label={key}={value}" for key, value in wanted.items()]
     return [attach(name) for name in sorted(_docker("ps", "--all", "--format={{.Names}}", *filters).split())]
 
 
@@ -246,6 +271,15 @@ class Host:
         if wait:
             self.wait_until_up(timeout_s=timeout_s)
 
+    def power_off(self) -> None:
+        """Shut down in order and stay off, until `power_on`."""
+        _run_here(["docker", "stop", "--time=60", self.id])
+
+    def power_on(self, *, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Boot again, as after `reboot`."""
+        _run_here(["docker", "start", self.id])
+        self.wait_until_up(timeout_s=timeout_s)
+
     def wait_until_up(self, *, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Until systemd says `running`. Raises HostError with the failed units when it says `degraded`."""
         _wait_for(self._is_up, timeout_s, f"systemd on {self.name} to be running", describe=self._console)
@@ -261,9 +295,7 @@ class Host:
     def destroy(self) -> None:
         """Remove the host with its volumes; gone already is fine."""
         shutil.rmtree(self._work, ignore_errors=True)
-        result = _call(["docker", "rm", "--force", "--volumes", self.id], timeout_s=60)
-        if not result.ok and "No such container" not in result.stderr:
-            raise HostError(f"{self.name} is not removed: {result.stderr}")
+        _remove(self.id)
 
     def _introduce(self) -> None:
         """Say a word to this machine, which may still know another card under this address (ARP) and wait for it."""
@@ -288,7 +320,7 @@ class Host:
     def _set_cable(self, state: str) -> None:
         command = ["ip", "link", "set", self._cable(), state]
         if os.geteuid() != 0:  # whoever may use the engine may do it through a container
-            helper = ["--rm", "--network=host", "--cap-add=NET_ADMIN", _image(self.suite, prepared=False)]
+            helper = ["--rm", "--network=host", "--cap-add=NET_ADMIN", _image(self.suite)]
             command = ["docker", "run", *helper, *command]
         _run_here(command)
 
@@ -337,6 +369,7 @@ def _create_options(name: str, suite: str, addresses: Sequence[str], labels: Map
         f"{LABEL}.suite": suite,
         f"{LABEL}.addresses": " ".join(addresses),
         f"{LABEL}.address": addresses[0],
+        **OF_THIS_CHECKOUT,
         **labels,
     }
     return [
@@ -374,14 +407,23 @@ def _addresses_locked() -> Iterator[None]:
         yield
 
 
+def _remove(name_or_id: str) -> None:
+    """With its volumes. Gone already, or just being removed by another process, is fine."""
+    result = _call(["docker", "rm", "--force", "--volumes", name_or_id], timeout_s=60)
+    if not result.ok and "No such container" not in result.stderr and "already in progress" not in result.stderr:
+        raise HostError(f"{name_or_id} is not removed: {result.stderr}")
+
+
 def _ensure_engine() -> None:
-    _run_here([str(IMAGE_DIR / "dockerd")])
+    """An engine, and that it goes on while this process or its run needs it."""
+    _run_here([str(IMAGE_DIR / "dockerd"), "start", str(user())])
 
 
-def _image(suite: str, *, prepared: bool) -> str:
+def _image(suite: str, kind: str | None = None) -> str:
     _ensure_engine()
-    _run_here([str(IMAGE_DIR / ("prepared" if prepared else "build")), suite], timeout_s=900)
-    return f"remotegpu-testhost:{suite}" + ("-prepared" if prepared else "")
+    program = {None: ["build"], "prepared": ["prepared"]}.get(kind, ["site", str(kind)])
+    _run_here([str(IMAGE_DIR / program[0]), *program[1:], suite], timeout_s=900)
+    return f"remotegpu-testhost:{suite}" + (f"-{kind}" if kind else "")
 
 
 def _docker(*arguments: str) -> str:

@@ -6,9 +6,7 @@ by id, whatever the test did; with REMOTEGPU_KEEP_HOSTS=1 it stays, to look at.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Protocol
 
 import pytest
 
-from tests.hosts.docker import Host, boot
+from tests.hosts.docker import Host, boot, unique
+from tests.hosts.owner import keeps_hosts
 
 # The rental goes over both suites in `make test`; what is told in detail is told on Debian 13 there, and on both in
 # `make test-all`.
@@ -75,7 +74,7 @@ class _Booted:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if os.environ.get("REMOTEGPU_KEEP_HOSTS"):
+        if keeps_hosts():
             return
         for host in self._hosts:
             host.destroy()
@@ -83,8 +82,7 @@ class _Booted:
     def boot(
         self, suite: str, *, prepared: bool = True, password: str | None = None, gpus: int = 2, name: str | None = None
     ) -> Host:
-        # The suffix keeps runs of the same test apart: on this machine there may be several at once.
-        called = name or f"{self._prefix}-{suite}-{secrets.token_hex(3)}"
+        called = name or unique(f"{self._prefix}-{suite}")
         host = boot(called, suite, prepared=prepared, password=password, gpus=gpus)
         self._hosts.append(host)
         host.authorize("ops", self._public_key)

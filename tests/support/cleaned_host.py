@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import secrets
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -18,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import Host, boot
+from tests.hosts import Host, boot, unique
+from tests.hosts.owner import keeps_hosts
 from tests.support.dirt import IMPORT_IMAGE, PACKAGES, Tenant
 
 PACKAGE = Path(__file__).parents[2] / "agent" / "remotegpu_agent"
@@ -61,11 +60,11 @@ _HIS = (
 @contextlib.contextmanager
 def leased_host(suite: str, directory: Path) -> Iterator[CleanedHost]:
     """A new host of that suite with a lease on it; removed in the end, unless REMOTEGPU_KEEP_HOSTS is set."""
-    host = boot(f"clean-{suite}-{secrets.token_hex(3)}", suite, prepared=True)
+    host = boot(unique(f"clean-{suite}"), suite, prepared=True)
     try:
         yield CleanedHost.prepare(host, make_key(directory / "operator"))
     finally:
-        if not os.environ.get("REMOTEGPU_KEEP_HOSTS"):
+        if not keeps_hosts():
             host.destroy()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hosts.demo import end_process, started_at
+from tests.hosts.demo import end_process
+from tests.hosts.owner import started_at
 
 
 @pytest.fixture

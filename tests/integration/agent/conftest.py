@@ -18,7 +18,7 @@ import jinja2
 import pytest
 import yaml
 
-from tests.hosts import Host, Result, boot, gateway_address
+from tests.hosts import Host, Result, boot, gateway_address, unique
 from tests.hosts.fixtures import EACH_SUITE
 from tests.integration.agent.portal_double import Portal, in_seconds
 from tests.support.waiting import until
@@ -227,7 +227,7 @@ def render(role: str, template: str) -> str:
 def session_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp(f"agent-{request.param}")
     portal = Portal(gateway_address(), directory).start()
-    host = boot(f"agent-{request.param}-{portal.port}", request.param, prepared=True)
+    host = boot(unique(f"agent-{request.param}"), request.param, prepared=True)
     try:
         install_agent(host, portal)
         site = Site(host, portal, directory)

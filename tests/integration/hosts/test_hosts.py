@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts
+from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts, unique
+from tests.hosts.docker import LABEL, remove_leftovers
 from tests.hosts.fixtures import EACH_SUITE, BootHost
+from tests.hosts.owner import find_owner, started_at
 
 # Whatever is tried on hosts shows every day that they are machines; in detail only here.
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
@@ -188,6 +190,26 @@ def test_a_destroyed_host_leaves_nothing_and_its_name_is_free(named: str) -> Non
     assert list_hosts({"purpose": named}) == []
     with pytest.raises(HostError):
         attach(named)
+
+
+def test_what_a_killed_run_of_this_checkout_left_is_removed_and_nothing_else(boot_host: BootHost) -> None:
+    with subprocess.Popen(["sleep", "600"]) as run:
+        killed = f"{run.pid} {started_at(run.pid)} {' '.join(str(find_owner()).split()[2:])}"
+        run.kill()
+    named, labels = unique("left"), {f"{LABEL}.owner": killed}
+    left = boot(named, "trixie", labels=labels)
+    elsewhere = boot(f"{named}-2", "trixie", labels={**labels, f"{LABEL}.checkout": "/somewhere/else"})
+    try:
+        mine = boot_host("trixie", prepared=False)  # whoever boots a host removes what was left before
+        with pytest.raises(HostError):
+            attach(named)
+        assert remove_leftovers() == []
+        assert elsewhere.run("true").ok
+        assert mine.run("true").ok
+        assert elsewhere.name not in [host.name for host in list_hosts()]
+    finally:
+        left.destroy()
+        elsewhere.destroy()
 
 
 @pytest.fixture
