@@ -140,7 +140,8 @@ class FakeGpus:
         self._host.run(["/usr/local/sbin/fake-gpu-init"])
 
     def plug(self, *, driver: str = "current") -> None:
-        """Install the fake driver's user space: `current`, or `old-driver`, which lacks the newer functions.
+        """Install the fake driver's user space: `current`, `old-driver`, which lacks the newer functions, or
+        `early-535`, which lists processes in wider entries.
 
         A program that has loaded the library before keeps what it has, as after a real upgrade.
         """

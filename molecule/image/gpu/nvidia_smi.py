@@ -2,8 +2,10 @@
 """nvidia-smi for machines without a GPU: the real one's texts and exit codes over the scenario file of nvml.c.
 
 Answers -L, --query-gpu, --query-compute-apps, --help-query-gpu, --version and the table, with -i, csv, noheader and
-nounits. Texts and codes are those of NVIDIA's 535 driver; tests/integration/hosts/test_fake_gpu.py is their list.
-Beyond the keys that nvml.c reads, `[smi] delay = 2.5` makes every call slow and `[smi] hang = yes` one that never ends.
+nounits; `mig -lgi` and `mig -cgi … -C`, whose instances are gone after a reboot, as real ones are. Texts and codes are
+those of NVIDIA's 535 driver; tests/integration/hosts/test_fake_gpu.py is their list. Beyond the keys that nvml.c reads,
+`[smi] delay = 2.5` makes every call slow and `[smi] hang = yes` one that never ends; `[smi gpu0] temperature.memory =
+N/A` is a cell of --query-gpu as it is printed, for what only the program says.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Container, Iterator
 from datetime import datetime
 
 SCENARIO = "/etc/fake-gpu/scenario.ini"
+INSTANCES = "/run/fake-gpu"  # FAKE_GPU_INSTANCES: where MIG instances lie; a file system that a boot empties
 
 # NVML's names, their codes, and the words that nvidia-smi has for them in a cell.
 ERRORS = {
@@ -26,19 +29,28 @@ ERRORS = {
     "NOT_SUPPORTED": (3, "N/A"),
     "NO_PERMISSION": (4, "Insufficient Permissions"),
     "NOT_FOUND": (6, "Not Found"),
+    "ALREADY_INITIALIZED": (5, "Already Initialized"),
     "INSUFFICIENT_SIZE": (7, "Insufficient Size"),
     "INSUFFICIENT_POWER": (8, "Insufficient External Power"),
     "DRIVER_NOT_LOADED": (9, "Driver Not Loaded"),
     "TIMEOUT": (10, "Timeout"),
     "IRQ_ISSUE": (11, "Interrupt Request Issue"),
+    "LIBRARY_NOT_FOUND": (12, "NVML Shared Library Not Found"),
     "FUNCTION_NOT_FOUND": (13, "Function Not Found"),
     "CORRUPTED_INFOROM": (14, "Corrupted infoROM"),
     "GPU_IS_LOST": (15, "GPU is lost"),
     "RESET_REQUIRED": (16, "GPU requires reset"),
     "OPERATING_SYSTEM": (17, "GPU access blocked by the operating system"),
     "LIB_RM_VERSION_MISMATCH": (18, "Driver/library version mismatch"),
+    "IN_USE": (19, "In use by another client"),
+    "MEMORY": (20, "Insufficient Memory"),
     "NO_DATA": (21, "No data"),
+    "INSUFFICIENT_RESOURCES": (23, "Insufficient Resources"),
+    "ARGUMENT_VERSION_MISMATCH": (25, "Argument version mismatch"),
     "DEPRECATED": (26, "Requested functionality has been deprecated"),
+    "NOT_READY": (27, "Not Ready"),
+    "GPU_NOT_FOUND": (28, "GPU not found"),
+    "INVALID_STATE": (29, "Invalid state"),
     "UNKNOWN": (999, "Unknown Error"),
 }
 
@@ -118,6 +130,18 @@ class Scenario:
                 return None
             raise
 
+    def find_cell(self, gpu: str, field: str) -> str | None:
+        """A cell of --query-gpu that is printed as it stands here."""
+        return self._file.get(f"smi {gpu}", field, fallback=None)
+
+    @property
+    def driver(self) -> int:
+        """The branch of the driver."""
+        try:
+            return int(self.get("system", "driver_version").split(".")[0])
+        except NvmlError:
+            return 535
+
     @property
     def gpus(self) -> list[str]:
         """The sections that are GPUs: gpu0, gpu1 and so on up to the first gap."""
@@ -196,9 +220,23 @@ def memory_free(scenario: Scenario, gpu: str) -> str:
     return str((total - reserved - used) // 2**20)
 
 
+def fabric_status(scenario: Scenario, gpu: str) -> str:
+    """What came of joining the fabric: known once that is over."""
+    if int(scenario.get(gpu, "fabric_state"), 0) != FABRIC_STATES.index("Completed"):
+        raise NvmlError("NOT_SUPPORTED")
+    try:
+        scenario.find(gpu, "fabric_status")
+    except NvmlError as error:
+        return ERRORS[error.args[0]][1]
+    return "Success"
+
+
 def timestamp(_: Scenario, __: str) -> str:
     return datetime.now().astimezone().strftime("%Y/%m/%d %H:%M:%S.%f")[:-3]
 
+
+FABRIC_STATES = ("N/A", "Not Started", "In Progress", "Completed")
+BARE = ("temperature.memory", "fabric.state", "fabric.status")  # "N/A" without brackets, from 550 on
 
 # Field: its unit, and its cell. A key that the scenario has not gives [N/A], as on a GPU that does not support it.
 FIELDS: dict[str, tuple[str, Cell]] = {
@@ -284,6 +322,8 @@ FIELDS: dict[str, tuple[str, Cell]] = {
     "temperature.memory": ("", number("temperature_memory")),
     "power.management": ("", switch("power_management")),
     "power.draw": ("W", watts("power_draw_mw")),
+    "power.draw.average": ("W", watts("power_draw_average_mw")),
+    "power.draw.instant": ("W", watts("power_draw_instant_mw")),
     "power.limit": ("W", watts("power_limit_mw")),
     "enforced.power.limit": ("W", watts("enforced_power_limit_mw")),
     "power.default_limit": ("W", watts("power_default_limit_mw")),
@@ -302,7 +342,11 @@ FIELDS: dict[str, tuple[str, Cell]] = {
     "clocks.max.memory": ("MHz", number("clocks_max_mem")),
     "mig.mode.current": ("", switch("mig_mode_current")),
     "mig.mode.pending": ("", switch("mig_mode_pending")),
+    "fabric.state": ("", choice("fabric_state", *FABRIC_STATES)),
+    "fabric.status": ("", fabric_status),
 }
+# What came with 535: to an older driver these are no fields, and clocks_event_reasons has its older name.
+SINCE_535 = ("power.draw.average", "power.draw.instant", "fabric.state", "fabric.status")
 # Other names of the same fields; the header shows the first name.
 ALIASES = {
     "gpu_name": "name",
@@ -338,8 +382,9 @@ APP_FIELDS = {
 
 def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # a TextIO in the type, a file in truth
+    scenario = Scenario(os.environ.get("FAKE_GPU_SCENARIO", SCENARIO))
     try:
-        for line in answer(Scenario(os.environ.get("FAKE_GPU_SCENARIO", SCENARIO)), options_of(argv)):
+        for line in divide(scenario, argv[1:]) if argv[:1] == ["mig"] else answer(scenario, options_of(argv)):
             sys.stdout.write(line + "\n")
     except Exit as end:
         sys.stdout.write(f"{end}\n" if str(end) else "")
@@ -366,7 +411,7 @@ def answer(scenario: Scenario, options: dict[str, str]) -> Iterator[str]:
     time.sleep(float(scenario.find("smi", "delay") or 0))
     initialize(scenario)
     if "--help-query-gpu" in options:
-        yield from help_query()
+        yield from help_query(scenario)
     elif "--version" in options:
         yield from versions(scenario)
     elif "--list-gpus" in options:
@@ -443,18 +488,42 @@ def list_gpus(scenario: Scenario) -> Iterator[str]:
         if open_gpu(scenario, gpu):
             index = gpu.removeprefix("gpu")
             yield f"GPU {index}: {cell(scenario, gpu, 'name')} (UUID: {cell(scenario, gpu, 'uuid')})"
+            for number, profile in enumerate(instances(gpu)):
+                import uuid  # here: every other run starts sooner
+
+                own = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell(scenario, gpu, 'uuid')}/{number}")
+                yield f"  MIG {profile:<12}Device {number:>2}: (UUID: MIG-{own})"
 
 
 def query_gpus(scenario: Scenario, options: dict[str, str]) -> Iterator[str]:
     fields = [name.strip() for name in options["--query-gpu"].split(",")]
-    check_query(fields, FIELDS.keys() | ALIASES.keys(), options)
+    check_query(fields, {name for name in FIELDS.keys() | ALIASES.keys() if is_known(scenario, name)}, options)
     fields = [ALIASES.get(name, name) for name in fields]
     gpus = chosen(scenario, options)
     if "noheader" not in options["--format"]:
-        yield ", ".join(f"{name} [{FIELDS[name][0]}]" if FIELDS[name][0] else name for name in fields)
+        yield ", ".join(title(scenario, name) for name in fields)
     with_units = "nounits" not in options["--format"]
     for gpu in gpus:
-        yield ", ".join(cell(scenario, gpu, name, with_unit=with_units) for name in fields)
+        yield ", ".join(query_cell(scenario, gpu, name, with_unit=with_units) for name in fields)
+
+
+def is_known(scenario: Scenario, name: str) -> bool:
+    return scenario.driver >= 535 or not name.startswith(("clocks_event", *SINCE_535))
+
+
+def title(scenario: Scenario, field: str) -> str:
+    unit, name = FIELDS[field][0], field
+    if scenario.driver < 535:
+        name = name.replace("clocks_event", "clocks_throttle")
+    return f"{name} [{unit}]" if unit else name
+
+
+def query_cell(scenario: Scenario, gpu: str, field: str, *, with_unit: bool) -> str:
+    """A cell as this very driver prints it."""
+    if (printed := scenario.find_cell(gpu, field)) is not None:
+        return printed
+    value = cell(scenario, gpu, field, with_unit=with_unit)
+    return "N/A" if value == "[N/A]" and field in BARE and scenario.driver >= 550 else value
 
 
 def query_apps(scenario: Scenario, options: dict[str, str]) -> Iterator[str]:
@@ -503,11 +572,79 @@ def app_cell(scenario: Scenario, gpu: str, header: str, pid: str, used: int | No
     return cell(scenario, gpu, ALIASES.get(header, header))
 
 
-def help_query() -> Iterator[str]:
+# ---- MIG -------------------------------------------------------------------------------------------------------------
+
+PROFILES = {"1g.10gb": 19, "1g.20gb": 15, "2g.20gb": 14, "3g.40gb": 9, "4g.40gb": 5, "7g.80gb": 0}  # an H100's
+SLICES = 7
+
+
+def divide(scenario: Scenario, argv: list[str]) -> Iterator[str]:
+    initialize(scenario)
+    options = dict(zip(argv, [*argv[1:], ""], strict=True))
+    gpus = chosen(scenario, {"--id": options["-i"]} if "-i" in options else {})
+    for gpu in gpus:
+        if scenario.find(gpu, "mig_mode_current") != "1":
+            raise Exit(6, "No MIG-enabled devices found.")
+    if "-cgi" in options:
+        for gpu in gpus:
+            yield from create(gpu, options["-cgi"].split(","), has_compute="-C" in options)
+    elif "-lgi" in options:
+        yield from list_instances(gpus)
+    else:
+        raise Exit(1, BAD_ARGUMENTS)
+
+
+def instances(gpu: str) -> list[str]:
+    """The profiles of a GPU's instances."""
+    try:
+        with open(f"{os.environ.get('FAKE_GPU_INSTANCES', INSTANCES)}/{gpu}", encoding="utf-8") as file:  # noqa: PTH123
+            return file.read().split()
+    except FileNotFoundError:
+        return []
+
+
+def create(gpu: str, wanted: list[str], *, has_compute: bool) -> Iterator[str]:
+    index, folder = gpu.removeprefix("gpu"), os.environ.get("FAKE_GPU_INSTANCES", INSTANCES)
+    by_id = {str(number): name for name, number in PROFILES.items()}
+    for name in (by_id.get(each, each) for each in wanted):
+        there = instances(gpu)
+        if name not in PROFILES:
+            raise Exit(2, f"Unable to parse profile name {name}.\nFailed to create GPU instances: Invalid Argument")
+        if sum(int(each.split("g")[0]) for each in (*there, name)) > SLICES:
+            text = f"Unable to create a GPU instance on GPU {index:>2} using profile {PROFILES[name]}"
+            raise Exit(23, f"{text}: Insufficient Resources\nFailed to create GPU instances: Insufficient Resources")
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - pathlib is slow to import
+        with open(f"{folder}/{gpu}", "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(" ".join([*there, name]))
+        number, profile = len(there) + 1, f"MIG {name}"
+        using = f"using profile {profile} (ID {PROFILES[name]:>2})"
+        yield f"Successfully created GPU instance ID {number:>2} on GPU {index:>2} {using}"
+        if has_compute:
+            yield f"Successfully created compute instance ID  0 on GPU {index:>2} GPU instance ID {number:>2} {using}"
+
+
+def list_instances(gpus: list[str]) -> Iterator[str]:
+    found = [(gpu.removeprefix("gpu"), number, each) for gpu in gpus for number, each in enumerate(instances(gpu), 1)]
+    if not found:
+        raise Exit(6, "No GPU instances found: Not Found")
+    yield f"+{'-' * 55}+"
+    yield f"| {'GPU instances:':<54}|"
+    yield "| GPU   Name             Profile  Instance   Placement  |"
+    yield "|                          ID       ID       Start:Size |"
+    yield f"|{'=' * 55}|"
+    for index, number, name in found:
+        yield f"| {index:>3}  MIG {name:<14} {PROFILES[name]:>4} {number:>8} {f'{number - 1}:{name[0]}':>12}     |"
+        yield f"+{'-' * 55}+"
+
+
+def help_query(scenario: Scenario) -> Iterator[str]:
     yield 'List of valid properties to query for the switch "--query-gpu=":'
     yield ""
     for name in FIELDS:
+        if not is_known(scenario, name) and name in SINCE_535:
+            continue
         others = [alias for alias, of in ALIASES.items() if of == name and not alias.startswith("clocks_throttle")]
+        name = title(scenario, name).partition(" [")[0]
         yield " or ".join(f'"{each}"' for each in (name, *others))
         yield f"The {name.replace('.', ' ').replace('_', ' ')} of the GPU."
         yield ""

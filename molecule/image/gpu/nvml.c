@@ -4,12 +4,13 @@
  * running program sees "GPU 1 is lost" at once. Sections: [system], [gpu0] to [gpu63], [procnames], [events]. A value:
  *
  *     81559             the answer
- *     !GPU_IS_LOST      this NVML error (any name of the table below)
+ *     !GPU_IS_LOST      this NVML error (any name of the table below, or a number: a newer driver has codes of its own)
  *     delay:2.5 81559   the answer, 2.5 seconds later
  *     hang              no answer, ever, as from a hung driver: see hang()
  *
  * and a key that is not there is NOT_SUPPORTED. `[gpu1] state = !GPU_IS_LOST` fails every call on that GPU, while it is
- * still counted, as a lost one is. `[system] init = !DRIVER_NOT_LOADED` fails nvmlInit.
+ * still counted, as a lost one is. `[system] init = !DRIVER_NOT_LOADED` fails nvmlInit. `[system] loaded` is which
+ * loading of the driver this is: where it changes, what was initialized is Uninitialized, as after a reload.
  *
  * Here is only what a client reads: nothing that changes a GPU. nvidia_smi.py beside this file reads the same keys.
  */
@@ -212,6 +213,10 @@ static void wait_s(double seconds)
 
 static int code_of(const char *name)
 {
+    char *end;
+    long number = strtol(name, &end, 10);
+    if (end != name && !*end)
+        return (int)number;
     for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
         if (strcmp(errors[i].name, name) == 0)
             return errors[i].code;
@@ -238,10 +243,15 @@ static int answer(const char *section, const char *key, char *value, size_t size
 /* ---- library and system ----------------------------------------------------------------------------------------- */
 
 static unsigned users; /* under `lock`: how many nvmlInit are not yet shut down */
+static char loaded[64]; /* under `lock`: which loading of the driver they speak with */
 
 static int is_initialized(void)
 {
+    char now[sizeof loaded] = "";
+    find("system", "loaded", now, sizeof now);
     pthread_mutex_lock(&lock);
+    if (strcmp(now, loaded) != 0)
+        users = 0;
     int yes = users > 0;
     pthread_mutex_unlock(&lock);
     return yes;
@@ -254,7 +264,11 @@ int nvmlInitWithFlags(unsigned flags)
     (void)flags;
     if (rc != SUCCESS && rc != NOT_SUPPORTED) /* not there: nothing stands in the way */
         return rc;
+    is_initialized(); /* forgets who spoke with a driver that is not loaded any more */
+    *value = '\0';
+    find("system", "loaded", value, sizeof value);
     pthread_mutex_lock(&lock);
+    strcpy(loaded, value);
     users++;
     pthread_mutex_unlock(&lock);
     return SUCCESS;
@@ -617,6 +631,26 @@ int nvmlDeviceGetRemappedRows(device handle, unsigned *correctable, unsigned *un
     return rc;
 }
 
+struct fabric {
+    unsigned char cluster[16];
+    int status;
+    unsigned clique;
+    unsigned char state;
+};
+
+/* `fabric_state`: 1 not started, 2 in progress, 3 completed, and then `fabric_status`, an NVML error or its absence. */
+int nvmlDeviceGetGpuFabricInfo(device handle, struct fabric *out)
+{
+    unsigned state;
+    char value[64];
+    int rc = device_unsigned(handle, "fabric_state", &state);
+    if (rc != SUCCESS)
+        return rc;
+    rc = device_answer(handle, "fabric_status", value, sizeof value);
+    *out = (struct fabric){.status = rc == NOT_SUPPORTED ? SUCCESS : rc, .state = (unsigned char)state};
+    return SUCCESS;
+}
+
 /* `retired_pages_single_bit = ADDRESS ADDRESS…`; a caller asks with room for none first, to learn how many there are. */
 int nvmlDeviceGetRetiredPages(device handle, unsigned cause, unsigned *n, unsigned long long *addresses)
 {
@@ -639,6 +673,9 @@ struct process {
     unsigned pid;
     unsigned long long used_bytes;
     unsigned gpu_instance, compute_instance;
+#ifdef WIDE_PROCESSES /* early 535: eight bytes more under the same name, which a client that reads 24 takes for a pid */
+    unsigned long long protected_bytes;
+#endif
 };
 
 static int read_processes(device handle, const char *key, unsigned *n, struct process *out)
@@ -657,6 +694,9 @@ static int read_processes(device handle, const char *key, unsigned *n, struct pr
             .used_bytes = bytes && bytes[1] != '?' ? strtoull(bytes + 1, NULL, 0) : NOT_AVAILABLE,
             .gpu_instance = ~0U,
             .compute_instance = ~0U,
+#ifdef WIDE_PROCESSES
+            .protected_bytes = NOT_AVAILABLE,
+#endif
         };
     }
     *n = found;

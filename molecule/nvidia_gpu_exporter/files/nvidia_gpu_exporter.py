@@ -2,9 +2,10 @@
 """Stands in for nvidia_gpu_exporter 1.14.0: its flags, its background collection, its names of metrics.
 
 Runs `nvidia-smi --query-gpu` as the real one does and names what comes back by the same rules: dots and camel case to
-snake case, units to a suffix in base units, states to numbers; what is in brackets or bare `N/A` is no series. Started
-while nvidia-smi fails it asks for a field of its own making ever after, as 1.2.0 did with its built-in list. What no
-test of ours needs (TLS, per-process metrics, other backends) is not here.
+snake case, units to a suffix in base units, states to numbers; what is in brackets or bare `N/A` is no series, and a
+row with more cells than the header spoils that collection. Started while nvidia-smi fails it asks for a field of its
+own making ever after, as 1.2.0 did with its built-in list. What no test of ours needs (TLS, per-process metrics, other
+backends) is not here.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ class Collector:
     def collect(self) -> None:
         began = time.time()
         code, output = self.run()
-        self.failed += code != 0
-        if code == 0:
+        found = gpus(output) if code == 0 else None
+        self.failed += found is None
+        if found is not None:
             self.succeeded_at = time.time()
-        self.text = health(int(code == 0), code, self.succeeded_at, time.time() - began, self.failed)
-        if code == 0:
-            self.text += gpus(output)
+        self.text = health(int(found is not None), code, self.succeeded_at, time.time() - began, self.failed)
+        self.text += found or ""
 
     def forever(self, interval_s: float) -> None:
         while True:
@@ -88,8 +89,11 @@ def health(success: int, code: int, at: float, took: float, failed: int) -> str:
     )
 
 
-def gpus(output: str) -> str:
+def gpus(output: str) -> str | None:
+    """The series of every GPU; None where a name with a comma shifts the cells of one."""
     header, *rows = [line.split(", ") for line in output.splitlines()]
+    if any(len(row) != len(header) for row in rows):
+        return None
     lines = []
     for row in rows:
         cells = dict(zip(header, row, strict=True))

@@ -29,6 +29,7 @@ MIB = 2**20
 # A program over the binding: each line is an expression, each answer its value or the name of what it raised.
 CLIENT = """
 import json, sys
+from ctypes import byref
 from pynvml import *
 for line in sys.stdin:
     try:
@@ -41,7 +42,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fake library in both builds: current/ and old-driver/."""
+    """The fake library in its builds: current/, old-driver/ and early-535/."""
     if not shutil.which(os.environ.get("CC", "gcc")):
         pytest.fail("the fake GPU library is written in C: apt-get install gcc libc6-dev")
     folder = tmp_path_factory.mktemp("fake-gpu")
@@ -66,7 +67,12 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "FAKE_GPU_SCENARIO": str(self.file), "LD_LIBRARY_PATH": str(self.library)}
+        return {
+            **os.environ,
+            "FAKE_GPU_SCENARIO": str(self.file),
+            "FAKE_GPU_INSTANCES": str(self.file.parent / "instances"),
+            "LD_LIBRARY_PATH": str(self.library),
+        }
 
     def smi(self, *arguments: str) -> tuple[int, str]:
         done = subprocess.run(
@@ -236,6 +242,7 @@ def test_a_slow_call_answers_after_its_delay(machine: Machine, nvml: Callable[[]
         (Scenario.two_h100().without_driver(), "NVMLError_DriverNotLoaded"),
         (Scenario.two_h100().having("system", init="!NO_PERMISSION"), "NVMLError_NoPermission"),
         (Scenario.two_h100().having("system", init="!SOMETHING_NEW"), "NVMLError_Unknown"),
+        (Scenario.two_h100().having("system", init="!4242"), "NVMLError"),  # a newer driver's, unknown to the binding
     ],
 )
 def test_a_driver_that_cannot_be_talked_to_fails_the_first_call(
@@ -273,6 +280,54 @@ def test_an_old_driver_lacks_the_newer_functions(machine: Machine, libraries: Pa
     assert client.error("nvmlDeviceGetCurrentClocksEventReasons(gpus[0])") == missing
     assert client.ask("[p.pid for p in nvmlDeviceGetComputeRunningProcesses_v2(gpus[0])]") == [4711]
     assert client.ask("nvmlDeviceGetMemoryInfo(gpus[0]).total") == 81559 * MIB
+
+
+def test_a_driver_that_is_loaded_again_knows_none_of_its_clients(machine: Machine, nvml: Callable[[], Nvml]) -> None:
+    scenario = Scenario.two_h100().having("system", loaded="1")
+    machine.show(scenario)
+    client = nvml()
+    open_both(client)
+    machine.show(scenario.having("system", loaded="2"))
+    assert client.error("nvmlDeviceGetUUID(gpus[0])") == "NVMLError_Uninitialized"
+    client.ask("nvmlInit()")
+    assert client.ask("nvmlDeviceGetUUID(gpus[0])") == scenario.uuids[0]
+
+
+def test_an_early_driver_writes_wider_entries_than_the_binding_reads(
+    machine: Machine, libraries: Path, nvml: Callable[[], Nvml]
+) -> None:
+    """With no error at all: the first process is right, and what follows is rubbish."""
+    machine.library = libraries / "early-535"
+    machine.show(Scenario.two_h100().using(0, {4711: MIB, 4712: MIB, 4713: MIB}))
+    client = nvml()
+    open_both(client)
+    pids = client.ask("[p.pid for p in nvmlDeviceGetComputeRunningProcesses_v3(gpus[0])]")
+    assert (len(pids), pids[0]) == (3, 4711)
+    assert pids[1:] != [4712, 4713]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told", "cells"),
+    [
+        ({}, "NVMLError_NotSupported", "N/A, N/A"),
+        ({"fabric_state": "2"}, [2, 0], "In Progress, N/A"),
+        ({"fabric_state": "3"}, [3, 0], "Completed, Success"),
+        ({"fabric_state": "3", "fabric_status": "!UNKNOWN"}, [3, 999], "Completed, Unknown Error"),
+    ],
+)
+def test_the_fabric_is_joined_or_not(
+    machine: Machine, nvml: Callable[[], Nvml], keys: dict[str, str], told: Any, cells: str
+) -> None:
+    machine.show(TWO.having("gpu0", **keys))
+    client = nvml()
+    open_both(client)
+    client.say(
+        "(lambda i: (nvmlDeviceGetGpuFabricInfo(gpus[0], byref(i)), [i.state, i.status])[1])(c_nvmlGpuFabricInfo_t())"
+    )
+    answer = client.hear()
+    assert answer.get("value", answer.get("error")) == told
+    asked = machine.smi("-i", "0", "--query-gpu=fabric.state,fabric.status", "--format=csv,noheader")
+    assert asked == (0, f"{cells}\n")
 
 
 def test_an_xid_is_delivered_once_and_only_what_comes_after_the_wait_began(
@@ -408,13 +463,68 @@ def test_nvidia_smi_without_the_library_says_so(machine: Machine, tmp_path: Path
         ("GPU_IS_LOST", "[GPU is lost]"),
         ("NO_PERMISSION", "[Insufficient Permissions]"),
         ("TIMEOUT", "[Timeout]"),
+        ("NO_DATA", "[No data]"),
+        ("NOT_FOUND", "[Not Found]"),
+        ("FUNCTION_NOT_FOUND", "[Function Not Found]"),
+        ("CORRUPTED_INFOROM", "[Corrupted infoROM]"),
+        ("RESET_REQUIRED", "[GPU requires reset]"),
+        ("INSUFFICIENT_POWER", "[Insufficient External Power]"),
+        ("IRQ_ISSUE", "[Interrupt Request Issue]"),
+        ("OPERATING_SYSTEM", "[GPU access blocked by the operating system]"),
+        ("DRIVER_NOT_LOADED", "[Driver Not Loaded]"),
+        ("LIB_RM_VERSION_MISMATCH", "[Driver/library version mismatch]"),
         ("DEPRECATED", "[Requested functionality has been deprecated]"),
+        ("4242", "[Unknown Error]"),
     ],
 )
 def test_a_failed_cell_holds_the_error_and_spoils_nothing_else(machine: Machine, error: str, words: str) -> None:
     machine.show(TWO.having("gpu0", power_draw_mw=f"!{error}"))
     query = "--query-gpu=index,power.draw,memory.total"
     assert machine.smi(query, "--format=csv,noheader,nounits") == (0, f"0, {words}, 81559\n1, 69.54, 81559\n")
+
+
+def test_a_cell_can_be_what_only_the_program_prints(machine: Machine) -> None:
+    machine.show(
+        TWO.having("smi gpu0", **{"temperature.gpu": "", "power.draw": "ERR!"}).lacking("gpu1", "temperature_memory")
+    )
+    asked = machine.smi(
+        "--query-gpu=index,temperature.gpu,power.draw,temperature.memory", "--format=csv,noheader,nounits"
+    )
+    assert asked == (0, "0, , ERR!, 38\n1, 31, 69.54, N/A\n")  # bare, as drivers from 550 on have it
+
+
+def test_an_older_driver_has_older_names(machine: Machine) -> None:
+    old, new = TWO.having("system", driver_version="525.147.05"), TWO.having("system", driver_version="535.309.01")
+    query = "--query-gpu=clocks_throttle_reasons.active"
+    machine.show(new)
+    assert machine.smi(query, "--format=csv")[1].splitlines()[0] == "clocks_event_reasons.active"
+    machine.show(old)
+    assert machine.smi(query, "--format=csv")[1].splitlines()[0] == "clocks_throttle_reasons.active"
+    for field in ("clocks_event_reasons.active", "power.draw.instant"):
+        assert machine.smi(f"--query-gpu={field}", "--format=csv") == (
+            2,
+            f'Field "{field}" is not a valid field to query.\n\n',
+        )
+    assert "clocks_event" not in machine.smi("--help-query-gpu")[1]
+
+
+def test_instances_are_made_listed_and_gone_after_a_reboot(machine: Machine, tmp_path: Path) -> None:
+    divided = TWO.having("gpu0", mig_mode_current="1", mig_mode_pending="1")
+    machine.show(divided)
+    assert machine.smi("mig", "-i", "1", "-lgi") == (6, "No MIG-enabled devices found.\n")
+    assert machine.smi("mig", "-i", "0", "-lgi") == (6, "No GPU instances found: Not Found\n")
+    code, output = machine.smi("mig", "-i", "0", "-cgi", "3g.40gb,9", "-C")
+    assert code == 0
+    assert (
+        output.splitlines()[0] == "Successfully created GPU instance ID  1 on GPU  0 using profile MIG 3g.40gb (ID  9)"
+    )
+    assert machine.smi("mig", "-i", "0", "-lgi")[1].count("MIG 3g.40gb") == 2
+    assert machine.smi("-L")[1].count("  MIG 3g.40gb     Device") == 2
+    code, output = machine.smi("mig", "-i", "0", "-cgi", "1g.10gb,1g.10gb", "-C")
+    assert code == 23
+    assert "Insufficient Resources" in output
+    shutil.rmtree(tmp_path / "instances")  # what a boot does
+    assert machine.smi("mig", "-i", "0", "-lgi")[0] == 6
 
 
 def test_the_header_has_the_fields_own_names_and_their_units(machine: Machine) -> None:

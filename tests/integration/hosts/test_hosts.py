@@ -150,6 +150,13 @@ def test_the_gpus_are_seen_by_library_and_shell_and_lost_by_both(host: Host) -> 
         host.gpu.show(scenario)
 
 
+def test_cards_of_the_machine_that_runs_the_host_are_out_of_its_sight(host: Host) -> None:
+    """A role that saw one would give the host a driver for it."""
+    assert host.run("ls -A /sys/bus/pci/devices").stdout == ""
+    assert not host.run("test -e /proc/driver/nvidia/version", check=False).ok
+    assert host.run("ls /dev/nvidia[0-9]*").stdout.split() == ["/dev/nvidia0", "/dev/nvidia1"], "its own, fake ones"
+
+
 def test_an_old_driver_takes_the_new_ones_place(host: Host) -> None:
     ask = "python3 -c 'import ctypes; ctypes.CDLL(\"libnvidia-ml.so.1\").nvmlDeviceGetMemoryInfo_v2'"
     assert host.run(ask).ok
