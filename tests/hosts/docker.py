@@ -120,8 +120,8 @@ def remove_leftovers() -> list[str]:
     """Remove the hosts of this checkout whose run was killed before it could; returns their names."""
     filters = [f"--filter=label={key}={value}" for key, value in OF_THIS_CHECKOUT.items()]
     every = _docker("ps", "--all", f'--format={{{{.Names}}}}\t{{{{.Label "{LABEL}.owner"}}}}', *filters)
-    owners = dict(line.split("\t") for line in every.splitlines())
-    left = [name for name, whose in owners.items() if whose and is_gone(whose)]
+    owners = [line.partition("\t") for line in every.splitlines()]  # who has none in the last line has no tab either
+    left = [name for name, _, whose in owners if whose and is_gone(whose)]
     for name in left:
         _remove(name)
     return left
