@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import math
 import os
 import statistics
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import urlencode, urlsplit
 
 from bench.figures import Figure, percentile, show
@@ -29,7 +31,7 @@ from portal.migrate import migrate
 from portal.models import Gpu, MachineReport
 from portal.services import monitoring_charts, tokens
 from portal.services.monitoring_live import FIELDS
-from portal.services.monitoring_measures import MEASURES
+from portal.services.monitoring_measures import MEASURES, RECORDED_S
 from portal.services.monitoring_samples import normalised
 from tests import postgresql
 from tests.factories import actor_of, make_machine, make_user
@@ -41,6 +43,7 @@ SAMPLES_S = 30
 HOUR_S = 3600
 AHEAD_S = 1200  # what is asked for now must still be there when everything has been loaded
 MONTH_S = 30 * 24 * HOUR_S
+BLOCK_S = 2 * HOUR_S  # Prometheus's own
 TIMES = 50
 CACHED_GOAL_S = 0.020
 CHART_GOAL_S = 0.300
@@ -99,26 +102,47 @@ def make_fleet(url: str, hosts: int) -> str:
 
 @contextmanager
 def history(folder: Path, hosts: int) -> Iterator[prometheus.Server]:
-    """A Prometheus with an hour of every GPU and a month of the fleet."""
+    """A Prometheus with an hour of every GPU and a month of the fleet.
+
+    Loaded in two parts that meet where a block begins: promtool reads its whole file again for each block, and the
+    month in blocks of two hours would be 360 of them; blocks that overlap would be merged while we measure.
+    """
+    end = int(time.time()) + AHEAD_S
+    meet = (end - HOUR_S) // BLOCK_S * BLOCK_S
     with prometheus.server() as server:
-        text, end = folder / "samples.txt", int(time.time()) + AHEAD_S
+        text = folder / "samples.txt"
         with text.open("w") as file:
-            for name, value in SERIES.items():
-                for host in range(hosts):
-                    for index in range(GPUS):
-                        uuid = normalised(f"GPU-{host:08d}-0000-0000-0000-{index:012d}")
-                        line = f'{name}{{host="host-{host}",uuid="{uuid}"}} {value}'
-                        file.writelines(f"{line} {at}\n" for at in range(end - HOUR_S, end, SAMPLES_S))
-            for measure in MEASURES.values():
-                labels = ['{direction="received"}', '{direction="sent"}'] if "direction" in measure.by else [""]
-                for each in labels:
-                    moments = range(end - MONTH_S, end, 300)
-                    file.writelines(f"{measure.fleet_record}{each} {at % 97} {at}\n" for at in moments)
+            write_fleet(file, end - MONTH_S, meet)
+            file.write("# EOF\n")
+        server.load_file(text, "--max-block-duration=744h")
+        with text.open("w") as file:
+            write_gpus(file, hosts, end)
+            write_fleet(file, meet, end)
             file.write("# EOF\n")
         server.load_file(text)
         text.unlink()
         server.start(timeout_s=300)
         yield server
+
+
+def write_gpus(file: TextIO, hosts: int, end: int) -> None:
+    """What the exporters of so many hosts would have told in the hour before `end`: 520 MB for a thousand."""
+    moments = [f" {at}\n" for at in range(end - HOUR_S, end, SAMPLES_S)]
+    for name, value in SERIES.items():
+        for host in range(hosts):
+            for index in range(GPUS):
+                uuid = normalised(f"GPU-{host:08d}-0000-0000-0000-{index:012d}")
+                line = f'{name}{{host="host-{host}",uuid="{uuid}"}} {value}'
+                file.write(line + line.join(moments))
+
+
+def write_fleet(file: TextIO, begin: int, end: int) -> None:
+    """What the recording rules would have made of a fleet meanwhile."""
+    for measure in MEASURES.values():
+        labels = ['{direction="received"}', '{direction="sent"}'] if "direction" in measure.by else [""]
+        for each in labels:
+            moments = range(math.ceil(begin / RECORDED_S) * RECORDED_S, end, RECORDED_S)
+            file.writelines(f"{measure.fleet_record}{each} {at % 97} {at}\n" for at in moments)
 
 
 @contextmanager

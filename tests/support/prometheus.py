@@ -61,8 +61,11 @@ class Server:
         text.write_text(openmetrics(samples))
         self.load_file(text)
 
-    def load_file(self, text: Path) -> None:
-        argv = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(self.folder / "data")]
+    def load_file(self, text: Path, *flags: str) -> None:
+        """promtool reads the whole file again for each block that it makes, and a block has two hours: for a long past
+        give `--max-block-duration`.
+        """
+        argv = ["promtool", "tsdb", "create-blocks-from", *flags, "openmetrics", str(text), str(self.folder / "data")]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
