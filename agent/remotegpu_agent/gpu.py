@@ -98,7 +98,9 @@ class GpuProbe:
         return _stale(self._sample, "NVML did not answer and its process was ended")
 
     def _running_child(self) -> "subprocess.Popen[bytes]":
-        if self._child is None or self._child.poll() is not None:
+        if self._child is not None and self._child.poll() is not None:
+            self._reap()
+        if self._child is None:
             self._buffer = b""
             self._terminated_at = None
             self._child = subprocess.Popen(

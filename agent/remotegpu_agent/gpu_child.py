@@ -18,7 +18,14 @@ DRIVER_STATES = {9: "driver_not_loaded", 12: "no_library", 18: "mismatch"}
 GPU_IS_LOST = 15
 UNINITIALIZED = 1
 NOT_SUPPORTED = 3
+FUNCTION_NOT_FOUND = 13
 UNKNOWN = 999
+GRAVE = {8, 11, 16}  # too little power, no interrupts, in need of a reset: whatever else it says, it computes nothing
+FABRIC_UNKNOWN, FABRIC_NOT_STARTED, FABRIC_IN_PROGRESS = 0, 1, 2
+INTEGRATED = "(nvgpu)"
+MOST_GPUS = 64  # and LARGEST: as the protocol has it, which refuses a whole report for one number that is larger
+LARGEST = 2**53 - 1
+HOTTEST_C, MOST_MILLIWATTS = 250, 100_000_000  # what is more is a driver's blank and no value
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,7 +69,7 @@ def probe(is_ready: bool) -> tuple[dict[str, Any], bool]:
         if not is_ready:
             pynvml.nvmlInit()
         return _read_all(pynvml), True
-    except (pynvml.NVMLError, OSError) as error:
+    except Exception as error:  # the binding raises what is no NVMLError, too
         code = code_of(error)
         if is_ready and code == UNINITIALIZED:
             return probe(False)
@@ -74,42 +81,55 @@ def _nothing(state: str, message: str) -> dict[str, Any]:
 
 
 def _read_all(nvml: Any) -> dict[str, Any]:
-    errors: list[dict[str, Any]] = []
+    reader = Reader([])
     count = nvml.nvmlDeviceGetCount()
-    gpus = [gpu for gpu in (_read_gpu(nvml, index) for index in range(count)) if gpu is not None]
+    seen = [_read_gpu(nvml, index) for index in range(min(count, MOST_GPUS))]
+    _name_the_silent(seen)
+    gpus = [gpu for gpu in seen if gpu["uuid"] is not None]
+    _judge_fabric(gpus)
     unnamed = count - len(gpus)
     return {
         "state": "ok",
         "message": f"{unnamed} of {count} GPUs do not tell their UUID" if unnamed else None,
-        "driver_version": _text(Reader(errors).read("driver_version", nvml.nvmlSystemGetDriverVersion), 80),
-        "nvml_version": _text(Reader(errors).read("nvml_version", nvml.nvmlSystemGetNVMLVersion), 80),
-        "gpus": gpus[:64],
+        "driver_version": _text(reader.read("driver_version", nvml.nvmlSystemGetDriverVersion), 80),
+        "nvml_version": _text(reader.read("nvml_version", nvml.nvmlSystemGetNVMLVersion), 80),
+        "gpus": gpus,
     }
 
 
 _uuids: dict[int, str] = {}  # index → UUID at the last good look: a GPU that is lost no longer tells its own
 
 
-def _read_gpu(nvml: Any, index: int) -> dict[str, Any] | None:
+def _name_the_silent(gpus: list[dict[str, Any]]) -> None:
+    """A GPU that does not tell its UUID is the one that was at its place, unless that one is at another by now: the
+    order of GPUs changes when the driver is loaded again.
+    """
+    told = {gpu["uuid"] for gpu in gpus}
+    for gpu in gpus:
+        if gpu["uuid"] is not None:
+            _uuids[gpu["index"]] = gpu["uuid"]
+        elif (remembered := _uuids.get(gpu["index"])) not in told:
+            gpu["uuid"] = remembered
+
+
+def _read_gpu(nvml: Any, index: int) -> dict[str, Any]:
     reader = Reader([])
     handle = reader.read("handle", nvml.nvmlDeviceGetHandleByIndex, index)
     uuid = _text(reader.read("uuid", nvml.nvmlDeviceGetUUID, handle), 96) if handle is not None else None
-    if uuid is not None:
-        _uuids[index] = uuid
-    uuid = uuid or _uuids.get(index)
-    if uuid is None:
-        return None
     gpu: dict[str, Any] = {"index": index, "uuid": uuid} | dict.fromkeys(FIELDS)
     if handle is not None:
         gpu |= _read_fields(nvml, reader, handle)
-    lost = any(error["code"] == GPU_IS_LOST for error in reader.errors)
-    return gpu | {"errors": reader.errors[:64], "state": "lost" if lost else "error" if handle is None else "ok"}
+        _read_warnings(nvml, reader, handle)
+        if INTEGRATED in (gpu["name"] or ""):
+            gpu |= dict.fromkeys(MEASURED)
+            reader.note("name", "this GPU is part of the processor, and its driver measures nothing", is_grave=True)
+    codes = {error["code"] for error in reader.errors}
+    is_failing = uuid is None or reader.is_grave or not codes.isdisjoint(GRAVE)
+    state = "lost" if GPU_IS_LOST in codes else "error" if is_failing else "ok"
+    return gpu | {"errors": reader.errors[:64], "state": state}
 
 
-FIELDS = (
-    "name",
-    "serial",
-    "pci_bus_id",
+MEASURED = (
     "memory_total_bytes",
     "memory_used_bytes",
     "memory_reserved_bytes",
@@ -119,9 +139,8 @@ FIELDS = (
     "power_w",
     "power_limit_w",
     "ecc_uncorrected",
-    "mig",
-    "processes",
 )
+FIELDS = ("name", "serial", "pci_bus_id", *MEASURED, "mig", "processes")
 
 
 def _read_fields(nvml: Any, reader: "Reader", handle: Any) -> dict[str, Any]:
@@ -129,41 +148,82 @@ def _read_fields(nvml: Any, reader: "Reader", handle: Any) -> dict[str, Any]:
     use = reader.read("utilization_percent", nvml.nvmlDeviceGetUtilizationRates, handle)
     pci = reader.read("pci_bus_id", nvml.nvmlDeviceGetPciInfo, handle)
     mig = reader.read("mig", nvml.nvmlDeviceGetMigMode, handle)
+    if mig is not None and mig[0] != mig[1]:
+        reader.note("mig", f"MIG is to be switched {'on' if mig[1] else 'off'}, at the GPU's next reset")
+    if mig is not None and mig[0]:
+        use = None  # whatever is said of a GPU that is divided, it is not the use of the whole card
+    heat = reader.read("temperature_c", nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    power = reader.read("power_w", nvml.nvmlDeviceGetPowerUsage, handle)
+    limit = reader.read("power_limit_w", nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    ecc = reader.read(
+        "ecc_uncorrected",
+        nvml.nvmlDeviceGetTotalEccErrors,
+        handle,
+        nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+        nvml.NVML_VOLATILE_ECC,
+    )
     return {
         "name": _text(reader.read("name", nvml.nvmlDeviceGetName, handle), 96),
         "serial": _text(reader.read("serial", nvml.nvmlDeviceGetSerial, handle), 64),
         "pci_bus_id": _text(getattr(pci, "busId", None), 32),
         **memory,
-        "utilization_percent": getattr(use, "gpu", None),
-        "memory_bandwidth_percent": getattr(use, "memory", None),
-        "temperature_c": reader.read("temperature_c", nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-        "power_w": _watts(reader.read("power_w", nvml.nvmlDeviceGetPowerUsage, handle)),
-        "power_limit_w": _watts(reader.read("power_limit_w", nvml.nvmlDeviceGetEnforcedPowerLimit, handle)),
-        "ecc_uncorrected": reader.read(
-            "ecc_uncorrected",
-            nvml.nvmlDeviceGetTotalEccErrors,
-            handle,
-            nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-            nvml.NVML_VOLATILE_ECC,
-        ),
+        "utilization_percent": reader.within("utilization_percent", getattr(use, "gpu", None), 100),
+        "memory_bandwidth_percent": reader.within("memory_bandwidth_percent", getattr(use, "memory", None), 100),
+        "temperature_c": reader.within("temperature_c", heat, HOTTEST_C),
+        "power_w": _watts(reader.within("power_w", power, MOST_MILLIWATTS)),
+        "power_limit_w": _watts(reader.within("power_limit_w", limit, MOST_MILLIWATTS)),
+        "ecc_uncorrected": reader.within("ecc_uncorrected", ecc, LARGEST),
         "mig": bool(mig[0]) if mig is not None else None,
         "processes": read_processes(nvml, reader, handle),
     }
 
 
+def _read_warnings(nvml: Any, reader: "Reader", handle: Any) -> None:
+    """What no value shows and somebody should know; what an older driver has not is no news."""
+    if reader.read_if_there("persistence_mode", nvml.nvmlDeviceGetPersistenceMode, handle) == 0:
+        reader.note("persistence_mode", "persistence mode is off: whoever looks first waits until the GPU is set up")
+    remapped = reader.read_if_there("remapped_rows", nvml.nvmlDeviceGetRemappedRows, handle)
+    if remapped is not None and remapped[3]:
+        reader.note("remapped_rows", "a row of its memory could not be remapped: replace the card", is_grave=True)
+    elif remapped is not None and remapped[2]:
+        reader.note("remapped_rows", "a row of its memory is to be remapped, at the GPU's next reset")
+    fabric = reader.read_if_there("fabric", _ask_fabric, nvml, handle)
+    if fabric is None or fabric.state in (FABRIC_UNKNOWN, FABRIC_NOT_STARTED):
+        return
+    if fabric.state == FABRIC_IN_PROGRESS:
+        reader.note("fabric", "it has not joined the NVLink fabric: see the fabric manager")
+    elif fabric.status != 0:
+        reader.note("fabric", f"it could not join the NVLink fabric, error {fabric.status}: see the fabric manager")
+
+
+def _ask_fabric(nvml: Any, handle: Any) -> Any:
+    info = nvml.c_nvmlGpuFabricInfo_t()
+    nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info))
+    return info
+
+
+def _judge_fabric(gpus: list[dict[str, Any]]) -> None:
+    """Beside others a GPU outside the fabric computes nothing (CUDA's error 802); one that is alone needs none."""
+    for gpu in gpus if len(gpus) > 1 else ():
+        if gpu["state"] == "ok" and any(error["field"] == "fabric" for error in gpu["errors"]):
+            gpu["state"] = "error"
+
+
 def read_memory(nvml: Any, reader: "Reader", handle: Any) -> dict[str, int | None]:
     """Version 2 keeps the driver's own reserve apart, as nvidia-smi does; version 1 hides it in "used", so used is
-    then unknown.
+    then unknown. Memory of 0 bytes is a driver that measures none.
     """
     memory = reader.read("memory_used_bytes", nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
-    if memory is not None:
-        return {
-            "memory_total_bytes": memory.total,
-            "memory_used_bytes": memory.used,
-            "memory_reserved_bytes": memory.reserved,
-        }
-    old = reader.read("memory_total_bytes", nvml.nvmlDeviceGetMemoryInfo, handle)
-    return {"memory_total_bytes": getattr(old, "total", None), "memory_used_bytes": None, "memory_reserved_bytes": None}
+    old = reader.read("memory_total_bytes", nvml.nvmlDeviceGetMemoryInfo, handle) if memory is None else None
+    total = reader.within("memory_total_bytes", getattr(memory or old, "total", None), LARGEST) or None
+    most = 0 if total is None else total
+    return {
+        "memory_total_bytes": total,
+        "memory_used_bytes": reader.within("memory_used_bytes", memory.used, most) if memory and total else None,
+        "memory_reserved_bytes": reader.within("memory_reserved_bytes", memory.reserved, most)
+        if memory and total
+        else None,
+    }
 
 
 def read_processes(nvml: Any, reader: "Reader", handle: Any) -> list[dict[str, Any]] | None:
@@ -179,7 +239,12 @@ def read_processes(nvml: Any, reader: "Reader", handle: Any) -> list[dict[str, A
         if listed is not None:
             known = True
             found |= {process.pid: process.usedGpuMemory for process in listed}
-    return [{"pid": pid, "memory_bytes": used} for pid, used in sorted(found.items())] if known else None
+    if not known:
+        return None
+    return [
+        {"pid": pid, "memory_bytes": used if used is not None and used <= LARGEST else None}
+        for pid, used in sorted(found.items())
+    ]
 
 
 def _first_found(nvml: Any, *names: str) -> Callable[..., Any]:
@@ -200,10 +265,32 @@ def _first_found(nvml: Any, *names: str) -> Callable[..., Any]:
 
 
 class Reader:
-    """Calls into NVML; an error becomes None and a note. "Not supported" is no error: the card has no such thing."""
+    """Calls into NVML; an error becomes None and a note. "Not supported" is no error: the card has no such thing.
+
+    A note that is not an error of NVML has code 0; a grave one means that nobody should get this GPU.
+    """
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
         self.errors = errors
+        self.is_grave = False
+
+    def note(self, field: str, message: str, *, code: int = 0, is_grave: bool = False) -> None:
+        self.errors.append({"field": field, "code": code, "message": message[:200]})
+        self.is_grave = self.is_grave or is_grave
+
+    def within(self, field: str, value: int | None, most: int) -> int | None:
+        """The value, or None and a note where it cannot be one."""
+        if value is None or 0 <= value <= most:
+            return value
+        self.note(field, f"{value} cannot be true")
+        return None
+
+    def read_if_there(self, field: str, call: Callable[..., Any], *args: Any) -> Any:
+        """As `read`, of what came with newer drivers."""
+        before = len(self.errors)
+        value = self.read(field, call, *args)
+        self.errors[before:] = [error for error in self.errors[before:] if error["code"] != FUNCTION_NOT_FOUND]
+        return value
 
     def read(self, field: str, call: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -211,7 +298,7 @@ class Reader:
         except Exception as error:  # the binding raises what is no NVMLError, too; a monitor must outlive all of it
             code = code_of(error)
             if code != NOT_SUPPORTED:
-                self.errors.append({"field": field, "code": code, "message": describe(error)[:200]})
+                self.note(field, describe(error), code=code)
             return None
 
 

@@ -17,10 +17,10 @@ from portal.errors import Unavailable
 from portal.integrations import prometheus
 from portal.models import Gpu, Lease, Machine, MachineReport, Task, Tenant
 from portal.models.states import LEASE_OPEN, MACHINE
-from portal.services import alerts, config, health, machines, monitoring_cache
+from portal.services import alerts, config, gpus, health, machines, monitoring_cache
 from portal.services.monitoring_charts import WINDOW_S
 from portal.services.monitoring_measures import MEASURES
-from portal.services.monitoring_samples import REACHABILITY, normalised, ratio
+from portal.services.monitoring_samples import REACHABILITY, normalised
 
 KEEP_S = 30.0
 DEADLINE_S = 3.0  # of each of four questions: the agents' values are there anyway
@@ -72,12 +72,12 @@ def _whole(now: datetime) -> dict[str, Any]:
 def _compute(now: datetime) -> dict[str, Any]:
     asked = _ask()
     every = list(Machine.select().where(Machine.state != "retired").order_by(Machine.name))
-    gpus = machines.gpus_by_machine()
+    known = machines.gpus_by_machine()
     reports = {report.machine_id: report for report in MachineReport.select()}
     limits = machines.limits()
     shown, reachable, by_region = [], Counter[str](), dict[str, list[dict[str, Any]]]()
     for machine in every:
-        own, report = gpus.get(machine.id, []), reports.get(machine.id)
+        own, report = known.get(machine.id, []), reports.get(machine.id)
         state = health.of(machine, own, report, now, limits)
         reachable[state.reachability] += 1
         of_machine = _devices(machine, own, report if state.is_online else None, asked)
@@ -137,10 +137,9 @@ def _customers() -> dict[str, int]:
 def _devices(
     machine: Machine, expected: Sequence[Gpu], report: MachineReport | None, asked: Asked
 ) -> list[dict[str, Any]]:
-    told = report.gpu if report is not None else None
-    answers = told is not None and told["state"] == "ok"
-    live = {gpu["uuid"]: gpu for gpu in told["gpus"]} if told is not None and answers else {}
-    return [_device(machine, gpu, live.get(gpu.uuid), asked, answers=answers) for gpu in expected]
+    live = gpus.of_now(report)
+    answers = live is not None
+    return [_device(machine, gpu, (live or {}).get(gpu.uuid), asked, answers=answers) for gpu in expected]
 
 
 def _device(
@@ -169,10 +168,9 @@ def _device(
 
 def _told(live: Mapping[str, Any]) -> dict[str, float | None]:
     """What the agent said, in the same units."""
-    use, used, total = ratio(live["utilization_percent"]), live["memory_used_bytes"], live["memory_total_bytes"]
     return {
-        "utilization": None if use is None else 100 * use,
-        "memory": None if used is None or not total else 100 * used / total,
+        "utilization": live["utilization_percent"],
+        "memory": gpus.memory_percent(live),
         "temperature": live["temperature_c"],
         "power": live["power_w"],
     }

@@ -123,7 +123,9 @@ MEASURES: Mapping[str, Measure] = {
             "utilization",
             "percent",
             (
-                f"100 * {_of_gpu('nvidia_smi_utilization_gpu_ratio')}",
+                # More than all is a driver's blank, and of a divided GPU nothing that is said is the use of the whole.
+                f"(100 * {_of_gpu('nvidia_smi_utilization_gpu_ratio')} <= 100)"
+                f" unless {_of_gpu('nvidia_smi_mig_mode_current', 'last')} == 1",
                 f"100 * {_of_gpu('remotegpu_gpu_utilization_ratio')}",
             ),
         ),

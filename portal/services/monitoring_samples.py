@@ -18,7 +18,8 @@ import peewee
 
 from portal.models import Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, Task
 from portal.models.states import LEASE, MACHINE, RECLAIM, RUN, TASK
-from portal.services import health, machines, monitoring_measures
+from portal.services import gpus, health, machines, monitoring_measures
+from portal.services.gpus import ratio
 from portal.services.health import Health
 from portal.services.monitoring_targets import labels_of
 
@@ -110,17 +111,17 @@ def exposition(now: datetime) -> str:
     """Everything, in the text format of Prometheus."""
     samples = Samples(FAMILIES)
     reports = {report.machine_id: report for report in MachineReport.select()}
-    gpus = machines.gpus_by_machine()
+    expected = machines.gpus_by_machine()
     limits = machines.limits()
     counted: Counter[tuple[str, str]] = Counter()
     for number, machine in enumerate(list(Machine.select().order_by(Machine.name))):
         if number % BREATH == BREATH - 1:
             time.sleep(0)  # with thousands of hosts this takes a while, and agents wait for their answers meanwhile
         report = reports.get(machine.id)
-        state = health.of(machine, gpus.get(machine.id, ()), report, now, limits)
+        state = health.of(machine, expected.get(machine.id, ()), report, now, limits)
         counted[machine.state, state.reachability] += 1
         if machine.state != "retired":
-            _machine(samples, machine, gpus.get(machine.id, ()), report, state, now)
+            _machine(samples, machine, expected.get(machine.id, ()), report, state, now)
     for word in MACHINE:
         for reachability in REACHABILITY:
             labels = labelled({"state": word, "reachability": reachability})
@@ -154,18 +155,23 @@ def by_state(model: Any) -> dict[str, int]:
 
 
 def _machine(
-    samples: Samples, machine: Machine, gpus: Sequence[Gpu], report: MachineReport | None, state: Health, now: datetime
+    samples: Samples,
+    machine: Machine,
+    expected: Sequence[Gpu],
+    report: MachineReport | None,
+    state: Health,
+    now: datetime,
 ) -> None:
     own = {"host": machine.name, "machine_id": str(machine.id)}
     labels = labelled(own)
-    about = labels_of(machine, [gpu.name or "unknown" for gpu in gpus])
+    about = labels_of(machine, [gpu.name or "unknown" for gpu in expected])
     samples.add("remotegpu_machine_info", labelled(about), 1)
     samples.add("remotegpu_machine_state", labelled({**own, "state": machine.state}), 1)
-    samples.add("remotegpu_machine_gpus_expected", labels, len(gpus))
+    samples.add("remotegpu_machine_gpus_expected", labels, len(expected))
     samples.add("remotegpu_machine_maintenance", labels, machine.maintenance_since is not None)
     for code in sorted({problem.code for problem in state.problems}):
         samples.add("remotegpu_machine_problem", labelled({**own, "code": code}), 1)
-    for gpu in gpus:
+    for gpu in expected:
         told = {**_of_gpu(own, gpu), "gpu_model": gpu.name or "unknown", "slot": str(gpu.slot)}
         samples.add("remotegpu_gpu_info", labelled(told), 1)
     if report is None:
@@ -176,7 +182,7 @@ def _machine(
     if state.is_online:
         samples.add("remotegpu_agent_clock_offset_seconds", labels, report.clock_offset_s)
         _host(samples, own, labels, report.metrics)
-        _gpus(samples, own, gpus, report.gpu)
+        _gpus(samples, own, expected, report)
 
 
 def _host(samples: Samples, own: Mapping[str, str], labels: str, metrics: Mapping[str, Any] | None) -> None:
@@ -214,22 +220,20 @@ GPU_VALUES: Mapping[str, str] = {
 }
 
 
-def _gpus(samples: Samples, own: Mapping[str, str], gpus: Sequence[Gpu], report: Mapping[str, Any] | None) -> None:
+def _gpus(samples: Samples, own: Mapping[str, str], expected: Sequence[Gpu], report: MachineReport) -> None:
     """Only GPUs that are expected: a host cannot make up series. Stale values are those of another moment: none."""
-    if report is None:
+    if report.gpu is None:
         return
-    samples.add("remotegpu_agent_nvml", labelled({**own, "state": report["state"]}), 1)
-    if report["state"] != "ok":
+    samples.add("remotegpu_agent_nvml", labelled({**own, "state": report.gpu["state"]}), 1)
+    seen = gpus.of_now(report)
+    if seen is None:
         return
-    seen = {gpu["uuid"]: gpu for gpu in report["gpus"]}
-    for gpu in gpus:
+    for gpu in expected:
         live, labels = seen.get(gpu.uuid), labelled(_of_gpu(own, gpu))
         samples.add("remotegpu_gpu_up", labels, live is not None and live["state"] == "ok")
         if live is None:
             continue
-        # Whatever a driver says while a GPU is divided, it is not the use of the whole card.
-        use = None if live["mig"] else live["utilization_percent"]
-        samples.add("remotegpu_gpu_utilization_ratio", labels, ratio(use))
+        samples.add("remotegpu_gpu_utilization_ratio", labels, ratio(live["utilization_percent"]))
         samples.add("remotegpu_gpu_memory_bandwidth_ratio", labels, ratio(live["memory_bandwidth_percent"]))
         for name, field in GPU_VALUES.items():
             samples.add(name, labels, live[field])
@@ -239,8 +243,3 @@ def _gpus(samples: Samples, own: Mapping[str, str], gpus: Sequence[Gpu], report:
 
 def _of_gpu(own: Mapping[str, str], gpu: Gpu) -> dict[str, str]:
     return {**own, "uuid": normalised(gpu.uuid)}
-
-
-def ratio(percent: float | None) -> float | None:
-    """Percent as 0 to 1. More than 100 is a driver's blank, not a value."""
-    return percent / 100 if percent is not None and 0 <= percent <= 100 else None

@@ -16,13 +16,13 @@ import peewee
 
 from portal.models import Gpu, Grant, Lease, Machine, MachineReport, Reclaim, Tenant, User
 from portal.models.states import LEASE_OPEN
-from portal.services import addresses, availability, health, machines, tenants
+from portal.services import addresses, availability, gpus, health, machines, tenants
 from portal.services.health import Health, Problem
 
 
 @dataclass(frozen=True)
 class GpuView:
-    """An expected GPU and what was last reported of it; None where nothing was."""
+    """An expected GPU and what the last report says of it; None where it says nothing of it."""
 
     gpu: Gpu
     live: dict[str, Any] | None
@@ -30,10 +30,16 @@ class GpuView:
 
 @dataclass(frozen=True)
 class MachineView:
-    """A machine as it is now. `lease` has it, `reclaim` is its newest."""
+    """A machine as it is now. `lease` has it, `reclaim` is its newest.
+
+    `gpus` are those that are expected, `unexpected` what is reported besides. Where GPUs are not told of at all (the
+    driver hangs, the host never reported), none of them is missing.
+    """
 
     machine: Machine
     gpus: tuple[GpuView, ...]
+    unexpected: tuple[dict[str, Any], ...]
+    are_gpus_told: bool
     report: MachineReport | None
     health: Health
     lease: Lease | None
@@ -103,13 +109,13 @@ def _address_or(keyword: str) -> str:
 def of_machines(rows: Sequence[Machine], now: datetime) -> list[MachineView]:
     """The views of these machines, in the same order."""
     ids = [machine.id for machine in rows]
-    gpus = machines.gpus_by_machine(ids)
+    known = machines.gpus_by_machine(ids)
     reports = {report.machine_id: report for report in MachineReport.select().where(MachineReport.machine << ids)}
     open_leases = Lease.select(Lease, Tenant).join(Tenant).where(Lease.machine << ids, Lease.state << LEASE_OPEN)
     by_machine = {lease.machine_id: lease for lease in open_leases}
     reclaims = _newest_reclaims(Reclaim.machine, ids)
     return [
-        _view(row, gpus.get(row.id, []), reports.get(row.id), by_machine.get(row.id), reclaims.get(row.id), now)
+        _view(row, known.get(row.id, []), reports.get(row.id), by_machine.get(row.id), reclaims.get(row.id), now)
         for row in rows
     ]
 
@@ -120,19 +126,21 @@ def of_machine(machine: Machine, now: datetime) -> MachineView:
 
 def _view(
     machine: Machine,
-    gpus: Sequence[Gpu],
+    expected: Sequence[Gpu],
     report: MachineReport | None,
     lease: Lease | None,
     reclaim: Reclaim | None,
     now: datetime,
 ) -> MachineView:
-    reported = (report.gpu or {}).get("gpus", []) if report is not None else []
-    live = {gpu["uuid"]: gpu for gpu in reported}
+    told = gpus.of_now(report)
+    live = told or {}
     return MachineView(
         machine=machine,
-        gpus=tuple(GpuView(gpu, live.get(gpu.uuid)) for gpu in gpus),
+        gpus=tuple(GpuView(gpu, live.get(gpu.uuid)) for gpu in expected),
+        unexpected=tuple(live[uuid] for uuid in sorted(live.keys() - {gpu.uuid for gpu in expected})),
+        are_gpus_told=told is not None,
         report=report,
-        health=health.of(machine, gpus, report, now, machines.limits()),
+        health=health.of(machine, expected, report, now, machines.limits()),
         lease=lease,
         reclaim=reclaim,
     )

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from portal.models import Grant, Machine
+from portal.services import gpus
 from portal.services.overviews import LeaseView, MachineView
 
 GIB = 1024**3
@@ -32,13 +33,18 @@ def keys_in_question(machine: Machine) -> list[Mapping[str, str]]:
 
 @dataclass(frozen=True)
 class GpuRow:
-    """A GPU that is expected, reported, or both. None is unknown. One is missing that the last report lacks."""
+    """A GPU that is expected, reported, or both. None is unknown. One is missing that the last report lacks.
+
+    `notes` say why something is unknown, and what else the driver told.
+    """
 
     uuid: str
     is_missing: bool
     slot: int | None
     name: str | None
     state: str
+    is_divided: bool
+    notes: tuple[str, ...]
     utilization_percent: float | None
     memory_used_gib: float | None
     memory_total_gib: float | None
@@ -48,14 +54,11 @@ class GpuRow:
 
 def gpu_rows(view: MachineView) -> list[GpuRow]:
     """Every expected GPU in its order, then those that nobody expected; the live values are the last report's."""
-    known = {entry.gpu.uuid for entry in view.gpus}
-    reported = (view.report.gpu or {}).get("gpus", []) if view.report else []
-    is_told = view.report is not None and (view.report.gpu or {}).get("state") == "ok"
     rows = [
-        _row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}, is_missing=is_told and entry.live is None)
+        _row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}, is_missing=view.are_gpus_told and entry.live is None)
         for entry in view.gpus
     ]
-    return rows + [_row(gpu["uuid"], {"slot": gpu["index"]}, gpu) for gpu in reported if gpu["uuid"] not in known]
+    return rows + [_row(gpu["uuid"], {"slot": gpu["index"]}, gpu) for gpu in view.unexpected]
 
 
 def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any], *, is_missing: bool = False) -> GpuRow:
@@ -65,6 +68,8 @@ def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any], *, is_m
         slot=written.get("slot"),
         name=live.get("name") or written.get("name"),
         state=live.get("state", "unknown"),
+        is_divided=bool(live.get("mig")),
+        notes=gpus.notes(live) if live else (),
         utilization_percent=live.get("utilization_percent"),
         memory_used_gib=_gib(live.get("memory_used_bytes")),
         memory_total_gib=_gib(live.get("memory_total_bytes") or written.get("memory_bytes")),

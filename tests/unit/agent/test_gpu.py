@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -173,6 +174,10 @@ class MismatchError(Exception):
     """NVMLLibraryMismatchError is no NVMLError."""
 
 
+class Fabric(ctypes.Structure):
+    _fields_ = [("state", ctypes.c_ubyte), ("status", ctypes.c_int)]
+
+
 class Nvml:
     """The binding as gpu_child uses it: any call may be given an answer or an error."""
 
@@ -253,6 +258,61 @@ def test_a_lost_gpu_keeps_its_name_and_the_rest_go_on() -> None:
     report = gpu_child._read_all(well)
     assert [gpu["uuid"] for gpu in report["gpus"]] == ["GPU-0"]
     assert report["message"] == "1 of 2 GPUs do not tell their UUID"
+
+
+@pytest.mark.parametrize(
+    ("answers", "field"),
+    [
+        ({"nvmlDeviceGetTemperature": 2147483632}, "temperature_c"),
+        ({"nvmlDeviceGetPowerUsage": 2**32 - 1}, "power_w"),
+        ({"nvmlDeviceGetEnforcedPowerLimit": 2**32 - 1}, "power_limit_w"),
+        ({"nvmlDeviceGetTotalEccErrors": 2**64 - 1}, "ecc_uncorrected"),
+        ({"nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=2**32 - 1, memory=3)}, "utilization_percent"),
+        ({"nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=3, memory=101)}, "memory_bandwidth_percent"),
+        ({"nvmlDeviceGetMemoryInfo": SimpleNamespace(total=2**64 - 1, used=0, reserved=0)}, "memory_total_bytes"),
+        ({"nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, used=2**64 - 9, reserved=1)}, "memory_used_bytes"),
+    ],
+)
+def test_what_cannot_be_true_is_unknown_and_costs_nothing_else(answers: dict[str, Any], field: str) -> None:
+    """The protocol refuses a whole report for one number that no column holds: the host would seem to be silent."""
+    gpu = read(**answers)["gpus"][0]
+    assert (gpu[field], gpu["state"]) == (None, "ok")
+    assert [(error["field"], error["code"]) for error in gpu["errors"]] == [(field, 0)]
+    assert "cannot be true" in gpu["errors"][0]["message"]
+
+
+def test_a_count_that_cannot_be_true_is_not_counted_to_its_end() -> None:
+    answers = {"nvmlDeviceGetCount": 2**32 - 1, "nvmlDeviceGetUUID": lambda _handle: f"GPU-{next(numbers)}"}
+    numbers = iter(range(1000))
+    assert len(read(**answers)["gpus"]) == 64
+
+
+def test_what_an_older_driver_has_not_is_no_news() -> None:
+    old = dict.fromkeys(("nvmlDeviceGetPersistenceMode", "nvmlDeviceGetRemappedRows"), NvmlError(13))
+    assert read(**old)["gpus"][0]["errors"] == []
+    gpu = read(**old | {"nvmlDeviceGetRemappedRows": NvmlError(999)})["gpus"][0]
+    assert (gpu["errors"][0]["field"], gpu["state"]) == ("remapped_rows", "ok"), "unknown, and not well by that"
+
+
+@pytest.mark.parametrize(("count", "state"), [(1, "ok"), (8, "error")])
+def test_a_gpu_that_is_alone_needs_no_fabric(count: int, state: str) -> None:
+    answers = {
+        "nvmlDeviceGetCount": count,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda index: f"GPU-{index}",
+        "c_nvmlGpuFabricInfo_t": lambda: Fabric(state=2),
+        "nvmlDeviceGetGpuFabricInfo": None,
+    }
+    gpus = read(**answers)["gpus"]
+    assert {gpu["state"] for gpu in gpus} == {state}
+    assert {error["field"] for gpu in gpus for error in gpu["errors"]} == {"fabric"}
+
+
+def test_what_the_binding_raises_besides_its_own_errors_is_told() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pynvml", Nvml(nvmlInit=None, nvmlDeviceGetCount=MismatchError("too old")))
+        report, is_ready = gpu_child.probe(False)
+    assert (report["state"], report["message"], is_ready) == ("error", "too old", False)
 
 
 def test_names_in_strange_bytes_do_not_stop_anything() -> None:
