@@ -68,7 +68,7 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-PLAIN = "not hosts and not browser and not postgresql"
+PLAIN = "not hosts and not browser and not postgresql and not gpu"
 FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=2)
 # The longest first: four lanes run beside each other, and those with hosts mostly wait.
 LANES = (
@@ -82,6 +82,8 @@ LANES = (
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
     Lane("browser", ("tests/browser",), "browser"),
 )
+# Only where there is a card to be read; elsewhere the closing lines say that it did not run.
+CARDS = Lane("gpu", ("tests/gpu",), "gpu")
 BESIDE_EACH_OTHER = 4
 
 
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
     with docker_engine(), TemporaryDirectory() as scratch:
         began = time.monotonic()
         results = run_all(NOT_SLOW if what == "test" else "", Path(scratch))
-    return report(results, began, budget=what == "test")
+    return report(results, began, budget=what == "test", without_cards=why_without_cards())
 
 
 def run_all(also: str, scratch: Path) -> list[Result]:
@@ -110,7 +112,7 @@ def run_all(also: str, scratch: Path) -> list[Result]:
         images = pool.submit(build_images)
         places = Semaphore(BESIDE_EACH_OTHER)
         waiting = []
-        for lane in LANES:
+        for lane in LANES if why_without_cards() else (*LANES, CARDS):
             places.acquire()
             if lane.hosts:
                 images.result()
@@ -188,13 +190,22 @@ def counts_of(outcome: Path) -> dict[str, int]:
     return {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
 
 
-def report(results: list[Result], began: float, *, budget: bool = False) -> int:
+def why_without_cards() -> str | None:
+    """Why no real card can be read here, as a sentence; None where one can."""
+    if not Path("/dev/nvidia0").exists():
+        return "this machine has no NVIDIA card (/dev/nvidia0)"
+    return None if shutil.which("nvidia-smi") else "there is no nvidia-smi to compare its card with"
+
+
+def report(results: list[Result], began: float, *, budget: bool = False, without_cards: str | None = None) -> int:
     """The minutes of each lane, and the closing line. Lanes run beside each other: the clock is held to the budget."""
     took = (time.monotonic() - began) / 60
     print("── minutes " + "─" * 62)
     for result in results:
         verdict = "ok" if result.code == 0 else f"failed ({result.code})"
         print(f"{result.lane.name:<18}{result.minutes:6.1f}  {result.counts.get('tests', 0):5} tests  {verdict}")
+    if without_cards:
+        print(f"{CARDS.name:<18}     –  did not run: {without_cards}")
     allowed = sum(BUDGET_MIN.values())
     print(f"{'in all':<18}{took:6.1f}  of {allowed:.0f} for {', '.join(BUDGET_MIN)}")
     over = budget and took > allowed

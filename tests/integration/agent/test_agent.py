@@ -94,6 +94,38 @@ def _states(site: Site) -> list[str]:
     return [gpu["state"] for gpu in site.portal.gpu["gpus"]]
 
 
+def test_a_process_that_holds_a_gpu_is_told_and_rubbish_is_not(site: Site) -> None:
+    """A pid by NVML alone proves nothing: early 535 drivers list entries that are wider than anybody reads."""
+    before = site.host.gpu.scenario
+    unit = "test-gpu-holder"
+    site.host.run(
+        ["systemd-run", "-q", f"--unit={unit}", "-p", "User=nobody", "sh", "-c", "exec sleep 1000 3</dev/nvidia0"]
+    )
+    pid = int(site.host.run(["systemctl", "show", "-P", "MainPID", unit]).stdout)
+    uid = int(site.host.run(["id", "-u", "nobody"]).stdout)
+    listed = {pid: None, 1: 2**20, 2**31 - 7: 2**20}  # pid 1 lives and holds no GPU, the last one is nobody
+    try:
+        site.host.gpu.show(before.using(0, listed).having("procnames", **{str(pid): "/\udcff"}))
+        told = [{"pid": pid, "memory_bytes": None, "uid": uid}]
+        until(lambda: _processes(site) == told, "the holder alone", also=lambda: site.portal.gpu)
+        site.host.gpu.plug(driver="early-535")
+        site.host.run("pkill -f '[n]vml-child'; true")  # a driver's library is loaded once in a process
+        site.host.gpu.show(before.using(0, {pid: 2**20, 1: 2**20, 2: 2**20}))
+        told = [{"pid": pid, "memory_bytes": 2**20, "uid": uid}]
+        until(lambda: _processes(site) == told, "what is right of the wider entries", also=lambda: site.portal.gpu)
+    finally:
+        site.host.run(["systemctl", "stop", unit], check=False)
+        site.host.gpu.plug()
+        site.host.gpu.show(before)
+        site.host.run("pkill -f '[n]vml-child'; true")
+    until(lambda: _processes(site) == [], "no process any more", also=lambda: site.portal.gpu)
+
+
+def _processes(site: Site) -> list[dict[str, Any]] | None:
+    gpus = site.portal.gpu["gpus"] if site.portal.gpu else []
+    return gpus[0]["processes"] if gpus else None
+
+
 def test_a_hung_driver_stops_no_heartbeat_and_no_stop(site: Site) -> None:
     lease = site.open_lease()
     attempt = site.run_task(lease, "sleep 1000")

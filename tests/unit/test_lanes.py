@@ -1,0 +1,48 @@
+"""What `make test` says when it closes: every lane that ran, and the one that could not."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import lanes
+from tests.lanes import FAST, Result
+
+
+def closing(capsys: pytest.CaptureFixture[str], without_cards: str | None) -> list[str]:
+    code = lanes.report([Result(FAST, 0.1, 0, {"tests": 3})], time.monotonic(), without_cards=without_cards)
+    assert code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_machine_without_a_card_is_told_of_and_counted_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    told = closing(capsys, "this machine has no card")
+    assert [line.split() for line in told if line.startswith("gpu")] == [
+        ["gpu", "–", "did", "not", "run:", "this", "machine", "has", "no", "card"]
+    ]
+    assert told[-1] == "3 passed, 0 failed, 0 skipped"
+
+
+def test_a_machine_with_one_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not any("did not run" in line for line in closing(capsys, None))
+
+
+@pytest.mark.parametrize(
+    ("has_card", "has_program", "words"),
+    [(False, True, "has no NVIDIA card"), (True, False, "no nvidia-smi"), (True, True, None)],
+)
+def test_a_card_can_be_read_where_device_and_program_are(
+    monkeypatch: pytest.MonkeyPatch, has_card: bool, has_program: bool, words: str | None
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0" and has_card)
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/nvidia-smi" if has_program else None)
+    why = lanes.why_without_cards()
+    assert (words is None and why is None) or (words is not None and why is not None and words in why)
+
+
+def test_no_other_lane_runs_what_needs_a_card() -> None:
+    assert not any("tests/gpu" in lane.paths for lane in lanes.LANES)
+    assert "not gpu" in lanes.PLAIN
