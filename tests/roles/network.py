@@ -8,17 +8,20 @@ molecule/ to say.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.support.waiting import until
 
 HOST = {4: "198.51.100.1", 6: "2001:db8:1::1"}
 OUTSIDE = {4: "198.51.100.2", 6: "2001:db8:1::2"}
 CONTAINER = {4: "172.30.0.2", 6: "2001:db8:2::2"}
+KNOCK = Path(__file__).parents[1] / "support" / "knock.py"
 _numbers = itertools.count()
 _LISTEN = """
 import socketserver, sys, threading
@@ -84,6 +87,12 @@ class Net:
         v4, v6 = ([port for port in ports if f"{at[family]} {port}" in heard] for family in (4, 6))
         assert v4 == v6, f"IPv4 answers on {v4}, IPv6 on {v6}"
         return v4
+
+    def answering_as_loopback(self, ports: Sequence[int]) -> list[int]:
+        """Which of these answer somebody on the same cable who sends to 127.0.0.1, by the host's card."""
+        card = json.loads(self.on(self.host, "ip", "-j", "link", "show", "eth0"))[0]["address"]
+        argv = ["python3", str(KNOCK), "eth0", OUTSIDE[4], card, "127.0.0.1", *map(str, ports)]
+        return [int(port) for port in self.on(self.outside, *argv).split()]
 
     def pings(self, family: int) -> bool:
         done = subprocess.run(

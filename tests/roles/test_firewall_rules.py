@@ -101,6 +101,16 @@ def test_who_knows_a_containers_own_address_gets_no_further(backend: str, net: N
 
 
 @every_writer
+def test_what_docker_publishes_on_loopback_is_not_for_neighbours(backend: str, net: Net, load: Any) -> None:
+    """Not even by a port that is open: whoever publishes it there has said who may come."""
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    assert net.answering_as_loopback([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED, PUBLISHED_FOR_US]
+    load(backend)()
+    assert net.answering([PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US]
+    assert net.answering_as_loopback([SSH, PUBLISHED, PUBLISHED_FOR_US]) == []
+
+
+@every_writer
 def test_containers_go_out(backend: str, net: Net, load: Any) -> None:
     load(backend)()
     net.play_docker([])
@@ -165,6 +175,7 @@ def test_the_whole_ruleset_of_iptables_is_ours_and_what_was_there(net: Net, load
         " -j RETURN",
         "-A REMOTEGPU-ALLOWED -g REMOTEGPU-REFUSED",
         "-A REMOTEGPU-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN",
+        "-A REMOTEGPU-FORWARD -m conntrack --ctorigdst 127.0.0.0/8 -g REMOTEGPU-REFUSED",
         "-A REMOTEGPU-FORWARD -i docker0 -j RETURN",
         "-A REMOTEGPU-FORWARD -i br-+ -j RETURN",
         "-A REMOTEGPU-FORWARD -g REMOTEGPU-PUBLISHED",
