@@ -16,6 +16,7 @@ from typing import Any
 
 VARIABLE = "REMOTEGPU_RUN_ID"  # inherited by everything that a run starts on this machine
 LEASH = ("setpriv", "--pdeathsig", "TERM", "--")  # before a command: the kernel tells it when its parent has ended
+ENDED_WITH_WORKER = 75  # exit status of an executor that ended its run: its worker died, or was not heard of in time
 STOP_GRACE_S = 5.0  # for a process of a run that was asked to end
 POLL_S = 0.02
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from portal.integrations import processes, ssh_masters
-from portal.integrations.processes import LEASH, STOP_GRACE_S, VARIABLE, Process
+from portal.integrations.processes import ENDED_WITH_WORKER, LEASH, STOP_GRACE_S, VARIABLE, Process
 
 SOURCE = Path(__file__).parents[2]
 LINE_BYTES = 1024 * 1024
@@ -63,6 +63,11 @@ class Runner:
             os.write(self._process.stdin.fileno(), b"\n")
         except OSError:
             return  # it has ended; `messages` will tell
+
+    @property
+    def was_let_down(self) -> bool:
+        """After `close`: whether the executor ended the run itself, since `keep_alive` came too late."""
+        return self._process.returncode == ENDED_WITH_WORKER
 
     def end(self, *, grace_s: float = STOP_GRACE_S) -> list[int]:
         """End every process of the run on this machine. Returns the pids that could not be ended: normally none."""

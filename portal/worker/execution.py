@@ -220,6 +220,8 @@ class Execution:
             self._finish_ended_by_us("failed", f"It took longer than the limit of {self._limit_s} s and was ended.")
         elif why == "stop":
             self._lose("The worker was stopped.")
+        elif runner.was_let_down:
+            self._lose("The worker was held up for longer than the run may go on unwatched, so it was ended.")
         elif not heard.ended or heard.exit_code is None:
             self._lose("The process of the run was gone without a result.")
         else:

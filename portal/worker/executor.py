@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from portal.integrations import processes, ssh_masters
-from portal.integrations.processes import LEASH, STOP_GRACE_S
+from portal.integrations.processes import ENDED_WITH_WORKER, LEASH, STOP_GRACE_S
 
-ENDED_WITH_WORKER = 75
 MAX_STDOUT_CHARS = 65_536  # of one event; a longer one is cut, and says so
 MAX_MESSAGE_CHARS = 4_000
 FAILURES = ("runner_on_failed", "runner_on_unreachable", "runner_item_on_failed")

@@ -55,8 +55,10 @@ def make_machine(name: str = "gpu-1", **fields: object) -> Machine:
 START = "import sys; from pathlib import Path; from tests.support.runs import work; work(Path(sys.argv[1]))"
 
 
-def start_worker(settings: Settings, where: Path, *, fault: str | None = None) -> subprocess.Popen[bytes]:
-    """A worker process of its own, for the project at `where`."""
+def start_worker(
+    settings: Settings, where: Path, *, fault: str | None = None, lock_s: float | None = None
+) -> subprocess.Popen[bytes]:
+    """A worker process of its own, for the project at `where`; `lock_s` is how long it holds a run, if not as set."""
     environment = {
         **os.environ,
         "INSTANCE_DIR": str(settings.instance_dir),
@@ -65,7 +67,7 @@ def start_worker(settings: Settings, where: Path, *, fault: str | None = None) -
         "SECRET_KEY": settings.secret_key,
         "JWT_SECRET_KEY": settings.jwt_secret_key,
         "ENCRYPTION_KEY": settings.encryption_key,
-        "RUN_LOCK_S": str(settings.run_lock_s),
+        "RUN_LOCK_S": str(lock_s or settings.run_lock_s),
         "RUN_TIMEOUT_S": str(settings.run_timeout_s),
     }
     environment.pop(VARIABLE, None)
