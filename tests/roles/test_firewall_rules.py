@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.roles.network import CONTAINER, HOST, OUTSIDE, Net, network
 from tests.roles.rendering import Role
@@ -256,3 +257,26 @@ def test_the_table_of_nftables_is_the_file_and_nothing_else_whatever_was_there(n
         "table inet remotegpu",
         "table ip foreign",
     ]
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "mistaken"),
+    [(["docker0", "br-*"], ["br-lan"]), (["docker0", "br-0a1b2c3d4e5f"], []), (["docker0", "e*"], ["eth0"])],
+)
+def test_a_sites_own_bridge_is_not_taken_for_dockers(net: Net, interfaces: list[str], mistaken: list[str]) -> None:
+    """What comes from containers may go everywhere: the role asks the host which ways lead outside, and refuses."""
+    role = Role("firewall", firewall_container_interfaces=interfaces, **{"__firewall_ssh": [22], "firewall_allow": []})
+    (look,) = [task for task in yaml.safe_load((role.path / "tasks/look.yml").read_text()) if "register" in task]
+    asked = role.expression(look["ansible.builtin.shell"]["cmd"], firewall_backend="nftables")
+    made = (
+        "ip link add br-lan type bridge; ip link add lan0 type veth peer name lan1; ip link set lan0 master br-lan;"
+        "ip link add br-0a1b2c3d4e5f type bridge; ip link add veth1 type veth peer name veth2;"
+        f"ip link set veth1 master br-0a1b2c3d4e5f; ip route add default via {OUTSIDE[4]} dev eth0"
+    )
+    undone = "ip route del default; for each in br-lan lan0 br-0a1b2c3d4e5f veth1; do ip link del $each; done"
+    try:
+        net.on(net.host, "bash", "-c", f"set -e; {made}")
+        seen = net.on(net.host, "bash", "-c", asked).splitlines()
+    finally:
+        net.on(net.host, "bash", "-c", undone, check=False)
+    assert role.value("__firewall_mistaken", __firewall_seen=seen) == mistaken
