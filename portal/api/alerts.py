@@ -14,11 +14,11 @@ from portal.api.people import split_page
 from portal.models import AlertSilence
 from portal.models.states import ALERT, ALERT_SEVERITIES, ALERT_SILENCE
 from portal.services import alerts, alerts_silences
+from portal.services.actors import STAFF
 from portal.services.alerts import AlertView, Notice
 
 bp = Blueprint("alerts", __name__, url_prefix="/api/v1/admin/alerts", description="What is wrong, and who has it")
 webhook_bp = Blueprint("alert_webhook", __name__, url_prefix="/api/v1/alerts", description="For Alertmanager")
-STAFF = ("admin", "operator")
 MOST_ALERTS = 2000  # of one delivery
 
 

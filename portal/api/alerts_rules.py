@@ -13,11 +13,11 @@ from portal.api.paging import PageArgs, page_of, page_schema
 from portal.models import AlertRule
 from portal.models.states import ALERT_SEVERITIES
 from portal.services import alerts_rules
+from portal.services.actors import STAFF
 from portal.services.alerts_rules import CONDITIONS, LONGEST_S, LONGEST_TEXT, METRICS, MOST_HOURS, Trial
 
 bp = Blueprint("alert_rules", __name__, url_prefix="/api/v1/admin/alerts/rules", description="Rules of one's own")
 file_bp = Blueprint("alert_rules_file", __name__, url_prefix="/api/v1/prometheus", description="For Prometheus")
-STAFF = ("admin", "operator")
 
 
 class ScopeIn(Schema):

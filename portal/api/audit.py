@@ -11,6 +11,7 @@ from portal.api.guard import requires
 from portal.api.paging import PageArgs, page_of, page_schema
 from portal.api.people import split_page
 from portal.services import audit
+from portal.services.actors import STAFF
 
 bp = Blueprint("audit", __name__, url_prefix="/api/v1/admin/audit", description="Who did what, and when")
 
@@ -47,7 +48,7 @@ class AuditOut(Schema):
 
 
 @bp.get("/logs")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(AuditFilters, location="query")
 @bp.response(200, page_schema(AuditOut))
 def list_logs(args: dict[str, Any]) -> dict[str, Any]:

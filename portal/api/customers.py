@@ -13,6 +13,7 @@ from portal.api.people import OneTimePasswordOut, ProfileIn, UserCreatedOut, Use
 from portal.models import User
 from portal.models.states import MEMBER_ROLES
 from portal.services import tenants, users
+from portal.services.actors import STAFF
 
 bp = Blueprint("customers", __name__, url_prefix="/api/v1/admin/customers", description="The people of the tenants")
 
@@ -38,7 +39,7 @@ class CustomerOut(UserOut):
 
 
 @bp.get("")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(CustomerFilters, location="query")
 @bp.response(200, page_schema(UserOut))
 def list_customers(args: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def list_customers(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.post("")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(CustomerIn)
 @bp.response(201, UserCreatedOut)
 def create_customer(body: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def create_customer(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.get("/<int:user_id>")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.response(200, CustomerOut)
 def get_customer(user_id: int) -> User:
     """One customer, with the tenants"""
@@ -68,7 +69,7 @@ def get_customer(user_id: int) -> User:
 
 
 @bp.patch("/<int:user_id>")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(ProfileIn)
 @bp.response(200, UserOut)
 def edit_customer(body: dict[str, Any], user_id: int) -> User:
@@ -77,7 +78,7 @@ def edit_customer(body: dict[str, Any], user_id: int) -> User:
 
 
 @bp.post("/<int:user_id>/disable")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.response(200, UserOut)
 def disable_customer(user_id: int) -> User:
     """Shut a customer out now: sign-ins, tokens and keys on the hosts"""
@@ -85,7 +86,7 @@ def disable_customer(user_id: int) -> User:
 
 
 @bp.post("/<int:user_id>/enable")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.response(200, UserOut)
 def enable_customer(user_id: int) -> User:
     """Let a customer in again"""
@@ -93,7 +94,7 @@ def enable_customer(user_id: int) -> User:
 
 
 @bp.post("/<int:user_id>/reset-password")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.response(200, OneTimePasswordOut)
 def reset_customer_password(user_id: int) -> dict[str, str]:
     """Give a random one-time password; every sign-in ends"""

@@ -1,6 +1,6 @@
 """Who may. Every route carries exactly one of these, and a test walks them all:
 
-    @requires("admin", "operator")            people with one of the roles (read from the database, not from the token)
+    @requires(*STAFF)                         people with one of the roles (read from the database, not from the token)
     @requires("admin", scope="inventory")     and API tokens of such people that carry the scope
     @public("why")                            anybody
     @says_who("agent")                        a decorator that checks by itself marks its routes with this

@@ -9,6 +9,7 @@ import marshmallow as ma
 from portal.api.blueprint import Blueprint, Schema
 from portal.api.guard import requires
 from portal.services import inventory
+from portal.services.actors import STAFF
 
 bp = Blueprint("inventory", __name__, url_prefix="/api/v1/admin/inventory", description="The machines, for Ansible")
 
@@ -36,7 +37,7 @@ class InventoryOut(Schema):
 
 
 @bp.get("")
-@requires("admin", "operator", scope="inventory")
+@requires(*STAFF, scope="inventory")
 @bp.response(200, InventoryOut)
 def get_inventory() -> dict[str, Any]:
     """All machines that are not retired; those without a confirmed host key are left out, and named"""

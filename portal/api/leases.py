@@ -14,11 +14,11 @@ from portal.db import utcnow
 from portal.models import Reclaim
 from portal.models.states import LEASE, RECLAIM
 from portal.services import leases, overviews, reclaims, reports
+from portal.services.actors import STAFF
 from portal.services.overviews import LeaseView
 
 bp = Blueprint("leases", __name__, url_prefix="/api/v1/admin/leases", description="Leases")
 reclaims_bp = Blueprint("reclaims", __name__, url_prefix="/api/v1/admin/reclaims", description="Reclaims and reports")
-STAFF = ("admin", "operator")
 
 
 class ReclaimOut(Schema):

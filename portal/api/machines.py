@@ -15,10 +15,10 @@ from portal.integrations import host_keys
 from portal.models import Run
 from portal.models.states import MACHINE
 from portal.services import config, frozen, leases, machines, overviews, provisioning, retirement, tenants
+from portal.services.actors import STAFF
 from portal.services.overviews import LeaseView, MachineView
 
 bp = Blueprint("machines", __name__, url_prefix="/api/v1/admin/machines", description="Machines")
-STAFF = ("admin", "operator")
 
 
 class MachineArgs(PageArgs):

@@ -21,9 +21,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from portal.api.guard import requires, says_who
 from portal.db import utcnow
 from portal.services import alerts_samples, monitoring_samples
+from portal.services.actors import STAFF
 from portal.settings import Settings, networks
 
-STAFF = ("admin", "operator")
 BY_KNOWN_PROXY = "werkzeug.proxy_fix.orig"  # set where portal/proxies.py has believed a proxy
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported

@@ -18,6 +18,7 @@ from portal.api.paging import PageArgs, page_schema
 from portal.db import utcnow
 from portal.models.states import MACHINE
 from portal.services import leases, machines, monitoring_charts, monitoring_live
+from portal.services.actors import STAFF
 from portal.services.monitoring_charts import CAUSES, SPANS
 from portal.services.monitoring_measures import MEASURES
 
@@ -176,7 +177,7 @@ def _written(answer: dict[str, Any]) -> Response:
 
 
 @bp.get("/realtime")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.response(200, RealtimeOut)
 def realtime() -> Response:
     """The fleet now: machines, use by region and model; at most 30 s old, and it says how old"""
@@ -184,7 +185,7 @@ def realtime() -> Response:
 
 
 @bp.get("/devices")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(DeviceArgs, location="query")
 @bp.response(200, page_schema(DeviceOut))
 def list_devices(args: dict[str, Any]) -> Response:
@@ -193,7 +194,7 @@ def list_devices(args: dict[str, Any]) -> Response:
 
 
 @bp.get("/charts")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(ChartArgs, location="query")
 @bp.response(200, ChartOut)
 def fleet_chart(args: dict[str, Any]) -> Response:
@@ -202,7 +203,7 @@ def fleet_chart(args: dict[str, Any]) -> Response:
 
 
 @bp.get("/machines/<int:machine_id>/charts")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(MachineChartArgs, location="query")
 @bp.response(200, ChartOut)
 def machine_chart(args: dict[str, Any], machine_id: int) -> Response:
@@ -213,7 +214,7 @@ def machine_chart(args: dict[str, Any], machine_id: int) -> Response:
 
 
 @dashboard_bp.get("/stats")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @dashboard_bp.response(200, StatsOut)
 def stats() -> Response:
     """The dashboard's cards; at most 30 s old, and they say how old"""
@@ -221,7 +222,7 @@ def stats() -> Response:
 
 
 @dashboard_bp.get("/gpu-trend")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @dashboard_bp.arguments(TrendArgs, location="query")
 @dashboard_bp.response(200, ChartOut)
 def gpu_trend(args: dict[str, Any]) -> Response:

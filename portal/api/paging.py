@@ -1,7 +1,7 @@
 """Lists: bounded pages in a stable order.
 
     @bp.get("")
-    @requires("admin", "operator")
+    @requires(*STAFF)
     @bp.arguments(PageArgs, location="query")
     @bp.response(200, page_schema(MachineOut))
     def list_machines(args):

@@ -13,6 +13,7 @@ import marshmallow as ma
 from portal.api.blueprint import Blueprint, Schema
 from portal.api.guard import requires
 from portal.services import monitoring_targets
+from portal.services.actors import STAFF
 from portal.services.monitoring_targets import NODE, NVIDIA
 
 bp = Blueprint("prometheus", __name__, url_prefix="/api/v1/prometheus", description="For Prometheus")
@@ -33,7 +34,7 @@ class TargetGroupOut(Schema):
 
 
 @bp.get("/targets")
-@requires("admin", "operator", scope="prometheus")
+@requires(*STAFF, scope="prometheus")
 @bp.arguments(TargetArgs, location="query")
 @bp.response(200, TargetGroupOut(many=True))
 def list_targets(args: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from portal.integrations import wake
 from portal.models import Machine, Run, RunEvent
 from portal.models.states import RUN
 from portal.services import runs
+from portal.services.actors import STAFF
 
 bp = Blueprint("runs", __name__, url_prefix="/api/v1/admin/runs", description="Playbook runs, their output, cancel")
 
@@ -133,7 +134,7 @@ class OutputOut(Schema):
 
 
 @bp.get("")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(RunFilters, location="query")
 @bp.response(200, page_schema(RunOut))
 def list_runs(args: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def list_runs(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.post("")
-@requires("admin", "operator", scope="admin")
+@requires(*STAFF, scope="admin")
 @bp.arguments(RunIn)
 @bp.response(201, RunQueuedOut)
 def create_run(body: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def create_run(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.get("/impact")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(ImpactArgs, location="query")
 @bp.response(200, ImpactOut)
 def get_impact(args: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def get_impact(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.get("/<int:run_id>")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.response(200, RunDetailOut)
 def get_run(run_id: int) -> dict[str, Any]:
     """One run, with the verdicts if it verified"""
@@ -174,7 +175,7 @@ def get_run(run_id: int) -> dict[str, Any]:
 
 
 @bp.post("/<int:run_id>/cancel")
-@requires("admin", "operator", scope="admin")
+@requires(*STAFF, scope="admin")
 @bp.response(202, RunOut)
 def cancel_run(run_id: int) -> dict[str, Any]:
     """Stop it: every process of it ends, and what may be left on the hosts is named"""
@@ -183,7 +184,7 @@ def cancel_run(run_id: int) -> dict[str, Any]:
 
 
 @bp.get("/<int:run_id>/events")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(OutputArgs, location="query")
 @bp.response(200, OutputOut)
 def list_events(args: dict[str, Any], run_id: int) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def list_events(args: dict[str, Any], run_id: int) -> dict[str, Any]:
 
 
 @bp.get("/<int:run_id>/stream")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.response(200, content_type="text/event-stream", description="`output` events, and `end` with the run's state")
 def stream_events(run_id: int) -> Response:
     """Output as it comes; resumes after `Last-Event-ID`"""

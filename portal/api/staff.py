@@ -12,13 +12,14 @@ from portal.api.paging import page_of, page_schema
 from portal.api.people import OneTimePasswordOut, ProfileIn, UserCreatedOut, UserFilters, UserOut, split_page
 from portal.models import User
 from portal.services import users
+from portal.services.actors import STAFF
 
 bp = Blueprint("staff", __name__, url_prefix="/api/v1/admin/staff", description="Admins and operators")
 
 
 class StaffIn(ProfileIn):
     username = ma.fields.String(required=True, validate=ma.validate.Length(1, 64))
-    role = ma.fields.String(required=True, validate=ma.validate.OneOf(users.STAFF))
+    role = ma.fields.String(required=True, validate=ma.validate.OneOf(STAFF))
 
 
 @bp.get("")
@@ -28,7 +29,7 @@ class StaffIn(ProfileIn):
 def list_staff(args: dict[str, Any]) -> dict[str, Any]:
     """Admins and operators by user name"""
     page, filters = split_page(args)
-    return page_of(users.search(roles=users.STAFF, **filters), page)
+    return page_of(users.search(roles=STAFF, **filters), page)
 
 
 @bp.post("")
@@ -46,7 +47,7 @@ def create_staff(body: dict[str, Any]) -> dict[str, Any]:
 @bp.response(200, UserOut)
 def disable_staff(user_id: int) -> User:
     """Shut somebody of the staff out now; nobody can do it to themselves"""
-    return users.disable(users.get(user_id, roles=users.STAFF), by=actor())
+    return users.disable(users.get(user_id, roles=STAFF), by=actor())
 
 
 @bp.post("/<int:user_id>/enable")
@@ -54,7 +55,7 @@ def disable_staff(user_id: int) -> User:
 @bp.response(200, UserOut)
 def enable_staff(user_id: int) -> User:
     """Let somebody in again"""
-    return users.enable(users.get(user_id, roles=users.STAFF), by=actor())
+    return users.enable(users.get(user_id, roles=STAFF), by=actor())
 
 
 @bp.post("/<int:user_id>/reset-password")
@@ -62,4 +63,4 @@ def enable_staff(user_id: int) -> User:
 @bp.response(200, OneTimePasswordOut)
 def reset_staff_password(user_id: int) -> dict[str, str]:
     """Give a random one-time password; every sign-in ends"""
-    return {"one_time_password": users.reset_password(users.get(user_id, roles=users.STAFF), by=actor())}
+    return {"one_time_password": users.reset_password(users.get(user_id, roles=STAFF), by=actor())}

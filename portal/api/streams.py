@@ -21,6 +21,7 @@ from portal.db import connection
 from portal.integrations.wake import EVERYTHING, Heard, Key, wake
 from portal.models import User
 from portal.services import events, sessions, tenants
+from portal.services.actors import STAFF
 
 bp = Blueprint("events", __name__, url_prefix="/api/v1/events", description="What changes, as it changes")
 
@@ -68,7 +69,7 @@ class StreamArgs(Schema):
 
 
 @bp.get("/stream")
-@requires("admin", "operator", "customer")
+@requires(*STAFF, "customer")
 @bp.arguments(StreamArgs, location="query")
 @bp.alt_response(200, description="A stream of events: `event` is the topic, `data` says which thing it is about")
 def events_stream(args: dict[str, Any]) -> Response:
@@ -104,7 +105,7 @@ def _keys(user: User | None) -> tuple[Key, ...]:
     """What somebody may hear; nothing for nobody."""
     if user is None:
         return ()
-    if user.role in ("admin", "operator"):
+    if user.role in STAFF:
         return (EVERYTHING,)
     return tuple(("tenant", tenant_id) for tenant_id in tenants.ids_of(user))
 

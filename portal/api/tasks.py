@@ -24,6 +24,7 @@ from portal.errors import NotFound
 from portal.models import Attempt, Task, User
 from portal.models.states import TASK
 from portal.services import logs, tasks
+from portal.services.actors import STAFF
 from portal.services.logs import Piece
 
 customer_bp = Blueprint("tasks", __name__, url_prefix="/api/v1/customer/tasks", description="A customer's tasks")
@@ -183,7 +184,7 @@ def retry_mine(task_id: int) -> Task:
 
 
 @admin_bp.get("")
-@requires("admin", "operator")
+@requires(*STAFF)
 @admin_bp.arguments(AllTasksArgs, location="query")
 @admin_bp.response(200, page_schema(TaskOut))
 def list_all(args: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def list_all(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @admin_bp.get("/figures")
-@requires("admin", "operator")
+@requires(*STAFF)
 @admin_bp.arguments(AllTasksArgs(exclude=("page", "page_size")), location="query")
 @admin_bp.response(200, FiguresOut)
 def figures(args: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def figures(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @admin_bp.get("/<int:task_id>")
-@requires("admin", "operator")
+@requires(*STAFF)
 @admin_bp.response(200, TaskDetailOut)
 def show(task_id: int) -> Task:
     """One task, with all its attempts"""
@@ -209,7 +210,7 @@ def show(task_id: int) -> Task:
 
 
 @admin_bp.post("/<int:task_id>/stop")
-@requires("admin", "operator")
+@requires(*STAFF)
 @admin_bp.response(202, TaskDetailOut)
 def stop(task_id: int) -> Task:
     """End it with every process of it; asking again changes nothing"""
@@ -225,7 +226,7 @@ def _readable(user: User, task_id: int) -> Task:
 
 
 @customer_bp.get("/<int:task_id>/log")
-@requires("customer", "admin", "operator")
+@requires("customer", *STAFF)
 @customer_bp.arguments(LogArgs, location="query")
 @customer_bp.alt_response(
     200,
@@ -249,7 +250,7 @@ def _piece(piece: Piece) -> Response:
 
 
 @customer_bp.get("/<int:task_id>/log/download")
-@requires("customer", "admin", "operator")
+@requires("customer", *STAFF)
 @customer_bp.arguments(AttemptArgs, location="query")
 @customer_bp.alt_response(200, description="The whole output that is there now, as a file")
 def download_log(args: dict[str, Any], task_id: int) -> Response:
@@ -260,7 +261,7 @@ def download_log(args: dict[str, Any], task_id: int) -> Response:
 
 
 @customer_bp.get("/<int:task_id>/log/stream")
-@requires("customer", "admin", "operator")
+@requires("customer", *STAFF)
 @customer_bp.arguments(LogArgs(only=("offset", "attempt")), location="query")
 @customer_bp.alt_response(
     200, description="Events `log` (text; the id is the offset after it), at the end `complete` (state and exit code)"

@@ -12,6 +12,7 @@ from portal.api.paging import PageArgs, page_of, page_schema
 from portal.models import Membership, Tenant
 from portal.models.states import MEMBER_ROLES
 from portal.services import tenants, users
+from portal.services.actors import STAFF
 
 bp = Blueprint("tenants", __name__, url_prefix="/api/v1/admin/tenants", description="Companies and who belongs to them")
 customer_bp = Blueprint(
@@ -57,7 +58,7 @@ class MemberOut(Schema):
 
 
 @bp.get("")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(TenantFilters, location="query")
 @bp.response(200, page_schema(TenantOut))
 def list_tenants(args: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def list_tenants(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @bp.post("")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(TenantIn)
 @bp.response(201, TenantOut)
 def create_tenant(body: dict[str, Any]) -> Tenant:
@@ -75,7 +76,7 @@ def create_tenant(body: dict[str, Any]) -> Tenant:
 
 
 @bp.get("/<int:tenant_id>")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.response(200, TenantOut)
 def get_tenant(tenant_id: int) -> Tenant:
     """One tenant"""
@@ -83,7 +84,7 @@ def get_tenant(tenant_id: int) -> Tenant:
 
 
 @bp.patch("/<int:tenant_id>")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(TenantIn)
 @bp.response(200, TenantOut)
 def rename_tenant(body: dict[str, Any], tenant_id: int) -> Tenant:
@@ -92,7 +93,7 @@ def rename_tenant(body: dict[str, Any], tenant_id: int) -> Tenant:
 
 
 @bp.get("/<int:tenant_id>/members")
-@requires("admin", "operator", scope="read")
+@requires(*STAFF, scope="read")
 @bp.arguments(PageArgs, location="query")
 @bp.response(200, page_schema(MemberOut))
 def list_members(args: dict[str, Any], tenant_id: int) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def list_members(args: dict[str, Any], tenant_id: int) -> dict[str, Any]:
 
 
 @bp.post("/<int:tenant_id>/members")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(MemberIn)
 @bp.response(201, MemberOut)
 def add_member(body: dict[str, Any], tenant_id: int) -> Membership:
@@ -111,7 +112,7 @@ def add_member(body: dict[str, Any], tenant_id: int) -> Membership:
 
 
 @bp.patch("/<int:tenant_id>/members/<int:user_id>")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.arguments(MemberRoleIn)
 @bp.response(200, MemberOut)
 def set_member_role(body: dict[str, Any], tenant_id: int, user_id: int) -> Membership:
@@ -120,7 +121,7 @@ def set_member_role(body: dict[str, Any], tenant_id: int, user_id: int) -> Membe
 
 
 @bp.delete("/<int:tenant_id>/members/<int:user_id>")
-@requires("admin", "operator")
+@requires(*STAFF)
 @bp.response(204)
 def remove_member(tenant_id: int, user_id: int) -> None:
     """Take somebody out; the keys leave the tenant's machines at once"""

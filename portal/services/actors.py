@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from portal.models import Machine, User
 
+STAFF = ("admin", "operator")  # the roles of people who run the house; the third is the customer's
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -21,7 +23,7 @@ class Actor:
 
     @property
     def is_staff(self) -> bool:
-        return self.kind == "system" or self.role in ("admin", "operator")
+        return self.kind == "system" or self.role in STAFF
 
 
 SYSTEM = Actor(kind="system", name="system")

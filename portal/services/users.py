@@ -15,7 +15,7 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict, Forbidden, Invalid, NotFound
 from portal.models import Membership, Tenant, User
 from portal.services import audit, events, keys, passwords, sessions, tenants, texts
-from portal.services.actors import Actor
+from portal.services.actors import STAFF, Actor
 
 USERNAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,63}")
 LINES = {"display_name": 100, "full_name": 100, "phone": 40}  # how long each may be
@@ -23,7 +23,6 @@ LONGEST_MAIL = 254
 PROFILE = ("email", *LINES, "locale")
 LOCALES = ("en", "zh_CN")
 CUSTOMERS = ("customer",)
-STAFF = ("admin", "operator")
 
 
 def create_customer(

@@ -16,12 +16,12 @@ from portal.models import Alert, AlertRule
 from portal.models.states import ALERT_SEVERITIES
 from portal.services import alerts as known
 from portal.services import alerts_rules, alerts_silences, audit, overviews
+from portal.services.actors import STAFF
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 from portal.web.frame import is_fragment
 
-STAFF = ("admin", "operator")
 FILTERS = ("severity", "acknowledged", "silenced", "name")
 RULE_FIELDS = (
     *("name", "metric", "condition", "threshold", "duration_min", "severity", "region", "machines", "summary"),

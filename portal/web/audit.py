@@ -9,6 +9,7 @@ from flask.typing import ResponseReturnValue
 
 from portal.api.guard import requires
 from portal.services import audit as trail
+from portal.services.actors import STAFF
 from portal.web.acting import page_asked
 from portal.web.blueprint import bp
 
@@ -16,7 +17,7 @@ FILTERS = ("action", "actor", "outcome", "resource_type", "resource_id")
 
 
 @bp.get("/audit")
-@requires("admin", "operator")
+@requires(*STAFF)
 def audit() -> ResponseReturnValue:
     wanted: dict[str, Any] = {name: request.args[name] for name in FILTERS if request.args.get(name)}
     if "resource_id" in wanted:

@@ -10,11 +10,11 @@ from portal.api.guard import actor, requires
 from portal.errors import Error
 from portal.models.states import MEMBER_ROLES
 from portal.services import keys, tenants, users
+from portal.services.actors import STAFF
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 
-STAFF = ("admin", "operator")
 PROFILE = ("display_name", "full_name", "email", "phone")
 FIELDS = ("username", "tenant_id", "member_role", "display_name", "email")
 

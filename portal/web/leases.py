@@ -11,13 +11,12 @@ from portal.db import utcnow
 from portal.errors import Error
 from portal.services import leases as lettings
 from portal.services import overviews
+from portal.services.actors import STAFF
 from portal.web import shapes
 from portal.web.acting import page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 from portal.web.frame import is_fragment
-
-STAFF = ("admin", "operator")
 
 
 @bp.get("/leases")

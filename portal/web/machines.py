@@ -29,13 +29,13 @@ from portal.services import (
     tenants,
 )
 from portal.services import machines as fleet
+from portal.services.actors import STAFF
 from portal.web import monitoring, shapes
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 from portal.web.frame import is_fragment
 
-STAFF = ("admin", "operator")
 DESCRIPTIVE = ("public_address", "region", "rack", "remark")
 FIELDS = ("name", "address", "ssh_port", "ssh_user", "labels", *DESCRIPTIVE)
 ALLOCATE_FIELDS = ("tenant_id", "starts_at", "until", "retain_h", "root", "remark")

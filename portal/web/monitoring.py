@@ -19,13 +19,12 @@ from portal.db import utcnow
 from portal.errors import Error, NotFound
 from portal.services import leases, monitoring_charts, monitoring_live
 from portal.services import machines as fleet
+from portal.services.actors import STAFF
 from portal.services.monitoring_charts import SPANS
 from portal.services.monitoring_measures import MEASURES
 from portal.web.acting import PAGE_SIZE, Page, number_asked
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment, told
-
-STAFF = ("admin", "operator")
 
 MEASURE_WORDS = {
     "utilization": lazy_gettext("GPU utilisation"),

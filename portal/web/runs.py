@@ -8,11 +8,10 @@ from flask_babel import gettext
 
 from portal.api.guard import actor, requires
 from portal.services import runs as playbook_runs
+from portal.services.actors import STAFF
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment
-
-STAFF = ("admin", "operator")
 
 
 @bp.get("/runs")

@@ -9,6 +9,7 @@ from flask_babel import gettext
 from portal.api.guard import actor, requires
 from portal.errors import Error
 from portal.services import users
+from portal.services.actors import STAFF
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
@@ -37,7 +38,7 @@ def create_staff() -> ResponseReturnValue:
 @bp.post("/staff/<int:user_id>/<any(disable, enable):act>")
 @requires("admin")
 def switch_staff(user_id: int, act: str) -> ResponseReturnValue:
-    user = users.get(user_id, roles=users.STAFF)
+    user = users.get(user_id, roles=STAFF)
     if act == "disable":
         with acting(gettext("%(name)s is disabled: sign-ins and tokens.", name=user.username)):
             users.disable(user, by=actor())
@@ -50,12 +51,12 @@ def switch_staff(user_id: int, act: str) -> ResponseReturnValue:
 @bp.post("/staff/<int:user_id>/reset-password")
 @requires("admin")
 def reset_staff_password(user_id: int) -> ResponseReturnValue:
-    user = users.get(user_id, roles=users.STAFF)
+    user = users.get(user_id, roles=STAFF)
     password = users.reset_password(user, by=actor())
     return render_template("people/password.html", user=user, password=password, back=url_for("web.staff"))
 
 
 def _page(form: Form | None) -> str:
     keyword = request.args.get("keyword") or None
-    page = page_asked(users.search(roles=users.STAFF, keyword=keyword), "keyword")
-    return render_template("staff/list.html", page=page, roles=users.STAFF, form=form)
+    page = page_asked(users.search(roles=STAFF, keyword=keyword), "keyword")
+    return render_template("staff/list.html", page=page, roles=STAFF, form=form)

@@ -11,11 +11,11 @@ from portal.errors import Error
 from portal.models.states import MEMBER_ROLES
 from portal.services import overviews, users
 from portal.services import tenants as companies
+from portal.services.actors import STAFF
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 
-STAFF = ("admin", "operator")
 SHOWN_LEASES = 20
 
 
