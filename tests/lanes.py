@@ -42,6 +42,7 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
     "util-linux": "nsenter",
     "sshpass": "sshpass",
+    "nmap": "nmap",
     "iputils-ping": "ping",
     "e2fsprogs": "chattr",
     "fonts-noto-cjk": "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
