@@ -6,6 +6,7 @@ themselves are in users.py; whose keys open a lease follows from here, and keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -84,6 +85,25 @@ def of(user: User) -> peewee.ModelSelect[Tenant]:
 def memberships_of(user: User) -> peewee.ModelSelect[Membership]:
     """The memberships of a user with their tenants, by the tenant's name."""
     return Membership.select(Membership, Tenant).join(Tenant).where(Membership.user == user).order_by(Tenant.name)
+
+
+def memberships_by_user(people: Sequence[User]) -> dict[int, list[Membership]]:
+    """User id → memberships with their tenants, by the tenant's name: for a page of people."""
+    found: dict[int, list[Membership]] = {user.id: [] for user in people}
+    rows = Membership.select(Membership, Tenant).join(Tenant).where(Membership.user << list(found))
+    for membership in rows.order_by(Tenant.name):
+        found[membership.user_id].append(membership)
+    return found
+
+
+def members_counted(companies: Sequence[Tenant]) -> dict[int, int]:
+    """Tenant id → how many people belong to it: for a page of tenants."""
+    counted = (
+        Membership.select(Membership.tenant, peewee.fn.COUNT(Membership.id))
+        .where(Membership.tenant << [tenant.id for tenant in companies])
+        .group_by(Membership.tenant)
+    )
+    return {**{tenant.id: 0 for tenant in companies}, **dict(counted.tuples())}
 
 
 def ids_of(user: User, right: str = "look") -> list[int]:

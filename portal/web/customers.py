@@ -45,7 +45,7 @@ def _list_page(form: Form | None) -> str:
     return render_template(
         "customers/list.html",
         page=page,
-        belongs={user.id: list(tenants.memberships_of(user)) for user in page.items},
+        belongs=tenants.memberships_by_user(page.items),
         tenants=[(tenant.id, tenant.name) for tenant in tenants.search()],
         chosen=request.args.get("tenant", type=int),
         roles=MEMBER_ROLES,

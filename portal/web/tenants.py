@@ -39,7 +39,7 @@ def create_tenant() -> ResponseReturnValue:
 
 def _list_page(form: Form | None) -> str:
     page = page_asked(companies.search(request.args.get("keyword") or None), "keyword")
-    members = {tenant.id: companies.members_of(tenant).count() for tenant in page.items}
+    members = companies.members_counted(page.items)
     return render_template("tenants/list.html", page=page, members=members, form=form)
 
 
