@@ -77,6 +77,7 @@ LANES = (
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
+    Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),

@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     close.add_argument("lease_id", type=int)
     status = words.add_parser("status", help="what this agent knows")
     status.add_argument("--json", action="store_true", help="for programs")
+    heard = words.add_parser("heard", help="wait until the portal hears the running agent, of this version")
+    heard.add_argument("--within", type=float, default=60, metavar="SECONDS", help="how long to wait at most")
+    heard.add_argument("--credential", type=int, metavar="ID", help="... and with this credential")
     words.add_parser("doctor", help="what may be wrong here, and the way out")
     clean = words.add_parser("clean", help="remove what a lease left on this host")
     clean.add_argument("--request", type=Path, required=True, help="JSON file: clean_args of the protocol")
@@ -219,6 +222,17 @@ def read_status(config: Any) -> dict[str, Any]:
         "gpu": {name: gpu.get(name) for name in ("state", "message", "sampled_at", "driver_version")}
         | {"gpus": [each["uuid"] for each in gpu.get("gpus", [])]},
     }
+
+
+def _heard(options: argparse.Namespace) -> int:
+    from remotegpu_agent import heard
+
+    why = heard.wait(_load(), within_s=options.within, credential_id=options.credential)
+    if why is not None:
+        print(f"not heard within {options.within:g} s: {why}", file=sys.stderr)
+        return EX_FAILED
+    print(f"the portal hears the agent {__version__}")
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:

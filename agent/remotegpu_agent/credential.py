@@ -32,6 +32,11 @@ class Credential:
         """The portal's number of this machine. Raises KeyError before the enrolment."""
         return int(self._value["machine_id"])
 
+    @property
+    def used_id(self) -> int | None:
+        """The credential that the portal has accepted last; while a new one is on trial, none."""
+        return None if "previous" in self._value else self._value.get("credential_id")
+
     def call(self, ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         """Make a call with the credential; with the one before it while the portal does not know the new one yet.
         Raises PortalError.

@@ -108,6 +108,7 @@ class Agent:
         self._contact_written_at = -1.0
         self._clock_offset_s: float | None = None
         self._last_contact_at: str | None = (find_json(config.run_dir / STATUS_FILE) or {}).get("last_contact_at")
+        self._reported_at: str | None = None  # by this very process: an upgrade waits for it
 
     # Life
 
@@ -401,6 +402,7 @@ class Agent:
                 continue
             try:
                 self._sync(portal, report=self._report(is_full=is_full), wait_s=0)
+                self._note_reported()
                 backoff.succeeded()
                 self._said = news
                 if is_full:
@@ -413,6 +415,12 @@ class Agent:
                 log.warning("report: %s", error)
                 self._facts_sent_at = None
                 self._wait_and_drop(backoff.next_s())
+
+    def _note_reported(self) -> None:
+        """The portal has taken a report of this version; who upgrades the agent looks for that."""
+        is_first, self._reported_at = self._reported_at is None, format_time(now())
+        if is_first:
+            self._write_status()
 
     def _drop_strangers(self, items: dict[str, list[Any]]) -> None:
         """The portal does not know these: say no more of them, so that the rest is heard. Nothing on the host is
@@ -492,6 +500,8 @@ class Agent:
             self._contact_written_at, self._last_contact_at = time.monotonic(), format_time(now())
         status = {
             "pid": os.getpid(),
+            "version": __version__,
+            "reported_at": self._reported_at,
             "last_contact_at": self._last_contact_at,
             "clock_offset_s": self._clock_offset_s,
             "gpu": self.gpu.report(),

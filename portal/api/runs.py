@@ -96,8 +96,8 @@ class RunDetailOut(RunOut):
 
 class ImpactLeaseOut(Schema):
     id = ma.fields.Integer(required=True)
-    machine = ma.fields.String(required=True)
-    tenant = ma.fields.String(required=True)
+    machine = ma.fields.String(attribute="machine.name", required=True)
+    tenant = ma.fields.String(attribute="tenant.name", required=True)
     ends_at = ma.fields.AwareDateTime(required=True)
 
 
@@ -153,16 +153,16 @@ def create_run(body: dict[str, Any]) -> dict[str, Any]:
     """Queue a run on exactly these machines; the answer says which leases and tasks it meets"""
     machines = runs.machines_named(body.pop("machines"))
     run = runs.queue(body.pop("playbook"), machines, by=actor(), **body)
-    return {**_shown(run, machines), "impact": runs.impact(machines).as_dict()}
+    return {**_shown(run, machines), "impact": runs.impact(machines)}
 
 
 @bp.get("/impact")
 @requires(*STAFF, scope="read")
 @bp.arguments(ImpactArgs, location="query")
 @bp.response(200, ImpactOut)
-def get_impact(args: dict[str, Any]) -> dict[str, Any]:
+def get_impact(args: dict[str, Any]) -> runs.Impact:
     """Which open leases and live tasks a run on these machines would meet"""
-    return runs.impact(runs.machines_named(args["machines"])).as_dict()
+    return runs.impact(runs.machines_named(args["machines"]))
 
 
 @bp.get("/<int:run_id>")

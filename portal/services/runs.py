@@ -43,18 +43,22 @@ RESERVED = ("all", "ungrouped", "localhost")  # nor as another host than the one
 
 @dataclass(frozen=True)
 class Playbook:
-    """A file in playbooks/. `disrupts`: it may restart what a tenant uses. `repeatable`: a lost run starts again."""
+    """A file in playbooks/. `disrupts`: it may restart what a tenant uses. `repeatable`: a lost run starts again.
+
+    `check`: whether it may only look (True), may not do that (False), or as whoever wants it says (None).
+    """
 
     name: str
     disrupts: bool
     repeatable: bool
     tags: frozenset[str] = frozenset()
+    check: bool | None = None
 
 
 ROLES = frozenset(
     (
         *("base", "ssh_hardening", "unattended_upgrades", "firewall", "docker", "node_exporter", "gpu_agent"),
-        *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"),
+        *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter", "desktop_vnc", "desktop_xrdp"),
     )
 )
 PLAYBOOKS = MappingProxyType(
@@ -62,6 +66,7 @@ PLAYBOOKS = MappingProxyType(
         "gpu_hosts": Playbook("gpu_hosts", disrupts=True, repeatable=True, tags=ROLES),
         "verify": Playbook("verify", disrupts=False, repeatable=True),
         "site": Playbook("site", disrupts=True, repeatable=False, tags=ROLES),
+        "upgrade_agent": Playbook("upgrade_agent", disrupts=False, repeatable=True),
     }
 )
 
@@ -177,9 +182,11 @@ def _options(playbook: Playbook, given: dict[str, Any]) -> tuple[list[str], dict
             wrong[name] = [f"There is no such option; there are tags, {', '.join(OPTIONS)}."]
         elif type(value) is not OPTIONS[name]:
             wrong[name] = [f"{value!r} is not of the type {OPTIONS[name].__name__}."]
+    if playbook.check is False and given.get("check"):
+        wrong["check"] = [f"{playbook.name} cannot only look."]
     if wrong:
         raise Invalid(wrong)
-    return sorted(tags), given
+    return sorted(tags), {**given, "check": True} if playbook.check else given
 
 
 def _hosts(machines: Sequence[Machine]) -> list[Machine]:

@@ -88,7 +88,7 @@ class Portal:
         done = subprocess.run(
             [sys.executable, "-m", "portal", *argv],
             cwd=ROOT,
-            env=self._environ(),
+            env=self.environment(),
             capture_output=True,
             text=True,
             timeout=120,
@@ -103,7 +103,7 @@ class Portal:
             with self.log.open("ab") as log:
                 self._processes[name] = subprocess.Popen(
                     [sys.executable, "-m", "portal", command],
-                    cwd=ROOT, env=self._environ(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    cwd=ROOT, env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 )  # fmt: skip
             if command == "web":
                 until(self._answers, f"{self.url} to answer", timeout_s=START_TIMEOUT_S, also=self.tail)
@@ -138,7 +138,8 @@ class Portal:
             assert "web" not in self._processes or self._processes["web"].poll() is None, self.tail()
             return False
 
-    def _environ(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """What a process of it is started with."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         return {
             **kept,
@@ -197,6 +198,12 @@ class Client:
 
     def delete(self, path: str) -> Answer:
         return self._needed("DELETE", path)
+
+    def page(self, path: str) -> str:
+        """A page as a browser would show it, by the token in place of a cookie."""
+        answer = self._session.get(f"{self.portal.url}{path}", timeout=60, allow_redirects=False)
+        assert answer.status_code == 200, (path, answer.status_code, answer.text[:500])
+        return answer.text
 
     def download(self, path: str) -> bytes:
         """A file, byte for byte."""

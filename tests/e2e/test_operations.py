@@ -1,0 +1,191 @@
+"""A fleet that is kept: agents upgraded under running tasks.
+
+One real host that was onboarded through a real portal, whose worker runs the product's own playbooks; only the agent
+that lies beside them is another version. The tests stand in the order of a fleet's life, but each begins where the
+host is a ready one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.world import (
+    INSTALLER_PASSWORD,
+    PROVISION_TIMEOUT_S,
+    RECLAIM_TIMEOUT_S,
+    Person,
+    World,
+)
+from tests.hosts import Host
+from tests.hosts.docker import boot, gateway_address
+from tests.support import agents
+from tests.support.portal import ROOT, Portal, running
+from tests.support.runs import START
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
+
+OF_A_PROJECT = ("playbooks", "roles", "inventory", "ansible.cfg")
+RUN_TIMEOUT_S = 300.0
+HEARD_TIMEOUT_S = 20  # a minute where nobody waits for a test
+TICKS = "i=0; while [ ! -e /tmp/go ]; do i=$((i+1)); echo tick $i; sleep 0.2; done; echo over; exit 7"
+# It runs, and says so to systemd, but no report of it arrives.
+SPEAKS_ELSEWHERE = {"loop.py": ('SYNC_PATH = "/api/v1/agent/sync"', 'SYNC_PATH = "/api/v1/agent/nowhere"')}
+
+
+@dataclass
+class Site:
+    """A portal, its worker's project, and one machine that was onboarded."""
+
+    world: World
+    host: Host
+    project: Path
+    customer: Person
+    tenant_id: int
+
+    @property
+    def machine(self) -> Any:
+        return self.world.machine(self.host)
+
+    def lies_there(self, version: str, **changes: Any) -> None:
+        """Put this version of the agent beside the playbooks."""
+        agents.version(self.project / "build" / "remotegpu-agent.pyz", version, **changes)
+
+    def run(self, playbook: str, *, state: str = "succeeded", **options: Any) -> Any:
+        """Start it through the API, and wait until it has ended like that."""
+        queued = self.world.admin.post("admin/runs", playbook=playbook, machines=[self.host.name], **options)
+        return self.ended(int(queued["id"]), state)
+
+    def ended(self, run_id: int, state: str = "succeeded") -> Any:
+        def look() -> Any:
+            run = self.world.admin.get(f"admin/runs/{run_id}").body
+            return run if run["ended_at"] else None
+
+        run = until(look, f"run {run_id} to end", timeout_s=RUN_TIMEOUT_S, every_s=0.3, also=self.world.tell)
+        assert run["state"] == state, f"{run['reason']}\n{self.world.run_output(run_id)[-5000:]}"
+        return run
+
+    def program(self) -> str:
+        """Which version lies on the host, with what else is there of an upgrade."""
+        return self.host.run("remotegpu-agent --version; cd /opt/remotegpu && ls *.on-trial 2>/dev/null || true").stdout
+
+
+@pytest.fixture(scope="module")
+def onboarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("operations")
+    project = copy_of_the_product(folder / "project")
+    host = boot(f"operations-trixie-{secrets.token_hex(3)}", "trixie", prepared=True, password=INSTALLER_PASSWORD)
+    try:
+        environ = {"REPORT_INTERVAL_S": "1", "OFFLINE_AFTER_S": "10"}
+        portal = Portal(folder / "instance", address=gateway_address(), environ=environ)
+        with running(portal):
+            world = World(portal, portal.set_up(), folder)
+            with worker(portal, project):
+                world.add(host)
+                world.confirm(host)
+                world.provision(host)
+                world.wait_for_state(host, "ready", timeout_s=PROVISION_TIMEOUT_S)
+                tenant_id = world.tenant("Acme")
+                yield Site(world, host, project, world.person("carol", tenant_id), tenant_id)
+    finally:
+        host.destroy()
+
+
+def copy_of_the_product(project: Path) -> Path:
+    """What the worker runs, with a place of its own for the agent's program."""
+    for name in OF_A_PROJECT:
+        source = ROOT / name
+        copied = shutil.copytree if source.is_dir() else shutil.copy
+        project.mkdir(exist_ok=True)
+        copied(source, project / name)
+    agents.version(project / "build" / "remotegpu-agent.pyz", "1.0.0")
+    with (project / "inventory" / "group_vars" / "gpu_hosts.yml").open("a") as of_the_site:
+        of_the_site.write(f"gpu_agent_heard_timeout: {HEARD_TIMEOUT_S}\n")
+    return project
+
+
+@contextmanager
+def worker(portal: Portal, project: Path) -> Iterator[None]:
+    """A worker of this portal for that project."""
+    with portal.log.open("ab") as log:
+        argv = [sys.executable, "-c", START, str(project)]
+        process = subprocess.Popen(argv, cwd=ROOT, env=portal.environment(), stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def site(onboarded: Site) -> Site:
+    """The machine is ready, whatever a test before has left of it."""
+    world, host = onboarded.world, onboarded.host
+    host.run("systemctl start remotegpu-agent")
+    if onboarded.machine["state"] == "leased":
+        world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="the test is over")
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+    world.wait_until_healthy(host)
+    return onboarded
+
+
+def test_an_agent_is_upgraded_under_a_running_task_and_a_broken_one_goes_back(site: Site) -> None:
+    world, host = site.world, site.host
+    world.allocate(host, site.tenant_id, lasts_s=3600)
+    task = world.task(site.customer, host, TICKS)
+    world.wait_for_task(site.customer, task, "running")
+    unit = host.run("systemctl list-units --plain --no-legend 'remotegpu-task-*' | cut -d' ' -f1").stdout.strip()
+    pid = host.run(["systemctl", "show", "-P", "MainPID", unit]).stdout
+
+    site.lies_there("1.1.0")
+    site.run("upgrade_agent")
+    assert site.machine["agent_version"] == "1.1.0", "the portal has heard it before the run ended"
+    assert site.program() == "1.1.0\n"
+    again = site.run("upgrade_agent")
+    assert again["stats"][host.name]["changed"] == 0, "who has proven it is left alone"
+
+    site.lies_there("1.2.0", changes=SPEAKS_ELSEWHERE)
+    run = site.run("upgrade_agent", state="failed")
+    assert f"not heard within {HEARD_TIMEOUT_S} s" in run["reason"]
+    assert "The one before is back in its place and runs." in run["reason"]
+    assert site.program() == "1.1.0\n"
+    until(lambda: site.machine["agent_version"] == "1.1.0", "the old one to be heard", timeout_s=30)
+
+    assert host.run(["systemctl", "show", "-P", "MainPID", unit]).stdout == pid, "the task is the same process"
+    host.run("touch /tmp/go")
+    ended = world.wait_for_task(site.customer, task, "failed")
+    assert ended["attempts"][-1]["exit_code"] == 7
+    lines = world.log(site.customer, task).decode().splitlines()
+    assert lines == [*(f"tick {n + 1}" for n in range(len(lines) - 1)), "over"], "a line was lost or came twice"
+
+
+@pytest.mark.slow
+def test_an_upgrade_that_was_cut_off_is_taken_up_where_it_stopped(site: Site) -> None:
+    """Cut off between the new program and its proof: the next run proves it, and goes back to what was proven last."""
+    host = site.host
+    before = site.program()
+    site.lies_there("2.0.0", changes=SPEAKS_ELSEWHERE)
+    queued = site.world.admin.post("admin/runs", playbook="upgrade_agent", machines=[host.name])
+    until(lambda: "on-trial" in site.program() and "2.0.0" in site.program(), "the new program", timeout_s=120)
+    site.world.admin.post(f"admin/runs/{queued['id']}/cancel")
+    site.ended(int(queued["id"]), "cancelled")
+    assert "on-trial" in site.program(), "nobody has proven it, and it says so"
+
+    run = site.run("upgrade_agent", state="failed")
+    assert "The one before is back in its place and runs." in run["reason"]
+    assert site.program() == before
+
+    site.lies_there("2.0.1")
+    site.run("upgrade_agent")
+    assert site.program() == "2.0.1\n"
+    assert site.machine["agent_version"] == "2.0.1"
