@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.roles.rendering import Role
 from tests.support.rendering import evaluate, render
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("bookworm", "trixie", "noble")
@@ -103,6 +110,109 @@ def test_names_of_slots_and_release_come_from_one_place() -> None:
     assert evaluate("{{ __portal_home }}", "portal", "trixie") == "/opt/remotegpu-portal"
     upstream = render("portal", "upstream.conf.j2", "trixie", __portal_slot="green")
     assert "server unix:/run/remotegpu-portal/green.sock fail_timeout=0;" in upstream
+
+
+def wanted(**given: Any) -> str:
+    """What tells one state of web and worker from another: where it differs they are started anew."""
+    tasks = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "deploy.yml").read_text())
+    [task] = [task for task in tasks if "__portal_wanted" in task.get("ansible.builtin.set_fact", {})]
+    seen = {
+        name: render("portal", re.findall(r"'([^']+[.]j2)'", text)[0], "noble", portal_public_url=URL, **given)
+        for name, text in task["vars"].items()
+    }
+    role = Role("portal", **{"__portal_release": "/opt/one", **given, **seen})
+    return str(role.expression(task["ansible.builtin.set_fact"]["__portal_wanted"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"portal_worker_memory": "8G"},
+        {"portal_web_memory": "8G"},
+        {"portal_settings": {"A": "b"}},
+        {"__portal_release": "2"},
+    ],
+)
+def test_a_change_of_what_web_or_worker_run_with_is_taken_over(change: dict[str, Any]) -> None:
+    assert wanted() == wanted()
+    assert wanted(**change) != wanted()
+
+
+# -- what is no longer asked for goes; run on this machine, in folders of the test
+
+
+def run_tasks(file: str, folder: Path, **variables: Any) -> str:
+    """Run a tasks file of the role; returns what Ansible said. `systemctl` only writes down what it was called with."""
+    systemctl = folder / "bin" / "systemctl"
+    systemctl.parent.mkdir(exist_ok=True)
+    systemctl.write_text(f'#!/bin/sh\necho "$@" >>{folder}/systemctl\n')
+    systemctl.chmod(0o755)
+    tasks = [{"ansible.builtin.include_role": {"name": "portal", "tasks_from": file}}]
+    (folder / "play.yml").write_text(yaml.safe_dump([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
+    given = {"portal_public_url": URL, "ansible_python_interpreter": sys.executable, **variables}
+    (folder / "given.json").write_text(
+        json.dumps(given)
+    )  # as extra variables: nothing of the role's own wins over these
+    environ = {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+    }
+    argv = ["ansible-playbook", "--inventory", "localhost,", "--connection", "local", "-e", "@given.json", "play.yml"]
+    run = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_an_environment_goes_with_the_last_release_that_stands_on_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for number, environment_of in enumerate(["old", "shared", "shared", "new"]):
+        release, venv = home / "releases" / str(number), home / "venvs" / environment_of
+        release.mkdir(parents=True)
+        venv.mkdir(parents=True, exist_ok=True)
+        (release / ".venv").symlink_to(venv)
+        later = time.time_ns() + 10_000_000
+        until(lambda: time.time_ns() > later, "the next to be younger", every_s=0.01)  # noqa: B023 - asked at once
+    (home / "venvs" / "half-made").mkdir()
+    (home / "current").symlink_to(home / "releases" / "3")
+    (home / "previous").symlink_to(home / "releases" / "1")
+    given = {
+        "__portal_home": str(home),
+        "__portal_instance": str(tmp_path / "instance"),
+        "__portal_etc": str(tmp_path / "etc"),
+    }
+    run_tasks("forget", tmp_path, portal_releases_kept=2, **given)
+    assert sorted(path.name for path in (home / "releases").iterdir()) == ["1", "2", "3"]
+    assert sorted(path.name for path in (home / "venvs").iterdir()) == ["new", "shared"]
+    assert "changed=0" in run_tasks("forget", tmp_path, portal_releases_kept=2, **given)
+
+
+@pytest.mark.parametrize("then", [{"portal_acme_ca_pem": ""}, {"portal_tls": "self_signed"}])
+def test_the_renewal_stops_to_trust_an_authority_that_is_no_longer_named(tmp_path: Path, then: dict[str, str]) -> None:
+    etc, dropin = tmp_path / "etc", tmp_path / "certbot.service.d" / "remotegpu.conf"
+    etc.mkdir()
+    asked = {"portal_tls": "acme", "portal_acme_ca_pem": "-----BEGIN CERTIFICATE-----"}
+    given = {"__portal_etc": str(etc), "__portal_certbot_dropin": str(dropin)}
+    run_tasks("acme_trust", tmp_path, **given, **asked)
+    assert f"REQUESTS_CA_BUNDLE={etc}/acme-ca.pem" in dropin.read_text()
+    assert (etc / "acme-ca.pem").read_text() == "-----BEGIN CERTIFICATE-----\n"
+    run_tasks("acme_trust", tmp_path, **given, **{**asked, **then})
+    assert not dropin.exists()
+    assert not list(etc.iterdir())
+    assert (tmp_path / "systemctl").read_text().count("daemon-reload") == 2
+    assert "changed=0" in run_tasks("acme_trust", tmp_path, **given, **{**asked, **then})
+
+
+def test_the_sites_own_key_does_not_outlive_its_use(tmp_path: Path) -> None:
+    etc = tmp_path / "etc"
+    (etc / "tls").mkdir(parents=True)
+    (etc / "tls" / "portal.key").write_text("key")
+    (etc / "tls" / "portal.pem").write_text("certificate")
+    given = {"__portal_home": str(tmp_path), "__portal_instance": str(tmp_path), "__portal_etc": str(etc)}
+    run_tasks("forget", tmp_path, portal_tls="own", **given)
+    assert len(list((etc / "tls").iterdir())) == 2
+    run_tasks("forget", tmp_path, portal_tls="self_signed", **given)
+    assert list((etc / "tls").iterdir()) == []
 
 
 @pytest.mark.slow  # it needs what `make setup` builds
