@@ -41,12 +41,13 @@ def main(directory: Path) -> int:
     done = threading.Event()
     lifeline = Lifeline(directory, job["mark"], job["fence_s"])
     signal.signal(signal.SIGTERM, lambda *_: lifeline.cut.set())
-    threading.Thread(target=lifeline.watch, name="lifeline", daemon=True).start()
+    lifeline.start()
     threading.Thread(target=report_child, args=(out, done), name="child", daemon=True).start()
     try:
         code, status = run(job, directory, out)
     finally:
         done.set()
+    lifeline.give_way()
     out.put({"type": "end", "rc": code, "status": status})
     out.close()
     return 0
@@ -83,8 +84,18 @@ class Lifeline:
     def __init__(self, directory: Path, mark: str, fence_s: float) -> None:
         self.cut = threading.Event()
         self._directory, self._mark, self._fence_s = directory, mark, fence_s
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
 
-    def watch(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def give_way(self) -> None:
+        """Let it end this process, if it is about to: a playbook that it has ended came to no end of its own."""
+        if self._ending.is_set():
+            self._thread.join()
+
+    def _watch(self) -> None:
         ends_at = time.monotonic() + self._fence_s
         while not self.cut.is_set() and time.monotonic() < ends_at:
             readable, _, _ = select.select([0], [], [], 0.2)
@@ -96,6 +107,7 @@ class Lifeline:
         self._end_all()
 
     def _end_all(self) -> None:
+        self._ending.set()
         main_process = processes.child_of(os.getpid())
         processes.end(self._mark, main_process, grace_s=STOP_GRACE_S, spare=[os.getpid()])
         ssh_masters.end(self._directory)

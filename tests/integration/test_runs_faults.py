@@ -109,7 +109,9 @@ def test_a_killed_executor_is_a_lost_run(start: StartWorker, tmp_path: Path) -> 
     run = runs.queue("site", [make_machine()], by=SYSTEM)
     (tmp_path / "project" / "playbooks" / "gpu_hosts.yml").rename(tmp_path / "project" / "playbooks" / "site.yml")
     start()
-    child = until(lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way")
+    child = until(
+        lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way", timeout_s=90
+    )
     for pid, mark in marked(child["mark"]).items():
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         if mark == child["mark"] and b"portal.worker.executor" in command and b"setpriv" not in command:
@@ -123,7 +125,9 @@ def test_a_killed_executor_is_a_lost_run(start: StartWorker, tmp_path: Path) -> 
 def test_a_stopped_worker_gives_its_run_back(start: StartWorker, settings: Settings) -> None:
     run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
     worker = start()
-    child = until(lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way")
+    child = until(
+        lambda: (Run.get().child or {}).get("pid") and Run.get().child, "the run to be under way", timeout_s=90
+    )
     worker.terminate()
     assert worker.wait(timeout=15) == 0
     assert runs.get_run(run.id).state == "queued"
@@ -137,18 +141,24 @@ def test_a_worker_that_hangs_loses_its_run_and_what_it_says_later_is_void(start:
     run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
     with Watch(tmp_path) as watch:
         hung = start(lock_s=SHORT_LOCK_S)
-        until(lambda: (Run.get().child or {}).get("pid"), "the run to be under way")
-        hung.send_signal(signal.SIGSTOP)
-        until(lambda: is_stopped(hung), "the worker to hang")
-        held = Run.get()
-        until(lambda: not marked(held.child["mark"]), "the executor to end by itself", timeout_s=SHORT_LOCK_S + 30)
+        held = hold_up(hung)
         start()
-        until(lambda: Run.get().attempt == held.attempt + 1, "another worker to take it up", timeout_s=30)
+        until(lambda: Run.get().attempt == held.attempt + 1, "another worker to take it up", timeout_s=90)
         hung.send_signal(signal.SIGCONT)
-        ended = until(lambda: _ended(run), "the run to end", timeout_s=60, also=lambda: Run.get().__data__)
+        ended = until(lambda: _ended(run), "the run to end", timeout_s=90, also=lambda: Run.get().__data__)
     assert (ended.state, ended.attempt) == ("succeeded", held.attempt + 1)
     assert len(watch.most) == 1
     _assert_output_is_whole(ended)
+
+
+def hold_up(worker: subprocess.Popen[bytes]) -> Run:
+    """Let the worker hang while it holds the run, until the executor has ended that; returns the run as it was held."""
+    until(lambda: (Run.get().child or {}).get("pid"), "the run to be under way", timeout_s=90)
+    worker.send_signal(signal.SIGSTOP)
+    until(lambda: is_stopped(worker), "the worker to hang")
+    held: Run = Run.get()
+    until(lambda: not marked(held.child["mark"]), "the executor to end by itself", timeout_s=SHORT_LOCK_S + 90)
+    return held
 
 
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:
@@ -159,13 +169,9 @@ def test_a_worker_that_was_held_up_gives_its_run_up_and_says_why(start: StartWor
     run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
     with Watch(tmp_path) as watch:
         worker = start(lock_s=SHORT_LOCK_S)
-        until(lambda: (Run.get().child or {}).get("pid"), "the run to be under way")
-        worker.send_signal(signal.SIGSTOP)
-        until(lambda: is_stopped(worker), "the worker to hang")
-        held = Run.get()
-        until(lambda: not marked(held.child["mark"]), "the executor to end by itself", timeout_s=SHORT_LOCK_S + 30)
+        held = hold_up(worker)
         worker.send_signal(signal.SIGCONT)
-        until(lambda: Run.get().attempt > held.attempt or _ended(run), "the run to begin anew", timeout_s=30)
+        until(lambda: Run.get().attempt > held.attempt or _ended(run), "the run to begin anew", timeout_s=90)
     said = [event.stdout for event in RunEvent.select().where(RunEvent.kind == "run.lost")]
     assert said[-1].startswith("The worker was held up for longer than the run may go on unwatched, so it was ended.")
     assert len(watch.most) == 1
