@@ -98,12 +98,10 @@ def memberships_by_user(people: Sequence[User]) -> dict[int, list[Membership]]:
 
 def members_counted(companies: Sequence[Tenant]) -> dict[int, int]:
     """Tenant id → how many people belong to it: for a page of tenants."""
-    counted = (
-        Membership.select(Membership.tenant, peewee.fn.COUNT(Membership.id))
-        .where(Membership.tenant << [tenant.id for tenant in companies])
-        .group_by(Membership.tenant)
-    )
-    return {**{tenant.id: 0 for tenant in companies}, **dict(counted.tuples())}
+    counted = {tenant.id: 0 for tenant in companies}
+    query = Membership.select(Membership.tenant, peewee.fn.COUNT(Membership.id)).group_by(Membership.tenant)
+    rows: Any = query.where(Membership.tenant << list(counted)).tuples()
+    return counted | dict(rows)
 
 
 def ids_of(user: User, right: str = "look") -> list[int]:
