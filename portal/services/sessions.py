@@ -15,7 +15,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, one_at_a_time, utcnow
 from portal.errors import NotFound, NotSignedIn, TooMany
 from portal.models import RefreshFamily, SignInFailure, User
 from portal.services import audit, passwords
@@ -72,6 +72,7 @@ def _count_attempt(username: str, address: str) -> None:
     """Count it as failed before the password is looked at, so that parallel guesses count each other."""
     since = utcnow() - FAILURE_WINDOW
     with atomic():
+        one_at_a_time(f"sign-in of {username}", f"sign-in from {address}")
         for column, value, limit in (
             (SignInFailure.username, username[:64], MAX_FAILURES_ACCOUNT),
             (SignInFailure.address, address, MAX_FAILURES_ADDRESS),
