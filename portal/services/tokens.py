@@ -23,7 +23,6 @@ PREFIX = "rgt_"
 SCOPES = {
     "alerts": "deliver alerts as Alertmanager does",
     "inventory": "read the machines as the inventory plugin does",
-    "network": "export names and openings for Pulumi",
     "prometheus": "read targets, rules and metrics as Prometheus does",
     "read": "read lists and details",
     "admin": "change machines, leases and runs",

@@ -24,7 +24,6 @@ from portal.web.forms import Form
 PROFILE = ("display_name", "full_name", "email", "phone")
 SCOPE_WORDS = {
     "inventory": lazy_gettext("read the machines as the inventory plugin does"),
-    "network": lazy_gettext("export names and openings for Pulumi"),
     "alerts": lazy_gettext("deliver alerts as Alertmanager does"),
     "prometheus": lazy_gettext("read targets, rules and metrics as Prometheus does"),
     "read": lazy_gettext("read lists and details"),

@@ -10,6 +10,7 @@ from flask import Flask
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from portal.models.states import USER_ROLES
+from portal.services.tokens import SCOPES
 from tests.factories import make_user
 
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE"}
@@ -208,3 +209,12 @@ def test_the_docs_page_uses_our_own_files_only(client):
 
 def test_health_is_one_word(client):
     assert client.get("/healthz").json == {"status": "ok"}
+
+
+def test_every_scope_of_a_token_opens_something_and_no_other_is_offered(spec) -> None:
+    """A scope that no route reads is a promise; one that only a route knows cannot be had."""
+    operations = [
+        operation for path in spec["paths"].values() for operation in path.values() if "security" in operation
+    ]
+    ways = [way for operation in operations for way in operation["security"]]
+    assert {scope for way in ways for scope in way.get("api_token", [])} == set(SCOPES)

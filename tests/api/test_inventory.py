@@ -63,7 +63,7 @@ def test_a_machine_without_a_pinned_key_is_left_out_and_named(read: Callable[[],
 
 
 def test_another_scope_does_not_read_it(client: FlaskClient, operator: User) -> None:
-    answer = client.get(f"{API}/admin/inventory", headers=token_of(operator, "network"))
+    answer = client.get(f"{API}/admin/inventory", headers=token_of(operator, "prometheus"))
     assert answer.status_code == 403
 
 
