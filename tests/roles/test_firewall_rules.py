@@ -111,6 +111,57 @@ def test_what_docker_publishes_on_loopback_is_not_for_neighbours(backend: str, n
     assert net.answering_as_loopback([SSH, PUBLISHED, PUBLISHED_FOR_US]) == []
 
 
+ANSWERS_DHCP = """
+import socket
+server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+server.bind(("::", 81))
+print("listening", flush=True)
+while True:
+    word, who = server.recvfrom(100)
+    server.sendto(word, who)
+"""
+
+
+@every_writer
+def test_what_looks_like_an_answer_to_dhcp_reaches_no_container(backend: str, net: Net, load: Any) -> None:
+    """It belongs to no connection that the host knows of, so it is let in by the port that it comes from."""
+    net.play_docker([])
+    for family, program in ((4, "iptables"), (6, "ip6tables")):
+        to = {4: f"{CONTAINER[4]}:81", 6: f"[{CONTAINER[6]}]:81"}[family]
+        net.on(
+            net.host, program, "-t", "nat", "-A", "DOCKER", *f"-p udp --dport 68 -j DNAT --to-destination {to}".split()
+        )
+        net.on(net.host, program, "-A", "DOCKER", *f"-p udp -d {CONTAINER[family]} --dport 81 -j ACCEPT".split())
+    with subprocess.Popen(
+        ["ip", "netns", "exec", net.container, "python3", "-c", ANSWERS_DHCP], stdout=subprocess.PIPE, text=True
+    ) as container:
+        try:
+            assert container.stdout
+            assert container.stdout.readline() == "listening\n"
+            # Each time from another address, or it would be the connection of before.
+            assert heard_from_port_67(net, "198.51.100.3", "2001:db8:1::3") == [4, 6]
+            load(backend)()
+            assert heard_from_port_67(net, OUTSIDE[4], OUTSIDE[6]) == []
+        finally:
+            container.kill()
+
+
+def heard_from_port_67(net: Net, *sources: str) -> list[int]:
+    """The families on which port 68 of the host answers."""
+    heard = []
+    for family, source in zip((4, 6), sources, strict=True):
+        if source != OUTSIDE[family]:
+            length = {4: "24", 6: "64 nodad"}[family].split()
+            net.on(net.outside, "ip", "addr", "replace", f"{source}/{length[0]}", "dev", "eth0", *length[1:])
+        script = (
+            "import socket; asking = socket.socket(socket.AF_INET{}, socket.SOCK_DGRAM); asking.settimeout(1.2); "
+            "asking.bind(({!r}, 67)); asking.sendto(b'answer', ({!r}, 68)); print(asking.recv(100).decode())"
+        ).format("6" if family == 6 else "", source, HOST[family])
+        if net.on(net.outside, "python3", "-c", script, check=False) == "answer\n":
+            heard.append(family)
+    return heard
+
+
 @every_writer
 def test_containers_go_out(backend: str, net: Net, load: Any) -> None:
     load(backend)()
