@@ -21,6 +21,7 @@ import ipaddress
 import json
 import os
 import re
+import shlex
 import ssl
 import struct
 import tempfile
@@ -110,6 +111,7 @@ class Machine:
     password: str | None
     become_password: str | None
     private_key_file: str | None
+    fallback_key_file: str | None = None
 
     @property
     def known_hosts_lines(self) -> list[str]:
@@ -170,6 +172,7 @@ def machine(entry: Any) -> Machine:
         password=_text_or_none(entry, "password"),
         become_password=_text_or_none(entry, "become_password"),
         private_key_file=_text_or_none(entry, "private_key_file"),
+        fallback_key_file=_text_or_none(entry, "fallback_key_file"),
     )
 
 
@@ -349,13 +352,16 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             "StrictHostKeyChecking": "yes",
             "UpdateHostKeys": "no",
         }
+        # Tried after private_key_file: while a key is being replaced the host knows this one alone.
+        fallback = {"IdentityFile": shlex.quote(each.fallback_key_file)} if each.fallback_key_file else {}
+        options = {**pinned, **fallback}
         values = {
             **each.variables,
             "remotegpu_known_hosts": str(known_hosts),
             "ansible_host": each.address,
             "ansible_port": each.port,
             "ansible_user": each.user,
-            "ansible_ssh_common_args": " ".join(f"-o {name}={value}" for name, value in pinned.items()),
+            "ansible_ssh_common_args": " ".join(f"-o {name}={value}" for name, value in options.items()),
             # ansible-runner switches the check off by environment, which comes before our arguments; this before both.
             "ansible_host_key_checking": True,
             "ansible_password": each.password,

@@ -14,7 +14,7 @@ from portal.db import utcnow
 from portal.integrations import host_keys
 from portal.models import Run
 from portal.models.states import MACHINE
-from portal.services import config, frozen, leases, machines, overviews, provisioning, retirement, tenants
+from portal.services import agents, config, frozen, leases, machines, overviews, provisioning, retirement, tenants
 from portal.services.actors import STAFF
 from portal.services.overviews import LeaseView, MachineView
 
@@ -205,6 +205,21 @@ class RunRef(Schema):
 def provision(machine_id: int) -> Run:
     """Queue the run that makes it a GPU host; watch it at admin/runs/{id}"""
     return provisioning.provision(machines.get(machine_id), by=actor())
+
+
+class CredentialSent(Schema):
+    credential_id = ma.fields.Integer(
+        required=True, metadata={"description": "What `remotegpu-agent heard --credential` on the host waits for"}
+    )
+
+
+@bp.post("/<int:machine_id>/agent-credential")
+@requires(*STAFF, scope="admin")
+@bp.response(202, CredentialSent)
+def rotate_agent_credential(machine_id: int) -> dict[str, int]:
+    """Send the agent a new credential; the one that it has ends with the first use of the new one"""
+    command = agents.rotate(machines.get(machine_id), by=actor())
+    return {"credential_id": command.args["credential_id"]}
 
 
 class AllocateIn(Schema):

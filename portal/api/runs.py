@@ -18,7 +18,7 @@ from portal.db import connection
 from portal.integrations import wake
 from portal.models import Machine, Run, RunEvent
 from portal.models.states import RUN
-from portal.services import runs
+from portal.services import login_keys, runs
 from portal.services.actors import STAFF
 
 bp = Blueprint("runs", __name__, url_prefix="/api/v1/admin/runs", description="Playbook runs, their output, cancel")
@@ -46,6 +46,16 @@ class RunFilters(PageArgs):
 
 class ImpactArgs(Schema):
     machines = ma.fields.List(ma.fields.String(), required=True)
+
+
+class LoginKeyOut(Schema):
+    fingerprint = ma.fields.String(allow_none=True)
+    is_rotating = ma.fields.Boolean(required=True)
+    pending = ma.fields.List(
+        ma.fields.String(),
+        required=True,
+        metadata={"description": "Machines that have not proven it yet; as long as there is one, the key before stays"},
+    )
 
 
 class OutputArgs(Schema):
@@ -163,6 +173,14 @@ def create_run(body: dict[str, Any]) -> dict[str, Any]:
 def get_impact(args: dict[str, Any]) -> runs.Impact:
     """Which open leases and live tasks a run on these machines would meet"""
     return runs.impact(runs.machines_named(args["machines"]))
+
+
+@bp.get("/login-key")
+@requires(*STAFF, scope="read")
+@bp.response(200, LoginKeyOut)
+def get_login_key() -> dict[str, Any]:
+    """The portal's own SSH key, and how far its rotation has come"""
+    return login_keys.overview()
 
 
 @bp.get("/<int:run_id>")

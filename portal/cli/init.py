@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal import settings as settings_module
-from portal.integrations import ca
+from portal.integrations import ca, login_key_files
 from portal.settings import Settings
 
 
@@ -35,7 +35,7 @@ def init() -> Settings:
             ca.write_private(file, secrets.token_urlsafe(48).encode())
     settings = settings_module.load()
     _ensure_signing_key(settings.signing_key_file)
-    _ensure_ssh_key(settings.ssh_key_file)
+    login_key_files.ensure(settings.ssh_key_file)
     ca.ensure(settings)
     return settings
 
@@ -49,18 +49,4 @@ def _ensure_signing_key(file: Path) -> None:
     ca.write_private(
         file,
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-
-
-def _ensure_ssh_key(file: Path) -> None:
-    if file.exists():
-        return
-    key = Ed25519PrivateKey.generate()
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    ca.write_private(file.with_suffix(".pub"), public + b" remotegpu-portal\n")
-    ca.write_private(
-        file,
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        ),
     )

@@ -10,6 +10,7 @@ from portal.models.machines import (
     EnrollToken,
     Gpu,
     JournalRecord,
+    LoginKey,
     Machine,
     MachineReport,
 )
@@ -22,7 +23,7 @@ from portal.models.people import (
     Tenant,
     User,
 )
-from portal.models.runs import Run, RunEvent, RunHost
+from portal.models.runs import Drift, Run, RunEvent, RunHost
 from portal.models.tasks import Attempt, LogRange, Task
 from portal.models.trail import AuditEntry, Event, NamedLock, Setting
 
@@ -31,6 +32,7 @@ TABLES: tuple[type[Table], ...] = (
     Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
     Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
     AuditEntry, Event, Setting, NamedLock, Alert, AlertSilence, AlertRule,
+    LoginKey, Drift,
 )  # fmt: skip
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "AuditEntry",
     "Baseline",
     "Command",
+    "Drift",
     "EnrollToken",
     "Event",
     "Gpu",
@@ -51,6 +54,7 @@ __all__ = [
     "JournalRecord",
     "Lease",
     "LogRange",
+    "LoginKey",
     "Machine",
     "MachineReport",
     "Membership",

@@ -114,6 +114,15 @@ AgentCredential.add_index(
 )
 
 
+class LoginKey(Table):
+    """Which key of the portal's own opens this machine's login, and no other one of ours: proven, one row a machine."""
+
+    machine = pw.ForeignKeyField(Machine, primary_key=True, on_delete="CASCADE")
+    machine_id: int
+    fingerprint = pw.CharField(64)
+    proven_at = UtcDateTimeField(default=utcnow)
+
+
 class Command(Table):
     """A one-off operation for the agent of one machine; executed once, its result kept."""
 

@@ -8,7 +8,7 @@ from portal.db import utcnow
 from portal.models.base import JsonField, Table, UtcDateTimeField, one_of
 from portal.models.machines import Machine
 from portal.models.people import User
-from portal.models.states import RUN
+from portal.models.states import DRIFT, RUN
 
 
 class Run(Table):
@@ -69,3 +69,16 @@ class RunEvent(Table):
 
     class Meta:
         indexes = ((("run", "counter"), True),)
+
+
+class Drift(Table):
+    """What the last look found that a provisioning run would change on this machine; one row a machine, overwritten."""
+
+    machine = pw.ForeignKeyField(Machine, primary_key=True, on_delete="CASCADE")
+    machine_id: int
+    run = pw.ForeignKeyField(Run, on_delete="CASCADE")
+    run_id: int
+    state = pw.CharField(16, constraints=[one_of("state", DRIFT)])
+    reason = pw.TextField(null=True)  # why it is unknown, or known in part only
+    changes = JsonField(default=list)
+    looked_at = UtcDateTimeField(default=utcnow)

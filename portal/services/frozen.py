@@ -18,7 +18,7 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.models import AgentCredential, Command, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, commands, events, machines, reclaims
+from portal.services import audit, commands, events, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.transitions import move
 
@@ -44,6 +44,7 @@ def freeze_all(reason: str) -> int:
         Machine.update(frozen_generation=Machine.generation, **given).where(Machine.id == machine.id).execute()
         MachineReport.update(frozen=False).where(MachineReport.machine == machine).execute()
         commands.cancel_all(machine, "thaw", by=SYSTEM, reason=reason)  # the word of the past that ends here
+        login_keys.mend(machine)  # or the next cleaning puts back a key that was replaced since
         audit.record("machine.frozen", machine, by=SYSTEM, reason=reason, generation=machine.generation)
         events.write("machine.frozen", machine_id=machine.id)
     return len(hosts)

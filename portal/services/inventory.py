@@ -15,7 +15,7 @@ from portal.db import utcnow
 from portal.errors import Invalid
 from portal.models import Lease, Machine, Run
 from portal.models.states import LEASE_OPEN
-from portal.services import agents, config, machines, reclaims
+from portal.services import agents, config, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM
 
 SCHEMA = 1
@@ -43,28 +43,35 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
     With `for_run` it holds what first contact and enrolment need; it must then be kept 0600 and deleted with the run.
     """
     hosts, left_out = [], []
+    purpose = "shell" if for_run is None else for_run.run.purpose
+    if for_run is not None and for_run.run.playbook == login_keys.PLAYBOOK:
+        login_keys.begin(for_run.run)
     leased = {row.machine_id for row in Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)}
     for machine in sorted(chosen, key=lambda each: each.name):
         if machine.host_key is None:
             left_out.append({"name": machine.name, "reason": "its host key is not confirmed"})
             continue
-        entry = _host(machine, is_leased=machine.id in leased)
-        if for_run is not None:
-            _add_secrets(entry, machine, for_run)
+        entry = _host(machine, is_leased=machine.id in leased, purpose=purpose)
+        try:
+            if for_run is not None:
+                _add_secrets(entry, machine, for_run)
+        except login_keys.CannotRotate as refusal:
+            left_out.append({"name": machine.name, "reason": refusal.message})
+            continue
         hosts.append(entry)
     return {"schema": SCHEMA, "generated_at": utcnow().isoformat(), "hosts": hosts, "left_out": left_out}
 
 
-def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
+def _host(machine: Machine, *, is_leased: bool, purpose: str) -> dict[str, Any]:
     settings = config.current()
-    ca, public_key = settings.ca_for_hosts, settings.ssh_key_file.with_suffix(".pub")
+    ca = settings.ca_for_hosts
     values: dict[str, Any] = {
         "remotegpu_machine_id": machine.id,
         "remotegpu_portal_url": settings.public_url,
         "remotegpu_lease_active": is_leased,
         "remotegpu_maintenance": machine.maintenance_since is not None,
         "remotegpu_login_user": machine.ssh_user,
-        "remotegpu_operator_keys": [public_key.read_text().strip()] if public_key.exists() else [],
+        "remotegpu_operator_keys": login_keys.wanted_lines(machine, purpose=purpose),
     }
     if settings.is_secure and ca is not None and ca.exists():
         values["remotegpu_ca_pem"] = ca.read_text()
@@ -79,12 +86,15 @@ def _host(machine: Machine, *, is_leased: bool) -> dict[str, Any]:
         "password": None,
         "become_password": None,
         "private_key_file": None,
+        "fallback_key_file": None,
     }
 
 
 def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> None:
     """What only a run may know. The portal's own key is named by its file; it is never copied."""
-    entry["private_key_file"] = str(config.current().ssh_key_file)
+    entry["private_key_file"] = str(login_keys.file())
+    fallback = login_keys.fallback_file(machine)
+    entry["fallback_key_file"] = None if fallback is None else str(fallback)
     contact = machines.first_contact(machine) or {}
     entry["password"], entry["become_password"] = contact.get("password"), contact.get("become_password")
     if key := contact.get("private_key"):
@@ -93,6 +103,27 @@ def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> No
         entry["vars"]["remotegpu_enroll_token"] = agents.new_enroll_token(machine, by=SYSTEM)
     if files.run.playbook == "verify":
         entry["vars"] |= _question(machine, files)
+    if files.run.playbook == login_keys.PLAYBOOK:
+        entry["vars"] |= _rotation(machine, files, fallback)
+
+
+def _rotation(machine: Machine, files: RunFiles, fallback: Path | None) -> dict[str, Any]:
+    """What rotate_credentials proves: the key that opens, the one that must not, and the agent's new credential.
+
+    Raises CannotRotate if it cannot be done now.
+    """
+    login_keys.prepare(machine)
+    values: dict[str, Any] = {
+        "remotegpu_rotate_key_file": str(login_keys.file()),
+        "remotegpu_rotate_old_key_file": "" if fallback is None else str(fallback),
+        "remotegpu_rotate_fingerprint": login_keys.fingerprint(),
+        "remotegpu_rotate_comment": login_keys.COMMENT,
+        "remotegpu_rotate_output": str(files.directory / "verdicts"),
+    }
+    if machines.is_enrolled(machine):
+        command = agents.rotate(machine, by=SYSTEM)
+        values["remotegpu_rotate_credential_id"] = command.args["credential_id"]
+    return values
 
 
 def _question(machine: Machine, files: RunFiles) -> dict[str, Any]:
@@ -122,7 +153,8 @@ def limit_to(document: dict[str, Any], run: Run) -> str:
     """The explicit host list of a run. Raises Invalid if it is empty: to Ansible an empty one means every host."""
     names = [host["name"] for host in document["hosts"]]
     if not names or not all(names):
-        raise Invalid({"machines": [f"Run {run.id} has no host left that can be reached."]})
+        why = " ".join(each["reason"] for each in document["left_out"]) or "its list is empty"
+        raise Invalid({"machines": [f"Run {run.id} has no host left that can be reached: {why}"]})
     return ",".join(names)
 
 

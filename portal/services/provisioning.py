@@ -15,7 +15,7 @@ import peewee
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.models import Baseline, Command, Gpu, Machine, Run, RunHost
-from portal.services import audit, batch, commands, events, machines, reports, runs
+from portal.services import audit, batch, commands, events, login_keys, machines, reports, runs
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.transitions import move
 
@@ -192,6 +192,7 @@ def baseline_taken(machine: Machine, content: Mapping[str, Any]) -> None:
         taken_at = datetime.fromisoformat(content["taken_at"])
         Baseline.create(machine=machine, digest=digest, content=dict(content), taken_at=taken_at)
         move(machine, leave="provisioning", enter="ready", needs_reimage=False)
+        login_keys.baseline_taken(machine, content)
         audit.record("machine.ready", machine, by=of_agent(machine), baseline=digest)
         events.write("machine.ready", machine_id=machine.id)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -67,6 +67,7 @@ PLAYBOOKS = MappingProxyType(
         "verify": Playbook("verify", disrupts=False, repeatable=True),
         "site": Playbook("site", disrupts=True, repeatable=False, tags=ROLES),
         "upgrade_agent": Playbook("upgrade_agent", disrupts=False, repeatable=True),
+        "rotate_credentials": Playbook("rotate_credentials", disrupts=False, repeatable=True, check=False),
     }
 )
 
@@ -119,6 +120,9 @@ class Line:
 
 when_ended: Hearers[Run] = Hearers()
 """By purpose; `lost` is an end too, unless the run is queued again."""
+
+when_played: Hearers[Run] = Hearers()
+"""By playbook, for those whose result is of interest whoever wanted it."""
 
 
 # ── queue ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -430,9 +434,12 @@ def _ended(run: Run, *, by: Actor) -> None:
 
 def _hand_over(run: Run) -> None:
     """Tell who waits for it, in the same transaction. A run ends even if that module objects."""
-    hearer = when_ended.by_kind.get(run.purpose)
-    if hearer is None:
-        return
+    for hearer in (when_ended.by_kind.get(run.purpose), when_played.by_kind.get(run.playbook)):
+        if hearer is not None:
+            _tell(hearer, run)
+
+
+def _tell(hearer: Callable[[Run], None], run: Run) -> None:
     try:
         with atomic():
             hearer(run)

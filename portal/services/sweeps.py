@@ -9,7 +9,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from portal.services import alerts_own, events, leases, locks, provisioning, reclaims, runs, seals, sessions, tasks
+from portal.services import (
+    alerts_own,
+    events,
+    leases,
+    locks,
+    login_keys,
+    provisioning,
+    reclaims,
+    runs,
+    seals,
+    sessions,
+    tasks,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +77,7 @@ def all_sweeps() -> tuple[Sweep, ...]:
         Sweep("tasks.lose_gone", tasks.lose_gone),
         Sweep("seals.seal", seals.seal),
         Sweep("runs.sweep", runs.sweep, every_s=60),
+        Sweep("login_keys.forget_previous", login_keys.forget_previous, every_s=60),
         Sweep("events.prune", events.prune, every_s=60),
         Sweep("sessions.prune", sessions.prune, every_s=60),
         *(Sweep(*each) for each in alerts_own.sweeps()),

@@ -1,4 +1,4 @@
-"""A fleet that is kept: agents upgraded under running tasks.
+"""A fleet that is kept: agents upgraded under running tasks, credentials rotated.
 
 One real host that was onboarded through a real portal, whose worker runs the product's own playbooks; only the agent
 that lies beside them is another version. The tests stand in the order of a fleet's life, but each begins where the
@@ -7,6 +7,7 @@ host is a ready one.
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from tests.e2e.world import (
     INSTALLER_PASSWORD,
@@ -25,6 +27,7 @@ from tests.e2e.world import (
     RECLAIM_TIMEOUT_S,
     Person,
     World,
+    can_sign_in,
 )
 from tests.hosts import Host
 from tests.hosts.docker import boot, gateway_address
@@ -35,6 +38,8 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
 
+AUTHORIZED_KEYS = "/home/installer/.ssh/authorized_keys"
+BY_HAND = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f put there by hand"
 OF_A_PROJECT = ("playbooks", "roles", "inventory", "ansible.cfg")
 RUN_TIMEOUT_S = 300.0
 HEARD_TIMEOUT_S = 20  # a minute where nobody waits for a test
@@ -78,6 +83,16 @@ class Site:
     def program(self) -> str:
         """Which version lies on the host, with what else is there of an upgrade."""
         return self.host.run("remotegpu-agent --version; cd /opt/remotegpu && ls *.on-trial 2>/dev/null || true").stdout
+
+    def credential(self) -> str:
+        """The agent's, as it lies on the host."""
+        return str(json.loads(self.host.read("/var/lib/remotegpu-agent/credential.json"))["credential"])
+
+    def call(self, credential: str) -> int:
+        """What the portal answers an agent with this credential and nothing to say."""
+        url, ca = f"{self.world.portal.url}/api/v1/agent/sync", str(self.world.portal.ca_file)
+        headers = {"Authorization": f"Bearer {credential}"}
+        return requests.post(url, json={}, headers=headers, verify=ca, timeout=30).status_code
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +204,33 @@ def test_an_upgrade_that_was_cut_off_is_taken_up_where_it_stopped(site: Site) ->
     site.run("upgrade_agent")
     assert site.program() == "2.0.1\n"
     assert site.machine["agent_version"] == "2.0.1"
+
+
+def test_credentials_are_rotated_the_old_ones_open_nothing_and_no_cleaning_brings_them_back(site: Site) -> None:
+    world, host = site.world, site.host
+    old_key, new_key = world.folder / "old-key", world.portal.instance / "secrets" / "ssh_ed25519"
+    shutil.copy(new_key, old_key)
+    old_credential = site.credential()
+    assert can_sign_in(host, "installer", old_key)
+    assert site.call(old_credential) != 401
+    before = host.read(AUTHORIZED_KEYS).splitlines()
+    host.put(AUTHORIZED_KEYS, "\n".join([*before, BY_HAND, ""]), owner="installer:installer", mode="0600")
+
+    run = site.run("rotate_credentials")
+    assert run["verdicts"][host.name]["old_key_refused"] is True
+    assert not can_sign_in(host, "installer", old_key)
+    assert can_sign_in(host, "installer", new_key)
+    assert BY_HAND in host.read(AUTHORIZED_KEYS).splitlines(), "a line of somebody else stays, byte for byte"
+    assert site.credential() != old_credential
+    assert site.call(old_credential) == 401
+    assert site.call(site.credential()) != 401
+    assert world.admin.get("admin/runs/login-key").body["is_rotating"] is False
+    assert not new_key.with_name("ssh_ed25519.previous").exists()
+
+    world.allocate(host, site.tenant_id, lasts_s=3600)
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="the lease is over")
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+    assert not can_sign_in(host, "installer", old_key), "the cleaning has put the old key back"
+    assert can_sign_in(host, "installer", new_key), "the cleaning has locked the portal out"
+    again = site.run("rotate_credentials")
+    assert again["stats"][host.name]["failed"] == 0

@@ -125,14 +125,17 @@ def circles(needs: dict[str, set[str]]) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("process", "registry", "wanted"),
     [
-        ("app", "runs", {"provision", "verify"}),
-        ("worker.main", "runs", {"provision", "verify"}),
-        ("app", "commands", {"baseline", "clean", "rotate_credential", "thaw"}),
+        ("app", "runs.when_ended", {"provision", "verify"}),
+        ("worker.main", "runs.when_ended", {"provision", "verify"}),
+        ("app", "runs.when_played", {"rotate_credentials"}),
+        ("worker.main", "runs.when_played", {"rotate_credentials"}),
+        ("app", "commands.when_ended", {"baseline", "clean", "rotate_credential", "thaw"}),
     ],
 )
 def test_a_process_that_ends_runs_or_commands_knows_who_waits_for_them(
     process: str, registry: str, wanted: set[str]
 ) -> None:
-    program = f"import portal.{process}; from portal.services import {registry}; print(*{registry}.when_ended.by_kind)"
+    module = registry.partition(".")[0]
+    program = f"import portal.{process}; from portal.services import {module}; print(*{registry}.by_kind)"
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(told.stdout.split()) == wanted
