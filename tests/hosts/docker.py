@@ -79,7 +79,7 @@ def boot(
 ) -> Host:
     """A new running host. Builds the image and starts the engine where they are missing.
 
-    `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`, control or
+    `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`: desktop (molecule/image/desktop), control or
     cards (molecule/image/site). `password` is set for `installer`.
     `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises HostError when the name is
     taken (`unique` makes one that is not) or systemd does not come up within 90 s; a host that failed to boot is
@@ -409,7 +409,7 @@ def _addresses_locked() -> Iterator[None]:
 
 def _remove(name_or_id: str) -> None:
     """With its volumes. Gone already, or just being removed by another process, is fine."""
-    result = _call(["docker", "rm", "--force", "--volumes", name_or_id], timeout_s=60)
+    result = _call(["docker", "rm", "--force", "--volumes", name_or_id], timeout_s=180)
     if not result.ok and "No such container" not in result.stderr and "already in progress" not in result.stderr:
         raise HostError(f"{name_or_id} is not removed: {result.stderr}")
 
@@ -421,7 +421,7 @@ def _ensure_engine() -> None:
 
 def _image(suite: str, kind: str | None = None) -> str:
     _ensure_engine()
-    program = {None: ["build"], "prepared": ["prepared"]}.get(kind, ["site", str(kind)])
+    program = {None: ["build"], "prepared": ["prepared"], "desktop": ["desktop"]}.get(kind, ["site", str(kind)])
     _run_here([str(IMAGE_DIR / program[0]), *program[1:], suite], timeout_s=900)
     return f"remotegpu-testhost:{suite}" + (f"-{kind}" if kind else "")
 
