@@ -18,6 +18,7 @@ from remotegpu_agent.files import find_json, write_json
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import Entry, Leases
 from remotegpu_agent.observe.tools import ToolFailed
+from remotegpu_agent.progress import Progress
 from remotegpu_agent.protocol import Command, Desired
 from remotegpu_agent.state import State
 from remotegpu_agent.tasks import Tasks
@@ -42,6 +43,7 @@ class Commands:
         self._lock = threading.Lock()
         self._queue: list[tuple[str, Command]] = []
         self._is_working = False
+        self._at_work: tuple[str, int, Progress] | None = None
         self._version = 0
         self._cached: tuple[int, list[dict[str, Any]]] = (-1, [])
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +98,9 @@ class Commands:
         if starts > MOST_STARTS:
             outcome: Outcome = (False, f"interrupted {MOST_STARTS} times; look at the agent's log on the host", None)
         else:
+            self._at_work = (epoch, command.command_id, Progress())
             outcome = self._try(command)
+            self._at_work = None
         self._keep(path, record, outcome)
 
     def _try(self, command: Command) -> Outcome:
@@ -122,6 +126,13 @@ class Commands:
     def thaws_done(self, epoch: str) -> frozenset[int]:
         records = self._records(epoch)
         return frozenset(record["command_id"] for record in records if record["kind"] == "thaw")
+
+    def at_work(self, epoch: str | None) -> dict[str, int] | None:
+        """The order that is being carried out and how far it has come, as `command_at_work`."""
+        now = self._at_work
+        if now is None or now[0] != epoch:
+            return None
+        return {"command_id": now[1], "progress": now[2].value()}
 
     def results(self, epoch: str | None) -> list[dict[str, Any]]:
         """Results that the portal has not acknowledged, as `command_result`."""

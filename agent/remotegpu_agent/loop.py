@@ -460,6 +460,7 @@ class Agent:
             "attempts": self.tasks.reports(),
             "logs": ranges,
             "command_results": self.commands.results(held.epoch),
+            "command_at_work": self.commands.at_work(held.epoch) if is_full else None,
             "journal": self.journal.pending(),
         }
 

@@ -7,6 +7,7 @@ means is told where the order came from: that module has its function called wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import peewee
@@ -120,6 +121,24 @@ def get(machine: Machine, command_id: int) -> Command:
     if command is None:
         raise NotFound(f"{machine.name} was never given a command {command_id}.")
     return command
+
+
+def note_progress(machine: Machine, command_id: int, progress: int) -> None:
+    """The agent says how far it has come with an order; what it says of any other but one of this machine's is nothing.
+
+    Kept where the result will be, and only when it has moved: what stands still has no newer time.
+    """
+    mine = (Command.id == command_id) & (Command.machine == machine) & (Command.state == "queued")
+    command = Command.get_or_none(mine)
+    if command is not None and (command.result or {}).get("progress") != progress:
+        with db.atomic():
+            Command.update(result={"progress": progress, "moved_at": utcnow().isoformat()}).where(mine).execute()
+
+
+def moved_at(command: Command) -> datetime | None:
+    """When the order that is being carried out was last seen to move; None if it never was."""
+    seen = command.result if command.state == "queued" else None
+    return datetime.fromisoformat(seen["moved_at"]) if seen else None
 
 
 def finished(machine: Machine, reported: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from portal.services import agents, audit, batch, commands, events, evidence, ma
 from portal.services.actors import SYSTEM, Actor
 from portal.services.transitions import WrongState, move
 
-CLEAN_DEADLINE = timedelta(minutes=20)  # an agent that is silent for longer has not cleaned
+CLEAN_DEADLINE = timedelta(minutes=20)  # a cleaning that has not moved for longer hangs; one that moves may take hours
 VERIFY_DEADLINE = timedelta(hours=2)  # longer than any run may take
 GOOD = ("passed", "not_applicable")
 ROOT_TENANT = "The tenant had root and could deceive every check on the host: install it anew, then say so."
@@ -184,7 +184,7 @@ def _advance(reclaim: Reclaim, now: datetime) -> bool:
     if reclaim.state == "waiting":
         return reclaim.due_at <= now and _start(reclaim)
     if reclaim.state == "cleaning":
-        return reclaim.started_at + CLEAN_DEADLINE <= now and _clean_overdue(reclaim)
+        return _moved_at(reclaim) + CLEAN_DEADLINE <= now and _clean_overdue(reclaim)
     run = Run.get_or_none(Run.id == reclaim.run_id)
     if run is None or run.state in (*RUN_ENDED, "lost"):
         _decide(reclaim, run)  # its end was not heard
@@ -227,6 +227,14 @@ def _refuse_other_lease(reclaim: Reclaim) -> None:
         raise Conflict(f"Lease {other.id} has the machine; lease {reclaim.lease_id} cannot be cleaned.", code="leased")
 
 
+def _moved_at(reclaim: Reclaim) -> datetime:
+    """When the cleaning was ordered, or was last seen to move."""
+    command = Command.get_or_none(Command.id == reclaim.command_id)
+    moved = None if command is None else commands.moved_at(command)
+    started: datetime = reclaim.started_at
+    return started if moved is None else max(started, moved)
+
+
 def _clean_overdue(reclaim: Reclaim) -> bool:
     minutes = CLEAN_DEADLINE.total_seconds() / 60
     with atomic():
@@ -234,7 +242,7 @@ def _clean_overdue(reclaim: Reclaim) -> bool:
         command = Command.get_by_id(reclaim.command_id)
         if command.state == "queued":
             commands.cancel(command, by=SYSTEM, reason="It took too long.")
-        _fail(reclaim, [f"The agent has not reported the cleaning within {minutes:.0f} minutes."])
+        _fail(reclaim, [f"The agent has reported neither the cleaning nor that it moves for {minutes:.0f} minutes."])
     return True
 
 

@@ -247,7 +247,7 @@ def _heartbeat(machine_id: int, told: Message, received_at: datetime) -> Heartbe
 
 def _is_news(told: Message, known: Known) -> bool:
     """Whether there is more in it than a heartbeat."""
-    if told["attempts"] or told["logs"] or told["command_results"] or told["journal"]:
+    if told["attempts"] or told["logs"] or told["command_results"] or told["journal"] or told.get("command_at_work"):
         return True
     if told["frozen"] or known.frozen_reason is not None or told["applied_generation"] != known.applied_generation:
         return True
@@ -294,6 +294,8 @@ def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> 
         "command_results": _take_results(machine, told["command_results"]),
         "journal": _take_journal(machine, told["journal"]),
     }
+    if at_work := told.get("command_at_work"):
+        commands.note_progress(machine, at_work["command_id"], at_work["progress"])
     if told["command_results"]:
         _known.drop(machine_id)  # one of them may have ended the freeze
     leases.observed(machine, told["leases"])

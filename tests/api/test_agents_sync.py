@@ -279,6 +279,21 @@ def test_a_report_is_kept_before_it_is_acknowledged_and_once(app: Flask, custome
     assert everything() == kept
 
 
+def test_how_far_an_order_has_come_is_kept_and_a_foreign_one_is_passed_over(app: Flask, tenant: Any) -> None:
+    machine, _lease = leased_machine(tenant)
+    agent = agent_of(app, machine)
+    mine = commands.queue(machine, "baseline", by=SYSTEM)
+    foreign = commands.queue(make_machine(), "baseline", by=SYSTEM)
+    for command, progress in ((mine, 5), (mine, 5), (foreign, 9), (mine, 8)):
+        agent.report(command_at_work={"command_id": command.id, "progress": progress})
+    seen = [commands.get(of, command.id) for of, command in ((machine, mine), (foreign.machine, foreign))]
+    assert [command.result and command.result["progress"] for command in seen] == [8, None]
+    assert commands.moved_at(seen[0]) is not None
+    agent.report(command_results=[command_result(mine.id, ok=False, message="no")])
+    ended = commands.get(machine, mine.id)
+    assert (ended.result, commands.moved_at(ended)) == (None, None)
+
+
 def test_the_same_report_many_times_at_once_is_kept_once(app: Flask, customer: User, tenant: Any) -> None:
     agent, parts, _, _ = full_report(app, customer, tenant)
     message = agent.message(**parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ import pytest
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
-from portal.services import keys, leases, machines, provisioning, reclaims, reports, retirement, runs
+from portal.services import commands, keys, leases, machines, provisioning, reclaims, reports, retirement, runs
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
 from tests.api.test_leases import at_once
-from tests.factories import actor_of
+from tests.factories import actor_of, make_machine
 from tests.support import rental
 from tests.support.rental import Host, clean_result, ready_host, reclaim_of, tomorrow, verdict
 
@@ -166,6 +166,45 @@ def test_an_agent_that_falls_silent_while_cleaning_quarantines(host: Host, ended
     reclaims.advance_due(utcnow() + reclaims.CLEAN_DEADLINE)
     assert (reclaim_of(ended).state, host.state) == ("failed", "quarantined")
     assert Command.get_by_id(command.id).state == "cancelled"
+
+
+def test_a_wipe_that_moves_may_take_hours_and_one_that_hangs_may_not(
+    host: Host, ended: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reclaims.advance_due()
+    began = utcnow()
+    command = host.queued("clean")
+
+    def after(minutes: float, progress: int) -> datetime:
+        now = began + timedelta(minutes=minutes)
+        monkeypatch.setattr(commands, "utcnow", lambda: now)
+        commands.note_progress(host.machine, command.id, progress)
+        reclaims.advance_due(now)
+        return now
+
+    for hour in range(1, 6):
+        after(hour * 60 - 45, progress=hour)  # within the deadline of before, again and again
+        after(hour * 60 - 30, progress=hour * 1000)
+        after(hour * 60 - 15, progress=hour * 2000)
+        after(hour * 60, progress=hour * 3000)
+    assert host.state == "reclaiming"
+    after(305, progress=15000)  # as five minutes ago
+    assert host.state == "reclaiming"
+    after(319.9, progress=15000)
+    assert host.state == "reclaiming"
+    after(320.1, progress=15000)
+    assert (reclaim_of(ended).state, host.state) == ("failed", "quarantined")
+    assert "nor that it moves for 20 minutes" in str(host.machine.state_reason)
+    after(321, progress=16000)  # it goes on and changes nothing: the order was taken back
+    assert host.state == "quarantined"
+
+
+def test_what_an_agent_says_of_the_work_of_another_is_nothing(host: Host, ended: Lease) -> None:
+    reclaims.advance_due()
+    foreign = commands.queue(make_machine("another"), "baseline", by=SYSTEM)
+    for command_id in (foreign.id, 2**31 - 1):
+        commands.note_progress(host.machine, command_id, 7)
+    assert Command.get_by_id(foreign.id).result is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from remotegpu_agent.observe import files, mounts
 from remotegpu_agent.observe.files import Entry
+from remotegpu_agent.progress import tick
 
 _DEEPEST = 64
 _GET_FLAGS, _SET_FLAGS, _IMMUTABLE_OR_APPEND = 0x80086601, 0x40086602, 0x30
@@ -112,6 +113,7 @@ class _Removal:
         except PermissionError:  # root may remove anything, but not what is marked immutable
             _clear_flags(folder, name)
             take_away(name, dir_fd=folder)
+        tick()
 
 
 def _clear_flags(folder: int, name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.observe.tools import printable
+from remotegpu_agent.progress import tick
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 
@@ -60,6 +61,7 @@ class Step:
     def run(self, scope: Scope, before: Any) -> dict[str, Any]:
         """Act and look again; the step as the protocol reports it. Never raises."""
         began = time.monotonic()
+        tick()
         step = {"id": self.id, "result": "unknown", "reason": None, "before": before, "acted": self._act(scope)}
         try:
             left = evidence(self.look(scope))
@@ -101,6 +103,7 @@ def evidence(found: Iterable[Finding]) -> dict[str, Any]:
     count = 0
     texts: list[str] = []
     for each in found:
+        tick()
         count += 1
         if len(texts) < _EVIDENCE_LINES:
             texts.append(str(each)[:_EVIDENCE_CHARS])

@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from remotegpu_agent.progress import tick
+
 Entry = dict[str, Any]
 Snapshot = dict[str, Entry]
 
@@ -91,6 +93,7 @@ def below(top: str) -> Iterator[str]:
         try:
             with os.scandir(handle) as entries:
                 for entry in entries:
+                    tick()
                     yield f"{folder}/{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(f"{folder}/{entry.name}")

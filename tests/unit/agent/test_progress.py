@@ -1,0 +1,73 @@
+"""Work that takes long is seen to move, and is not when it hangs."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from remotegpu_agent import progress
+from remotegpu_agent.cleaning import remove
+from remotegpu_agent.commands import Commands
+from remotegpu_agent.observe import files
+from remotegpu_agent.progress import Progress
+from remotegpu_agent.protocol import Command
+from tests.support.waiting import until
+from tests.unit.agent.test_commands import desired
+
+
+def test_looking_and_removing_move_and_nothing_else_does(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / "left" / str(number)).mkdir(parents=True)
+    work = Progress(places=())
+    assert work.value() == 0
+    list(files.below(str(tmp_path / "left")))
+    looked = work.value()
+    assert looked == 20
+    list(remove.remove(str(tmp_path / "left")))
+    assert work.value() == looked + 21
+    assert work.value() == looked + 21
+
+
+def test_room_that_another_program_makes_is_progress_and_what_comes_and_goes_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {"bytes": 10**12}
+    facts = lambda _place: SimpleNamespace(f_bfree=free["bytes"], f_frsize=1, f_ffree=1000)  # noqa: E731
+    monkeypatch.setattr(progress.os, "statvfs", facts)
+    work = Progress(places=("/",))
+    free["bytes"] -= 10**9
+    assert work.value() == 0
+    free["bytes"] += 10**9 + 1000  # what was there before, and a little
+    assert work.value() == 0
+    for step in range(1, 4):
+        free["bytes"] += 2 * progress.LEAST_BYTES
+        assert work.value() == step
+    assert work.value() == 3
+
+
+def test_a_place_that_cannot_be_asked_stops_nothing() -> None:
+    assert Progress(places=("/nowhere",)).value() == 0
+
+
+def test_the_order_at_work_tells_how_far_it_has_come_until_it_has_a_result(tmp_path: Path) -> None:
+    going_on = threading.Event()
+
+    class Operations:
+        def carry_out(self, _command: Command) -> Any:
+            progress.tick()
+            going_on.wait(30)
+            return {}
+
+    orders = Commands(tmp_path, Operations(), on_result=lambda: None)  # type: ignore[arg-type]  # the part that is used
+    assert orders.at_work("e") is None
+    orders.consider(desired(Command(3, "baseline", {"machine_id": 7})))
+    told = until(lambda: (orders.at_work("e") or {}).get("progress") and orders.at_work("e"), "the order to move")
+    assert told["command_id"] == 3
+    assert orders.at_work("another epoch") is None
+    going_on.set()
+    until(lambda: orders.results("e"), "its result")
+    assert orders.at_work("e") is None
