@@ -58,7 +58,7 @@ class Playbook:
 ROLES = frozenset(
     (
         *("base", "ssh_hardening", "unattended_upgrades", "firewall", "docker", "node_exporter", "gpu_agent"),
-        *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"),
+        *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter", "desktop_vnc", "desktop_xrdp"),
     )
 )
 PLAYBOOKS = MappingProxyType(

@@ -19,6 +19,8 @@ ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
 GPU_HOST_PLAYS = (
     ("gpu_hosts", ("base", "ssh_hardening", "unattended_upgrades", "firewall", "docker", "node_exporter")),
     ("with_nvidia_gpus", ("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter")),
+    ("with_desktop_vnc", ("desktop_vnc",)),
+    ("with_desktop_xrdp", ("desktop_xrdp",)),
     ("gpu_hosts", ("gpu_agent",)),
 )
 GPU_HOST_ROLES = tuple(role for _, roles in GPU_HOST_PLAYS for role in roles)
@@ -161,7 +163,7 @@ def test_a_scenario_tries_the_role(name: str) -> None:
 
 
 def test_what_disrupts_a_lease_waits_for_maintenance() -> None:
-    ours = ("docker", "firewall", "gpu_agent", "reboot", "ssh_hardening")
+    ours = ("desktop", "docker", "firewall", "gpu_agent", "reboot", "ssh_hardening")
     for name in (*ours, "nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"):
         loader = DataLoader()
         path = ROOT / "roles" / name / "defaults/main.yml"
