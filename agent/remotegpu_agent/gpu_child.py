@@ -3,6 +3,7 @@
 It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library, and
 ends with its parent. Every field is read by itself: an error is that field's null and a note, never another field's.
 Here are the oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py keeps the deadline and checks the process ids.
+An XID is an event, told once: it is remembered until the driver is loaded again.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ GRAVE = {8, 11, 16}  # too little power, no interrupts, in need of a reset: what
 FABRIC_UNKNOWN, FABRIC_NOT_STARTED, FABRIC_IN_PROGRESS = 0, 1, 2
 INTEGRATED = "(nvgpu)"
 MOST_GPUS = 64  # and LARGEST: as the protocol has it, which refuses a whole report for one number that is larger
+MOST_XIDS = 16
 LARGEST = 2**53 - 1
 HOTTEST_C, MOST_MILLIWATTS = 250, 100_000_000  # what is more is a driver's blank and no value
 _PR_SET_PDEATHSIG = 1
@@ -68,6 +71,7 @@ def probe(is_ready: bool) -> tuple[dict[str, Any], bool]:
     try:
         if not is_ready:
             pynvml.nvmlInit()
+            _xids.start_anew()
         return _read_all(pynvml), True
     except Exception as error:  # the binding raises what is no NVMLError, too
         code = code_of(error)
@@ -85,8 +89,11 @@ def _read_all(nvml: Any) -> dict[str, Any]:
     count = nvml.nvmlDeviceGetCount()
     seen = [_read_gpu(nvml, index) for index in range(min(count, MOST_GPUS))]
     _name_the_silent(seen)
+    _xids.gather(nvml)
     gpus = [gpu for gpu in seen if gpu["uuid"] is not None]
     _judge_fabric(gpus)
+    for gpu in gpus:
+        gpu["xids"] = _xids.of(gpu["uuid"])
     unnamed = count - len(gpus)
     return {
         "state": "ok",
@@ -118,6 +125,8 @@ def _read_gpu(nvml: Any, index: int) -> dict[str, Any]:
     uuid = _text(reader.read("uuid", nvml.nvmlDeviceGetUUID, handle), 96) if handle is not None else None
     gpu: dict[str, Any] = {"index": index, "uuid": uuid} | dict.fromkeys(FIELDS)
     if handle is not None:
+        if uuid is not None:
+            _xids.listen(nvml, handle, uuid)
         gpu |= _read_fields(nvml, reader, handle)
         _read_warnings(nvml, reader, handle)
         if INTEGRATED in (gpu["name"] or ""):
@@ -127,6 +136,53 @@ def _read_gpu(nvml: Any, index: int) -> dict[str, Any]:
     is_failing = uuid is None or reader.is_grave or not codes.isdisjoint(GRAVE)
     state = "lost" if GPU_IS_LOST in codes else "error" if is_failing else "ok"
     return gpu | {"errors": reader.errors[:64], "state": state}
+
+
+class Xids:
+    """What the driver says of a GPU besides values. A card, or a driver, that tells no events is no error."""
+
+    def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """The driver was loaded: what it said before is over."""
+        self._set: Any = None
+        self._uuids: dict[int | None, str] = {}  # by what the driver calls the GPU in an event
+        self._last_at: dict[str, dict[int, str]] = {}
+
+    def listen(self, nvml: Any, handle: Any, uuid: str) -> None:
+        called = _address_of(handle)
+        is_new = called not in self._uuids
+        self._uuids[called] = uuid
+        if is_new:
+            with contextlib.suppress(Exception):
+                self._set = self._set or nvml.nvmlEventSetCreate()
+                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._set)
+
+    def gather(self, nvml: Any) -> None:
+        """Take what waits to be told; never wait for more."""
+        for _ in range(1000 if self._set is not None else 0):
+            try:
+                event = nvml.nvmlEventSetWait(self._set, 0)
+            except Exception:  # a time-out: nothing more waits
+                return
+            uuid, xid = self._uuids.get(_address_of(event.device)), event.eventData
+            if uuid is not None and event.eventType == nvml.nvmlEventTypeXidCriticalError and xid < 2**31:
+                told = self._last_at.setdefault(uuid, {})
+                told.pop(xid, None)
+                told[xid] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())  # in the order of their last time
+                self._last_at[uuid] = dict(list(told.items())[-MOST_XIDS:])
+
+    def of(self, uuid: str) -> list[dict[str, Any]]:
+        return [{"xid": xid, "last_at": at} for xid, at in sorted(self._last_at.get(uuid, {}).items())]
+
+
+_xids = Xids()
+
+
+def _address_of(handle: Any) -> int | None:
+    """Handles of one GPU are never equal; what they point to is."""
+    return ctypes.cast(handle, ctypes.c_void_p).value
 
 
 MEASURED = (

@@ -51,6 +51,7 @@ BY_PROBLEM = {
     "gpu_missing": "GpuLost",
     "gpu_lost": "GpuLost",
     "gpu_error": "GpuFailing",
+    "gpu_xid": "GpuFailing",
     "nvml": "GpuDriverFailing",
     "clock": "ClockOffset",
     "disk": "DiskLow",

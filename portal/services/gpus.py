@@ -8,9 +8,13 @@ machine is said in health.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from portal.models import MachineReport
+
+# XIDs after which nobody new gets the GPU, by NVIDIA's catalogue: off the bus, needs a reset, its memory or its NVLink.
+BLOCKING_XIDS = frozenset((48, 64, 74, 79, 95, 119, 120, 140))
 
 
 def of_now(report: MachineReport | None) -> dict[str, dict[str, Any]] | None:
@@ -35,9 +39,21 @@ def memory_percent(gpu: Mapping[str, Any]) -> float | None:
     return None if used is None or not total else 100 * used / total
 
 
+def answers(gpu: Mapping[str, Any]) -> bool:
+    """Whether it can be asked at all. One that says that it is in trouble answers."""
+    return gpu["state"] != "lost" and not any(error["field"] == "handle" for error in gpu["errors"])
+
+
+def xids(gpu: Mapping[str, Any]) -> dict[int, datetime]:
+    """The XIDs that the driver told since it was loaded, and when each was told last. An older agent tells none."""
+    return {told["xid"]: datetime.fromisoformat(told["last_at"]) for told in gpu.get("xids", ())}
+
+
 def notes(gpu: Mapping[str, Any]) -> tuple[str, ...]:
     """Why a value is not known, and what to know besides: in the words of the driver and of the agent, each once."""
-    return tuple(dict.fromkeys(f"{error['field']}: {error['message']}" for error in gpu["errors"]))
+    told = [f"{error['field']}: {error['message']}" for error in gpu["errors"]]
+    told += [f"XID {xid}: {at:%Y-%m-%d %H:%M:%S} UTC" for xid, at in xids(gpu).items()]
+    return tuple(dict.fromkeys(told))
 
 
 def ratio(percent: float | None) -> float | None:

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from portal.models import Gpu, Machine, MachineReport
+from portal.services import gpus
 
 GIB = 1024**3
 MIN_AGENT_VERSION = (0, 1, 0)
@@ -119,6 +120,9 @@ def _gpus(expected: Sequence[Gpu], report: dict[str, Any] | None) -> Iterable[Pr
             yield Problem("gpu_missing", f"GPU {gpu.uuid} is expected and not there.")
         elif seen[gpu.uuid]["state"] != "ok":
             yield Problem(f"gpu_{seen[gpu.uuid]['state']}", _gpu_trouble(seen[gpu.uuid]))
+        elif blocking := sorted(gpus.BLOCKING_XIDS & gpus.xids(seen[gpu.uuid]).keys()):
+            xids = ", ".join(map(str, blocking))
+            yield Problem("gpu_xid", f"GPU {gpu.uuid} has reported XID {xids}; reset it or restart the machine.")
     for uuid in sorted(seen.keys() - {gpu.uuid for gpu in expected}):
         yield Problem("gpu_unexpected", f"GPU {uuid} is new; provision the machine again to take it in.")
 

@@ -57,7 +57,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_host_network_received_bytes_total": ("counter", "Received by an interface"),
     "remotegpu_host_network_sent_bytes_total": ("counter", "Sent by an interface"),
     "remotegpu_gpu_info": ("gauge", "Model and slot of a GPU that is expected"),
-    "remotegpu_gpu_up": ("gauge", "1 if an expected GPU answers, 0 if it is lost, in error or not there"),
+    "remotegpu_gpu_up": ("gauge", "1 if an expected GPU answers, 0 if it is lost, cannot be opened or is not there"),
     "remotegpu_gpu_utilization_ratio": ("gauge", "Time in which a kernel ran, 0 to 1. Not available with MIG"),
     "remotegpu_gpu_memory_bandwidth_ratio": ("gauge", "Time in which memory was read or written, 0 to 1"),
     "remotegpu_gpu_memory_total_bytes": ("gauge", "Memory of the GPU"),
@@ -67,6 +67,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_gpu_power_limit_watts": ("gauge", "Power limit in force"),
     "remotegpu_gpu_ecc_uncorrected_errors": ("gauge", "Uncorrected ECC errors since the driver was loaded"),
     "remotegpu_gpu_mig": ("gauge", "1 if the GPU is divided by MIG"),
+    "remotegpu_gpu_xid_last_timestamp_seconds": ("gauge", "When the driver last told of this XID"),
     "remotegpu_gpu_processes": ("gauge", "Processes that hold the GPU"),
 }  # fmt: skip
 
@@ -230,13 +231,16 @@ def _gpus(samples: Samples, own: Mapping[str, str], expected: Sequence[Gpu], rep
         return
     for gpu in expected:
         live, labels = seen.get(gpu.uuid), labelled(_of_gpu(own, gpu))
-        samples.add("remotegpu_gpu_up", labels, live is not None and live["state"] == "ok")
+        samples.add("remotegpu_gpu_up", labels, live is not None and gpus.answers(live))
         if live is None:
             continue
         samples.add("remotegpu_gpu_utilization_ratio", labels, ratio(live["utilization_percent"]))
         samples.add("remotegpu_gpu_memory_bandwidth_ratio", labels, ratio(live["memory_bandwidth_percent"]))
         for name, field in GPU_VALUES.items():
             samples.add(name, labels, live[field])
+        for xid, at in gpus.xids(live).items():
+            of_xid = labelled({**_of_gpu(own, gpu), "xid": str(xid)})
+            samples.add("remotegpu_gpu_xid_last_timestamp_seconds", of_xid, at.timestamp())
         processes = live["processes"]
         samples.add("remotegpu_gpu_processes", labels, None if processes is None else len(processes))
 

@@ -32,6 +32,7 @@ from portal import start
 from portal.api import auth
 from portal.app import config_of
 from portal.db import utcnow
+from portal.integrations.prometheus import Prometheus
 from portal.integrations.wake import wake
 from portal.services import agents, config, heartbeats, monitoring_samples, sessions, vault
 from portal.services.actors import SYSTEM
@@ -403,6 +404,7 @@ def test_the_agent_tells_it(seen: Seen, quirk: Quirk) -> None:
         assert gpu["mig"] == right.mig
         assert sorted((error["field"], error["code"]) for error in gpu["errors"]) == sorted(right.notes)
         assert all(error["message"] for error in gpu["errors"])
+        assert tuple(told["xid"] for told in gpu["xids"]) == right.xids
         assert {name: gpu[name] for name in right.fields} == right.fields
 
 
@@ -442,7 +444,8 @@ def in_a_cell(gpu: dict[str, Any], name: str, unit: str = "") -> str:
 def test_the_api_tells_it(seen: Seen, quirk: Quirk, has_exporter: bool) -> None:
     machine = seen.machines[has_exporter]
     wrong = {"lost": ["gpu_lost"], "error": ["gpu_error"], None: ["gpu_missing"], "ok": []}
-    expected = [code for right in (quirk.first, quirk.second) for code in wrong[right.state]]
+    rights = (quirk.first, quirk.second)
+    expected = [code for right in rights for code in ([right.problem] if right.problem else wrong[right.state])]
     problems = [problem["code"] for problem in machine.told["problems"]]
     assert sorted(problems) == sorted(expected if quirk.report == "ok" else ["nvml"])
     assert machine.told["is_healthy"] == (not problems)
@@ -472,6 +475,7 @@ def test_the_page_tells_it(seen: Seen, quirk: Quirk) -> None:
         assert cells == cells_of(right if quirk.report == "ok" else Truth(None, None, None, None, None))
         assert re.findall(r"\b(missing|unknown|lost|error)\b", name.partition("GPU-")[0]) == badge_of(quirk, right)
         noted = [note for note, _code in right.notes if quirk.report == "ok"]
+        noted += [f"XID {xid}" for xid in right.xids]
         assert all(f"{note}: " in name for note in noted), "why a value is not known"
 
 
@@ -501,6 +505,16 @@ def test_the_chart_draws_it(portal: Portal, seen: Seen, quirk: Quirk, has_export
             value = right.charted(measure, has_exporter=has_exporter)
             cause = None if value is not None else right.causes[not has_exporter]
             assert drawn(machine.charts[measure], uuid, portal.moment) == (nearly(value), cause), measure
+
+
+@EVERY_QUIRK
+def test_the_alerts_are_told_of_xids(portal: Portal, seen: Seen, quirk: Quirk) -> None:
+    """What the rules of the XIDs look at, out of Prometheus."""
+    asking = Prometheus(portal.server.url)
+    host = seen.machines[False].name
+    found = asking.query(f'remotegpu_gpu_xid_last_timestamp_seconds{{host="{host}"}}', at=portal.moment)
+    assert sorted(int(series.labels["xid"]) for series in found) == list(quirk.first.xids)
+    assert {series.labels["uuid"] for series in found} <= {monitoring_samples.normalised(seen.machines[False].uuids[0])}
 
 
 def drawn(chart: dict[str, Any], uuid: str, moment: int) -> tuple[float | None, str | None]:

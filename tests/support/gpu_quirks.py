@@ -45,6 +45,8 @@ class Truth:
     power: float | None = 350
     mig: bool | None = False
     notes: tuple[tuple[str, int], ...] = ()
+    xids: tuple[int, ...] = ()
+    problem: str | None = None  # of health, where it is not that of the state
     fields: Mapping[str, Any] = field(default_factory=dict)
     exporter: Mapping[str, float | None] = field(default_factory=dict)
     causes: tuple[str, str] = ("not_reported", "not_reported")
@@ -163,6 +165,7 @@ CLOSED = {
 
 def rows() -> Iterator[Quirk]:
     yield from of_values()
+    yield from of_events()
     yield from of_texts()
     yield from of_processes()
     yield from of_whole_gpus()
@@ -190,7 +193,7 @@ def of_values() -> Iterator[Quirk]:
         yield Quirk(
             f"A GPU that says {error} of one value computes nothing",
             gpu0(temperature_gpu=f"!{error}"),
-            replace(NO_HEAT, state="error", notes=(("temperature_c", code),), causes=("gpu_gone", "gpu_gone")),
+            replace(NO_HEAT, state="error", notes=(("temperature_c", code),)),
         )
     # nvml-wrapper#57, gpustat#116, dcgm-exporter#136
     yield Quirk(
@@ -222,7 +225,7 @@ def of_values() -> Iterator[Quirk]:
     yield Quirk(
         "A GPU that is part of the processor is told as one that measures nothing",
         lambda scenario: scenario.having("gpu0", name="Orin (nvgpu)").lacking("gpu0", *BUSY, "memory_total"),
-        replace(NOTHING, state="error", mig=False, notes=(("name", 0),), causes=("gpu_gone", "gpu_gone")),
+        replace(NOTHING, state="error", mig=False, notes=(("name", 0),)),
     )
     yield Quirk(
         "A utilisation of more than all is a driver's blank",  # DCGM#199
@@ -274,6 +277,26 @@ def of_values() -> Iterator[Quirk]:
         lambda scenario: scenario.having("gpu0", power_draw_instant_mw="350000").lacking("gpu0", "power_draw_mw"),
         replace(WELL, power=None, exporter={"power": 350}),
         fields=("power.draw.instant",),
+    )
+
+
+def of_events() -> Iterator[Quirk]:
+    """XIDs. Each is told once by the driver; the number of the event is another in each row."""
+    for xid in (13, 31, 43, 45, 63, 94, 999):
+        yield Quirk(
+            f"After XID {xid} the GPU can be had, and it is told",
+            lambda scenario, xid=xid: scenario.having("events", seq=str(xid), last=f"0:8:{xid}"),  # type: ignore[misc]
+            replace(WELL, xids=(xid,)),
+        )
+    for xid in (48, 64, 74, 79, 95, 119, 120, 140):
+        yield Quirk(
+            f"After XID {xid} nobody gets the GPU",
+            lambda scenario, xid=xid: scenario.having("events", seq=str(xid), last=f"0:8:{xid}"),  # type: ignore[misc]
+            replace(WELL, xids=(xid,), problem="gpu_xid"),
+        )
+    yield Quirk(
+        "An event that is no XID is none",
+        lambda scenario: scenario.having("events", seq="1000", last="0:1:79"),
     )
 
 

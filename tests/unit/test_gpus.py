@@ -48,6 +48,25 @@ def test_how_full_it_is_is_of_all_its_memory(used: int | None, total: int | None
     assert gpus.memory_percent(gpu("GPU-a", memory_used_bytes=used, memory_total_bytes=total)) == percent
 
 
+def test_an_agent_that_tells_no_xids_is_an_older_one() -> None:
+    assert gpus.xids(gpu("GPU-a")) == {}
+    told = gpu("GPU-a", xids=[{"xid": 79, "last_at": "2026-03-01T12:00:00Z"}])
+    assert gpus.notes(told) == ("XID 79: 2026-03-01 12:00:00 UTC",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "does"),
+    [
+        ({}, True),
+        ({"state": "lost"}, False),
+        ({"state": "error", "errors": [{"field": "handle", "code": 4, "message": "Insufficient Permissions"}]}, False),
+        ({"state": "error", "errors": [{"field": "fabric", "code": 0, "message": "it has not joined"}]}, True),
+    ],
+)
+def test_a_gpu_that_says_what_is_wrong_with_it_answers(changes: dict[str, Any], does: bool) -> None:
+    assert gpus.answers(gpu("GPU-a", **changes)) == does
+
+
 def test_each_note_is_told_once() -> None:
     note = {"field": "processes", "code": 7, "message": "Insufficient Size"}
     assert gpus.notes(gpu("GPU-a", errors=[note, note])) == ("processes: Insufficient Size",)

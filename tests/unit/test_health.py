@@ -83,6 +83,15 @@ def test_a_gpu_that_is_still_counted_but_lost_is_a_problem() -> None:
     assert "GPU-b has fallen off the bus: GPU is lost." in message(answer)
 
 
+@pytest.mark.parametrize(("xid", "problems"), [(79, ["gpu_xid"]), (48, ["gpu_xid"]), (13, []), (63, []), (999, [])])
+def test_a_gpu_is_had_by_nobody_after_an_xid_that_wants_a_reset(xid: int, problems: list[str]) -> None:
+    told = [{"xid": 31, "last_at": "2026-03-01T11:00:00Z"}, {"xid": xid, "last_at": "2026-03-01T11:00:00Z"}]
+    answer = of(gpu=gpu_report([gpu("GPU-a", xids=told), gpu("GPU-b", 1)]))
+    assert codes(answer) == problems
+    if problems:
+        assert message(answer) == f"GPU GPU-a has reported XID {xid}; reset it or restart the machine."
+
+
 def test_a_gpu_that_nobody_expects_is_a_problem() -> None:
     answer = of(expected=("GPU-a",))
     assert codes(answer) == ["gpu_unexpected"]

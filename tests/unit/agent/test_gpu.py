@@ -186,6 +186,7 @@ class Nvml:
     NVML_ERROR_FUNCTION_NOT_FOUND = 13
     NVML_TEMPERATURE_GPU = NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
     nvmlMemory_v2 = 2
+    nvmlEventTypeXidCriticalError = 8
 
     def __init__(self, **answers: Any) -> None:
         self.answers = {
@@ -306,6 +307,34 @@ def test_a_gpu_that_is_alone_needs_no_fabric(count: int, state: str) -> None:
     gpus = read(**answers)["gpus"]
     assert {gpu["state"] for gpu in gpus} == {state}
     assert {error["field"] for gpu in gpus for error in gpu["errors"]} == {"fabric"}
+
+
+def test_an_xid_is_remembered_until_the_driver_is_loaded_again_and_the_newest_of_many() -> None:
+    waiting = [79, *range(100, 120), 79]
+
+    def event(_set: Any, _timeout_ms: int) -> Any:
+        return SimpleNamespace(device=1, eventType=8, eventData=waiting.pop(0)) if waiting else NvmlError(10)
+
+    answers = {
+        "nvmlDeviceGetHandleByIndex": 1,
+        "nvmlEventSetCreate": "set",
+        "nvmlDeviceRegisterEvents": None,
+        "nvmlEventSetWait": event,
+    }
+    gpu_child._xids.start_anew()
+    for _ in range(2):  # the driver told of each once
+        told = [each["xid"] for each in read(**answers)["gpus"][0]["xids"]]
+        assert told == [79, *range(105, 120)]
+    gpu_child._xids.start_anew()
+    assert read(**answers)["gpus"][0]["xids"] == []
+
+
+@pytest.mark.parametrize("refused", ["nvmlEventSetCreate", "nvmlDeviceRegisterEvents", "nvmlEventSetWait"])
+def test_a_card_that_tells_no_events_is_well(refused: str) -> None:
+    gpu_child._xids.start_anew()
+    answers = {"nvmlDeviceGetHandleByIndex": 1, "nvmlEventSetCreate": "set", "nvmlDeviceRegisterEvents": None}
+    gpu = read(**answers | {refused: NvmlError(3)})["gpus"][0]
+    assert (gpu["xids"], gpu["errors"], gpu["state"]) == ([], [], "ok")
 
 
 def test_what_the_binding_raises_besides_its_own_errors_is_told() -> None:
