@@ -30,3 +30,20 @@ lock() {
 
 # Images whose name a newer one has taken; those that a host still runs from stay until a later build.
 forget_replaced() { docker image prune --force --filter label=remotegpu.inputs >/dev/null; }
+
+# derive NAME BASE INPUTS FOLDER: image:NAME, made from image:BASE by the script `make` in that folder, which sees the folder as /make. No systemd runs in there,
+# and policy-rc.d keeps packages from starting anything without it.
+derive() {
+    local name=$1 base=$2 inputs=$3 folder=$4 container=remotegpu-make-$1
+    docker rm --force --volumes "$container" >/dev/null 2>&1 || true # of a build that was killed
+    docker run --name "$container" --volume "$folder:/make:ro" "$image:$base" bash -euc '
+        printf "#!/bin/sh\nexit 101\n" >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq
+        source /make/make
+        rm -f /usr/sbin/policy-rc.d /var/cache/apt/archives/*.deb /etc/ssh/ssh_host_*
+        : >/etc/machine-id' || { docker rm --force --volumes "$container" >/dev/null && fail "$image:$name was not made"; }
+    docker commit --change "LABEL remotegpu.inputs=$inputs" --change 'CMD ["/usr/local/sbin/testhost-init"]' "$container" "$image:$name" >/dev/null
+    docker rm --force --volumes "$container" >/dev/null
+    forget_replaced
+}
