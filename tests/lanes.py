@@ -13,7 +13,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.hosts import owner
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "molecule" / "image"
-BUDGET_MIN = {"foundation": 14.0, "portal": 6.0}
+BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "hosts": 9.0}
 NOT_SLOW = "not slow"
 
 # Debian's package → a program that it brings; what is on the PATH already is not installed again.
@@ -45,6 +45,7 @@ PACKAGES = {
     "nmap": "nmap",
     "iputils-ping": "ping",
     "e2fsprogs": "chattr",
+    "mount": "losetup",
     "fonts-noto-cjk": "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
 }
 
@@ -58,6 +59,7 @@ class Lane:
     marks: str
     jobs: int = 1
     hosts: bool = False
+    site: bool = False  # its hosts start from images that are built after those of the others
     dist: str = "worksteal"
 
 
@@ -67,6 +69,7 @@ class Result:
     minutes: float
     code: int
     counts: dict[str, int] = field(default_factory=dict)
+    stand_ins: list[str] = field(default_factory=list)  # what was not the real thing, and what was in its place
 
 
 PLAIN = "not hosts and not browser and not postgresql and not gpu"
@@ -78,6 +81,7 @@ LANES = (
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
     Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True),
+    Lane("site", ("tests/site",), "hosts", hosts=True, site=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
@@ -110,23 +114,26 @@ def main(argv: list[str]) -> int:
 
 def run_all(also: str, scratch: Path) -> list[Result]:
     """Every lane, in the order of the table, four at a time; the images are built meanwhile."""
-    with ThreadPoolExecutor(BESIDE_EACH_OTHER + 1) as pool:
+    with ThreadPoolExecutor(BESIDE_EACH_OTHER + 2) as pool:
         images = pool.submit(build_images)
+        images_of_site = pool.submit(build_images, "site", after=images)
         places = Semaphore(BESIDE_EACH_OTHER)
         waiting = []
         for lane in LANES if why_without_cards() else (*LANES, CARDS):
             places.acquire()
             if lane.hosts:
                 images.result()
-            running = pool.submit(run, lane, also, scratch)
+            running = pool.submit(run, lane, also, scratch, ready=images_of_site if lane.site else images)
             running.add_done_callback(lambda _done: places.release())
             waiting.append(running)
         return [running.result() for running in waiting]
 
 
-def build_images() -> None:
+def build_images(*which: str, after: Future[None] | None = None) -> None:
     """Raises CalledProcessError; what went wrong is on stderr."""
-    subprocess.run([sys.executable, "-m", "tests.images"], cwd=ROOT, check=True)
+    if after is not None:
+        after.result()
+    subprocess.run([sys.executable, "-m", "tests.images", *which], cwd=ROOT, check=True)
 
 
 def refuse_without_hosts() -> None:
@@ -169,8 +176,10 @@ def docker_engine() -> Iterator[None]:
         subprocess.run([IMAGES / "dockerd", "stop", whose], check=True)
 
 
-def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False) -> Result:
+def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False, ready: Future[None] | None = None) -> Result:
     """Run one lane; its output is printed in one piece when it has ended, or as it comes if `shown`."""
+    if lane.hosts and ready is not None:
+        ready.result()
     marks = f"({lane.marks}) and {also}" if also else lane.marks
     outcome, output = scratch / f"{lane.name}.xml", scratch / f"{lane.name}.txt"
     argv = [sys.executable, "-m", "pytest", "-q", "-m", marks, f"--junit-xml={outcome}", "--durations=5", *lane.paths]
@@ -180,16 +189,18 @@ def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False) -> Result:
     with output.open("wb") as file:
         code = subprocess.run(argv, cwd=ROOT, stdout=None if shown else file, stderr=subprocess.STDOUT).returncode
     print(f"── {lane.name} " + "─" * (70 - len(lane.name)) + "\n" + output.read_text(errors="replace"), flush=True)
-    return Result(lane, (time.monotonic() - began) / 60, code, counts_of(outcome))
+    return Result(lane, (time.monotonic() - began) / 60, code, *told_by(outcome))
 
 
-def counts_of(outcome: Path) -> dict[str, int]:
+def told_by(outcome: Path) -> tuple[dict[str, int], list[str]]:
+    """What pytest counted, and what its tests recorded as a stand-in for the real thing."""
     if not outcome.exists():
-        return {}
+        return {}, []
     suite = ElementTree.parse(outcome).getroot().find("testsuite")  # noqa: S314 - our own pytest wrote it
     if suite is None:
-        return {}
-    return {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+        return {}, []
+    counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+    return counts, [entry.get("value", "") for entry in suite.iterfind("properties/property[@name='stand-in']")]
 
 
 def why_without_cards() -> str | None:
@@ -202,6 +213,9 @@ def why_without_cards() -> str | None:
 def report(results: list[Result], began: float, *, budget: bool = False, without_cards: str | None = None) -> int:
     """The minutes of each lane, and the closing line. Lanes run beside each other: the clock is held to the budget."""
     took = (time.monotonic() - began) / 60
+    if any(result.stand_ins for result in results):
+        print("── stand-ins for what cannot be had here " + "─" * 32)
+        print(*(sentence for result in results for sentence in result.stand_ins), sep="\n")
     print("── minutes " + "─" * 62)
     for result in results:
         verdict = "ok" if result.code == 0 else f"failed ({result.code})"

@@ -1,0 +1,46 @@
+"""From nothing to a watched site by one playbook; each fault is told, shown and, once mended, forgotten."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.site.conftest import Rounds
+from tests.site.faults import FAULTS, Fault
+from tests.site.site import Site
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(2400)]
+
+
+def test_one_run_makes_a_control_plane_and_gpu_hosts(site: Site) -> None:
+    """From nothing, and without a failure; Prometheus then sees every part of the site, and no part that is down."""
+    names = {site.control.name, *(host.name for host in site.hosts.values())}
+    assert set(site.recap) == names
+    for name, counts in site.recap.items():
+        assert (counts["failed"], counts["unreachable"]) == (0, 0), name
+        assert counts["changed"] > 20, name
+    jobs = {each["metric"]["job"] for each in site.prometheus("up == 1")}
+    assert jobs == {"alertmanager", "control_plane", "node", "nvidia_gpu", "portal", "prometheus"}
+    assert site.prometheus("up == 0") == []
+
+
+def test_the_portals_own_run_finds_the_hosts_as_the_operator_left_them(site: Site) -> None:
+    """A second run, from the control plane: a key and the agent's settings come, nothing else moves."""
+    for host in site.hosts.values():
+        (run,) = site.world.admin.get("admin/runs", machine_id=site.world.machines[host.name])["items"]
+        counts = run["stats"][host.name]
+        assert (run["state"], counts["failed"]) == ("succeeded", 0)
+        assert counts["ok"] > 100
+        assert counts["changed"] <= 8, "two for the portal's key, five for the agent; a site's own words were lost"
+
+
+def test_nothing_of_the_control_plane_has_failed(site: Site) -> None:
+    """No unit, and no error in the journal of any part since the machine was bare."""
+    assert site.control.run(["systemctl", "--failed", "--plain", "--no-legend"]).stdout == ""
+    units = "--unit=remotegpu-* --unit=nginx --unit=prometheus* --unit=postgresql*"
+    errors = site.control.run(f"journalctl --quiet --boot --priority=err --no-pager --output=short {units}")
+    assert errors.stdout == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_a_fault_is_told_shown_and_over_once_it_is_mended(rounds: Rounds, fault: Fault) -> None:
+    rounds.outcome(fault)
