@@ -47,6 +47,7 @@ class Settings:
     run_lock_s: float = 30.0  # a worker renews its lock at a third of this
     run_timeout_s: int = 3600
     log_quota_bytes: int = 256 * 1024 * 1024
+    log_retain_s: int = 30 * 24 * 3600  # from the end of the lease on
     default_retain_s: int = 24 * 3600
     workers: int = 1
     host_ca_file: str | None = None  # whom hosts trust for PUBLIC_URL: a file, `system`, or the portal's own CA
@@ -112,6 +113,7 @@ RANGES = {
     "run_lock_s": (1, 3600),
     "run_timeout_s": (1, 7 * 24 * 3600),
     "log_quota_bytes": (1, 2**53 - 1),
+    "log_retain_s": (3600, 10 * 366 * 24 * 3600),
     "monitoring_silent_s": (10, 24 * 3600),
     "default_retain_s": (0, 90 * 24 * 3600),  # as for each lease
     "workers": (1, 256),

@@ -68,6 +68,11 @@ class AttemptOut(Schema):
     log_truncated = ma.fields.Boolean(required=True)
 
 
+def _log_kept_until(task: Task) -> str | None:
+    until = logs.kept_until(task.lease)
+    return None if until is None else until.isoformat()
+
+
 class TaskOut(Schema):
     id = ma.fields.Integer(required=True)
     name = ma.fields.String(required=True)
@@ -78,6 +83,14 @@ class TaskOut(Schema):
     tenant_id = ma.fields.Integer(required=True, attribute="lease.tenant_id")
     tenant_name = ma.fields.String(required=True, attribute="lease.tenant.name")
     created_by = ma.fields.String(required=True, attribute="created_by.username")
+    log_kept_until = ma.fields.Function(
+        _log_kept_until,
+        metadata={
+            "type": ["string", "null"],
+            "format": "date-time",
+            "description": "When its output is deleted; null while the lease goes on",
+        },
+    )
     created_at = ma.fields.AwareDateTime(required=True)
     ended_at = ma.fields.AwareDateTime(allow_none=True)
     attempt = ma.fields.Nested(AttemptOut, attribute="newest", allow_none=True, metadata={"description": "The newest"})

@@ -1,4 +1,4 @@
-"""The output of attempts, kept byte for byte by absolute offset. Told in order: take in, read, follow.
+"""The output of attempts, kept byte for byte by absolute offset. Told in order: take in, read, follow, forget.
 
 The portal holds one contiguous piece from 0 to `Attempt.log_bytes`. A range that overlaps it is cut, one that lies
 inside it changes nothing, one that would leave a gap is refused by answering the offset we hold. Who may read is asked
@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import peewee
+
 from portal import db
 from portal.db import utcnow
 from portal.integrations.wake import wake
-from portal.models import Attempt, LogRange
+from portal.models import Attempt, Lease, LogRange, Task
 from portal.models.states import TASK_ENDED
-from portal.services import config, events
+from portal.services import audit, batch, config, events
+from portal.services.actors import SYSTEM
 
 READ_BYTES = 256 * 1024  # as much as one answer carries
 SLACK_BYTES = 64 * 1024  # beyond the quota, for the agent's own note that it cut the output
 LOST_AFTER = timedelta(minutes=1)  # the end of a lost attempt's output is no longer waited for
 GIVEN_UP_AFTER = timedelta(minutes=10)  # nor, after this, that of any other
 LOOK_AGAIN_S = 5.0  # that time has passed wakes nobody
+FORGET_AT_ONCE = 50  # attempts, each in a transaction of its own; the rest in the next round
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def read_all(attempt_id: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an output. `complete`: nothing comes after it. `truncated`: some of it is missing."""
+    """A part of an output. `complete`: nothing comes after it. `truncated`: some of it is missing, or all of it was
+    forgotten."""
 
     data: bytes
     offset: int
@@ -122,6 +127,8 @@ def look(attempt_id: int, *, offset: int, now: datetime | None = None) -> Piece:
     attempt: Attempt = Attempt.get_by_id(attempt_id)  # before the bytes: what it calls complete is there
     data = read(attempt_id, offset=offset)
     no_more = attempt.log_complete or _is_given_up(attempt, now or utcnow())
+    if no_more and not data and offset < attempt.log_bytes:
+        return Piece(data, offset, complete=True, truncated=True)  # it was forgotten
     complete = no_more and offset + len(data) >= attempt.log_bytes
     return Piece(data, offset, complete, attempt.log_truncated or (no_more and not attempt.log_complete))
 
@@ -147,3 +154,39 @@ def wait_for(attempt: Attempt, *, offset: int, wait_s: float) -> Piece:
             if piece.data or piece.complete or remaining_s <= 0:
                 return piece
             ear.wait(min(remaining_s, LOOK_AGAIN_S))
+
+
+def kept_until(lease: Lease) -> datetime | None:
+    """When the output of the lease's tasks is forgotten; None while the lease goes on."""
+    if lease.ended_at is None:
+        return None
+    ended_at: datetime = lease.ended_at
+    return ended_at + timedelta(seconds=config.current().log_retain_s)
+
+
+def forget_old(now: datetime | None = None) -> int:
+    """Delete output of leases that ended long ago; returns of how many attempts. For the sweep.
+
+    `log_bytes` stays: how much there was, and from where on a host that comes back may send.
+    """
+    edge = (now or utcnow()) - timedelta(seconds=config.current().log_retain_s)
+    some = LogRange.select(peewee.SQL("1")).where(LogRange.attempt == Attempt.id)
+    old = (
+        Attempt.select(Attempt, Task, Lease)
+        .join(Task)
+        .join(Lease)
+        .where(Lease.ended_at <= edge, Attempt.log_bytes > 0, peewee.fn.EXISTS(some))
+        .order_by(Attempt.id)
+        .limit(FORGET_AT_ONCE)
+    )
+    return batch.each(old, _forget)
+
+
+def _forget(attempt: Attempt) -> bool:
+    with db.atomic():
+        if not LogRange.delete().where(LogRange.attempt == attempt.id).execute():
+            return False
+        task = attempt.task
+        told: dict[str, Any] = {"attempt": attempt.number, "bytes": attempt.log_bytes}
+        audit.record("task.log_deleted", task, by=SYSTEM, tenant_id=task.lease.tenant_id, **told)
+    return True

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import peewee
 from flask import redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
-from flask_babel import gettext
+from flask_babel import format_timedelta, gettext
 
 from portal.api.guard import actor, current_user, requires
 from portal.db import utcnow
 from portal.errors import Error
 from portal.models import Task
 from portal.models.states import TASK_LIVE, USER_ROLES
-from portal.services import leases, tenants
+from portal.services import config, leases, logs, tenants
 from portal.services import tasks as work
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
@@ -95,7 +97,16 @@ def task(task_id: int) -> ResponseReturnValue:
     }
     if "HX-Request" in request.headers:
         return render_template("tasks/_state.html", **facts)
-    return render_template("tasks/detail.html", log=f"/api/v1/customer/tasks/{task_id}/log", **facts)
+    kept = {"kept_until": logs.kept_until(found.lease), "kept_for": _kept_for(), "now": utcnow()}
+    return render_template("tasks/detail.html", log=f"/api/v1/customer/tasks/{task_id}/log", **kept, **facts)
+
+
+def _kept_for() -> str:
+    """In days: the 4 weeks that would be said of them end sooner."""
+    span = timedelta(seconds=config.current().log_retain_s)
+    if span < timedelta(days=1):
+        return str(format_timedelta(span, granularity="hour"))
+    return str(format_timedelta(span, granularity="day", threshold=span.days + 1))
 
 
 @bp.post("/tasks/<int:task_id>/stop")

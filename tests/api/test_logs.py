@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -18,11 +18,12 @@ from portal import db
 from portal.api import streams
 from portal.db import utcnow
 from portal.integrations.wake import wake
-from portal.models import Attempt, Lease, LogRange, Task, Tenant, User
+from portal.models import Attempt, AuditEntry, Lease, LogRange, Task, Tenant, User
 from portal.services import config, logs, tasks
 from portal.services.actors import SYSTEM
 from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, leased_machine, log_range, make_task
 from tests.api.test_agents_sync import wait_until
+from tests.conftest import SignedIn
 from tests.factories import actor_of
 
 
@@ -256,3 +257,68 @@ def test_a_stranger_reads_no_output_and_a_viewer_does(
     assert b"secret" not in refused.data
     assert b"secret" in sign_in(viewer).get(url).data
     assert b"secret" in sign_in(operator).get(url).data
+
+
+# What is kept is kept for a time
+
+
+@pytest.fixture
+def ended(attempt: Attempt, lease: Lease) -> Attempt:
+    """An attempt with output, whose lease has ended just now."""
+    logs.append(attempt.id, offset=0, data=b"0123456789", end=True)
+    Attempt.update(state="succeeded", started_at=utcnow(), ended_at=utcnow()).where(Attempt.id == attempt.id).execute()
+    Lease.update(state="ended", ended_at=utcnow()).where(Lease.id == lease.id).execute()
+    return Attempt.get_by_id(attempt.id)
+
+
+def kept_for() -> timedelta:
+    return timedelta(seconds=config.current().log_retain_s)
+
+
+def test_output_is_forgotten_so_long_after_the_end_of_the_lease_and_not_before(ended: Attempt) -> None:
+    assert kept_for() == timedelta(days=30)
+    assert logs.forget_old(utcnow() + kept_for() - timedelta(minutes=1)) == 0
+    assert text_of(ended) == b"0123456789"
+    assert logs.forget_old(utcnow() + kept_for()) == 1
+    assert LogRange.select().count() == 0
+    entry = AuditEntry.get(AuditEntry.action == "task.log_deleted")
+    assert (entry.resource_id, entry.detail) == (ended.task_id, {"attempt": 1, "bytes": 10})
+    assert logs.forget_old(utcnow() + kept_for()) == 0, "and once"
+
+
+def test_output_of_a_lease_that_goes_on_is_never_forgotten(attempt: Attempt) -> None:
+    logs.append(attempt.id, offset=0, data=b"0123456789", end=True)
+    assert logs.forget_old(utcnow() + 100 * kept_for()) == 0
+    assert text_of(attempt) == b"0123456789"
+
+
+def test_who_follows_forgotten_output_is_told_that_nothing_comes(ended: Attempt) -> None:
+    logs.forget_old(utcnow() + kept_for())
+    piece = logs.wait_for(ended, offset=0, wait_s=0)
+    assert (piece.data, piece.complete, piece.truncated) == (b"", True, True)
+    # A host that comes back later sends what it still had, from where it stopped: that goes the same way.
+    Attempt.update(log_complete=False).where(Attempt.id == ended.id).execute()
+    logs.append(ended.id, offset=10, data=b"abc", end=True)
+    assert logs.look(ended.id, offset=0).complete
+    assert logs.forget_old(utcnow() + kept_for()) == 1
+    assert LogRange.select().count() == 0
+
+
+def test_the_page_and_the_api_say_until_when_it_is_kept(
+    sign_in: Callable[[User], SignedIn], customer: User, ended: Attempt, lease: Lease
+) -> None:
+    who = sign_in(customer)
+
+    def seen() -> tuple[str | None, str]:
+        page = who.client.get(f"/tasks/{ended.task_id}", headers=who.headers).get_data(as_text=True)
+        return who.get(f"/customer/tasks/{ended.task_id}").json["log_kept_until"], page
+
+    until, page = seen()
+    assert until == (Lease.get_by_id(lease.id).ended_at + kept_for()).isoformat()
+    assert "Its output is kept until:" in page
+    Lease.update(ended_at=utcnow() - kept_for()).where(Lease.id == lease.id).execute()
+    assert "The output was deleted" in seen()[1]
+    Lease.update(state="active", ended_at=None).where(Lease.id == lease.id).execute()
+    until, page = seen()
+    assert until is None
+    assert "Output is kept for 30 days after the end of the lease." in page
