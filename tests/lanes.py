@@ -45,7 +45,6 @@ PACKAGES = {
     "nmap": "nmap",
     "iputils-ping": "ping",
     "e2fsprogs": "chattr",
-    "mount": "losetup",
     "fonts-noto-cjk": "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
 }
 

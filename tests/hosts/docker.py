@@ -76,11 +76,12 @@ def boot(
     password: str | None = None,
     gpus: int = 2,
     labels: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Host:
     """A new running host. Builds the image and starts the engine where they are missing.
 
     `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`: desktop (molecule/image/desktop), control or
-    cards (molecule/image/site). `password` is set for `installer`.
+    cards (molecule/image/site). `password` is set for `installer`, `options` are more of the engine's.
     `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises HostError when the name is
     taken (`unique` makes one that is not) or systemd does not come up within 90 s; a host that failed to boot is
     removed, and so is what a killed run of this checkout has left.
@@ -94,7 +95,8 @@ def boot(
     whose = {f"{LABEL}.owner": find_owner() or ""}
     with _addresses_locked():
         addresses = _free_addresses(name)
-        container = _docker("create", *_create_options(name, suite, addresses, {**whose, **(labels or {})}), image)
+        given = [*_create_options(name, suite, addresses, {**whose, **(labels or {})}), *options]
+        container = _docker("create", *given, image)
     host = Host(name=name, id=container, suite=suite, address=addresses[0], address_v6=([*addresses, None])[1])
     try:
         _docker("start", container)

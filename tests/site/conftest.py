@@ -13,6 +13,7 @@ import pytest
 from tests.hosts import Host
 from tests.hosts.docker import boot, unique
 from tests.hosts.fixtures import operator_key
+from tests.site.disk import LOOP_DEVICES
 from tests.site.faults import FAULTS, Fault
 from tests.site.site import CONTROL_SUITE, GPU_SUITES, STAND_INS, Site, exporter_archive
 
@@ -45,7 +46,8 @@ def site(
 
 
 def booted(kind: str, suite: str, operator_key: Path) -> Host:
-    host = boot(unique(f"site-{kind}-{suite}"), suite, kind=kind, gpus=2 if kind == "cards" else 0)
+    gpus, options = (2, LOOP_DEVICES) if kind == "cards" else (0, ())
+    host = boot(unique(f"site-{kind}-{suite}"), suite, kind=kind, gpus=gpus, options=options)
     host.authorize("ops", operator_key.with_suffix(".pub").read_text())
     return host
 
