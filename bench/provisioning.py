@@ -1,16 +1,24 @@
-"""What it takes to make a bare Debian 13 a GPU host: by the portal, by the portal again, and by hand.
+"""What it takes to make a Debian 13 a GPU host: by the portal, by the portal again, by hand, and ten at once.
 
 `python -m bench.provisioning` boots two bare hosts (root or Docker). The portal provisions the first one twice; then
 plain.sh, with the files that the roles had written, brings the second one to the same state over one SSH session, which
-is compared. Both download the same packages. Seconds of a run are those between its start and its end.
+is compared. Both download the same packages. Seconds of a run are those between its start and its end; what each role
+had of them is told by the runner's callback.
+
+Then one prepared host (it has the packages already: no mirror is in the figure) and ten of them, all told to provision
+at once, as a site does with new machines: a run each, of which a worker executes eight at a time. Ten take from the
+first one's start to the last one's end. At last a run over all ten that changes nothing. `--hosts N` for fewer.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +31,12 @@ from portal.services.actors import SYSTEM
 from portal.settings import load
 from tests.e2e.world import PROVISION_TIMEOUT_S, World, new_key
 from tests.hosts import Host
+from tests.support.waiting import until
 
 GOAL = 0.5
+AT_ONCE = 10
+AT_ONCE_GOAL = 6.0  # times what one takes, on two cores that all hosts share with the portal
+RUNS = ("first", "second")
 SHOWN = 10
 SCRIPT = Path(__file__).with_name("plain.sh")
 FILES = (
@@ -68,37 +80,92 @@ remotegpu-agent status --json | grep -o '"enrolled": *[a-z]*'
 
 def main() -> int:
     """Print the figures; 1 if a goal is missed."""
-    return show(take())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hosts", type=int, default=AT_ONCE)
+    return show(take(parser.parse_args().hosts))
 
 
-def take() -> list[Figure]:
+def take(hosts: int = AT_ONCE) -> list[Figure]:
+    return one_by_one() + at_once(hosts)
+
+
+def one_by_one() -> list[Figure]:
     with portal() as world, booted("first", prepared=False) as host, booted("plain", prepared=False) as plain:
-        world.add(host)
-        world.confirm(host)
-        first = provision(world, host)
-        second = provision(world, host)
+        introduce(world, host)
+        (first,), (second,) = provision(world, host), provision(world, host)
         by_hand_s = by_hand(world, host, plain)
         check_same(host, plain)
-        print_slowest(world, first, second)
+        profiles = [tasks_of(world, run["id"]) for run in (first, second)]
+    print_roles(*profiles)
+    for name, run, tasks in zip(RUNS, (first, second), profiles, strict=True):
+        print_slowest(f"{name} run: {seconds(run):.1f} s, of which in tasks", tasks)
     return [
         Figure("provisioning: first run", seconds(first)),
         Figure("provisioning: second run", seconds(second)),
         Figure("provisioning: second run / first run", seconds(second) / seconds(first), "", at_most=GOAL),
         Figure("provisioning: plain shell commands", by_hand_s),
         Figure("provisioning: first run / plain shell commands", seconds(first) / by_hand_s, ""),
+        *(Figure(f"provisioning: tasks, {name} run", len(each), "") for name, each in zip(RUNS, profiles, strict=True)),
     ]
 
 
-def provision(world: World, host: Host) -> Any:
-    """The run, once the machine is ready."""
-    run_id = world.provision(host)
-    world.wait_for_state(host, "ready", timeout_s=PROVISION_TIMEOUT_S)
-    return world.admin.get(f"admin/runs/{run_id}").body
+def introduce(world: World, *hosts: Host) -> None:
+    for host in hosts:
+        world.add(host)
+        world.confirm(host)
 
 
-def seconds(run: Any) -> float:
-    began, ended = (datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at"))
-    return (ended - began).total_seconds()
+def provision(world: World, *hosts: Host) -> list[Any]:
+    """The runs of hosts that are told at the same time, once all are ready."""
+    run_ids = [world.provision(host) for host in hosts]
+    for host in hosts:
+        world.wait_for_state(host, "ready", timeout_s=PROVISION_TIMEOUT_S)
+    return [world.admin.get(f"admin/runs/{run_id}").body for run_id in run_ids]
+
+
+def run_over(world: World, *hosts: Host) -> Any:
+    """One run of the playbook over hosts that are right already, once it has succeeded."""
+    asked = {"playbook": "gpu_hosts", "machines": [host.name for host in hosts]}
+    run_id = world.admin.post("admin/runs", **asked)["id"]
+
+    def ended() -> Any:
+        run = world.admin.get(f"admin/runs/{run_id}").body
+        return run if run["ended_at"] else None
+
+    run = until(ended, "the run to end", timeout_s=PROVISION_TIMEOUT_S, every_s=0.3, also=world.tell)
+    if run["state"] != "succeeded":
+        raise RuntimeError(world.tell())
+    return run
+
+
+def seconds(*runs: Any) -> float:
+    """From the first start to the last end."""
+    began = min(datetime.fromisoformat(run["started_at"]) for run in runs)
+    return (max(datetime.fromisoformat(run["ended_at"]) for run in runs) - began).total_seconds()
+
+
+# -- many
+
+
+def at_once(hosts: int) -> list[Figure]:
+    """One prepared host, then so many others at the same time, by the same portal."""
+    with portal() as world, ExitStack() as stack:
+        with booted("alone", prepared=True) as alone:
+            introduce(world, alone)
+            one_s = seconds(*provision(world, alone))
+            again_s = seconds(run_over(world, alone))
+        many = [stack.enter_context(booted(f"one-of-{hosts}", prepared=True)) for _ in range(hosts)]
+        introduce(world, *many)
+        many_s = seconds(*provision(world, *many))
+        all_again_s = seconds(run_over(world, *many))
+    return [
+        Figure("provisioning: one prepared host", one_s),
+        Figure(f"provisioning: {hosts} prepared hosts at once", many_s),
+        Figure(f"provisioning: {hosts} at once / one", many_s / one_s, "", at_most=AT_ONCE_GOAL),
+        Figure("provisioning: a run over one host that changes nothing", again_s),
+        Figure(f"provisioning: a run over {hosts} hosts that changes nothing", all_again_s),
+        Figure(f"provisioning: over {hosts} / over one", all_again_s / again_s, ""),
+    ]
 
 
 # -- by hand
@@ -149,27 +216,48 @@ def state_of(host: Host) -> set[str]:
 # -- where the time goes
 
 
-def print_slowest(world: World, *runs: Any) -> None:
-    """The tasks that took longest, by the runner's own events."""
-    for title, run in zip(("first", "second"), runs, strict=True):
-        print(f"\nprovisioning, {title} run: {seconds(run):.1f} s, of which in tasks")
-        took = seconds_per_task(world, run["id"])
-        for task, task_s in took.most_common(SHOWN):
-            print(f"  {task_s:7.2f} s  {task}")
-        rest_s = sum(took.values()) - sum(task_s for _, task_s in took.most_common(SHOWN))
-        print(f"  {rest_s:7.2f} s  {max(0, len(took) - SHOWN)} more together")
+@dataclass(frozen=True)
+class Done:
+    """A task that a host has executed, by the runner's callback; what was skipped is none."""
+
+    role: str
+    name: str
+    seconds: float
 
 
-def seconds_per_task(world: World, run_id: int) -> Counter[str]:
-    took: Counter[str] = Counter()
+def tasks_of(world: World, run_id: int) -> list[Done]:
+    """Of a run, in their order."""
+    return [
+        Done(data.get("role", "playbook"), event["task"], data["duration"])
+        for event in events_of(world, run_id)
+        if event["kind"] in ("runner_on_ok", "runner_on_failed") and "duration" in (data := event["data"] or {})
+    ]
+
+
+def events_of(world: World, run_id: int) -> Iterator[Any]:
     after, complete = 0, False
     while not complete:
         page = world.admin.get(f"admin/runs/{run_id}/events", after=after, limit=1000).body
         after, complete = page["next"], page["complete"]
-        for event in page["items"]:
-            if event["kind"].startswith("runner_on_") and (data := event["data"]) and "duration" in data:
-                took[f"{data.get('role', 'playbook')}: {event['task']}"] += data["duration"]
-    return took
+        yield from page["items"]
+
+
+def print_roles(*runs: Sequence[Done]) -> None:
+    """Tasks and seconds of each role, in the order in which the roles come: a pair of columns for each run."""
+    print(f"\n{'role':<26}" + "".join(f"{name + ' run: tasks':>20}{'seconds':>10}" for name in RUNS))
+    for role in dict.fromkeys(done.role for run in runs for done in run):
+        own = [[done.seconds for done in run if done.role == role] for run in runs]
+        print(f"{role:<26}" + "".join(f"{len(each):>20}{sum(each):>10.2f}" for each in own))
+
+
+def print_slowest(title: str, tasks: Iterable[Done]) -> None:
+    """The tasks that took longest."""
+    print(f"\nprovisioning, {title}")
+    slowest = sorted(tasks, key=lambda done: -done.seconds)
+    for done in slowest[:SHOWN]:
+        print(f"  {done.seconds:7.2f} s  {done.role}: {done.name}")
+    rest = slowest[SHOWN:]
+    print(f"  {sum(done.seconds for done in rest):7.2f} s  {len(rest)} more together")
 
 
 if __name__ == "__main__":
