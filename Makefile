@@ -43,6 +43,7 @@ test-all: real-hosts setup $(DEVELOPMENT) ## Everything, also what takes long
 check: $(DEVELOPMENT) ## Lint, types, import direction, dead links
 	@ruff check . && ruff format --check .
 	@mypy
+	@cd pulumi && mypy --config-file mypy.ini
 	@yamllint --strict .
 	@ansible-lint --offline -q
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/house
@@ -50,6 +51,10 @@ check: $(DEVELOPMENT) ## Lint, types, import direction, dead links
 .PHONY: bench
 bench: setup $(DEVELOPMENT) ## Measure; prints ratios taken side by side in one run
 	@exec $(BIN)/python -m bench
+
+.PHONY: network-plan
+network-plan: $(RUNTIME) ## What EXPORT=… would change in the clouds against APPLIED=… (STACK=… for one stack); no engine
+	@PYTHONPATH=pulumi $(BIN)/python -m remotegpu_network plan "$(EXPORT)" --applied "$(or $(APPLIED),first)" $(if $(STACK),--stack "$(STACK)")
 
 .PHONY: demo
 demo: setup $(DEVELOPMENT) ## Boot two test hosts beside a portal, onboard them, fill a small world (root or Docker)

@@ -24,7 +24,7 @@ from tests.hosts import owner
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "molecule" / "image"
-BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "hosts": 9.0}
+BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "hosts": 9.0, "network": 2.0}
 NOT_SLOW = "not slow"
 
 # Debian's package → a program that it brings; what is on the PATH already is not installed again.
@@ -58,6 +58,7 @@ class Lane:
     marks: str
     jobs: int = 1
     hosts: bool = False
+    sdks: bool = False  # of all clouds: 600 MB that nothing else needs
     site: bool = False  # its hosts start from images that are built after those of the others
     dist: str = "worksteal"
 
@@ -71,7 +72,7 @@ class Result:
     stand_ins: list[str] = field(default_factory=list)  # what was not the real thing, and what was in its place
 
 
-PLAIN = "not hosts and not browser and not postgresql and not gpu"
+PLAIN = "not hosts and not browser and not postgresql and not gpu and not engine"
 FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=2)
 # The longest first: four lanes run beside each other, and those with hosts mostly wait.
 LANES = (
@@ -86,9 +87,12 @@ LANES = (
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
     Lane("browser", ("tests/browser",), "browser"),
+    Lane("network", ("tests/network",), PLAIN, jobs=2, sdks=True, dist="loadfile"),
 )
 # Only where there is a card to be read; elsewhere the closing lines say that it did not run.
 CARDS = Lane("gpu", ("tests/gpu",), "gpu")
+# Only where Pulumi's engine is: no package brings it. Told of as the one for cards is.
+ENGINE = Lane("network-engine", ("tests/network",), "engine", sdks=True)
 BESIDE_EACH_OTHER = 4
 
 
@@ -113,19 +117,30 @@ def main(argv: list[str]) -> int:
 
 def run_all(also: str, scratch: Path) -> list[Result]:
     """Every lane, in the order of the table, four at a time; the images are built meanwhile."""
-    with ThreadPoolExecutor(BESIDE_EACH_OTHER + 2) as pool:
+    with ThreadPoolExecutor(BESIDE_EACH_OTHER + 3) as pool:
         images = pool.submit(build_images)
         images_of_site = pool.submit(build_images, "site", after=images)
+        sdks = pool.submit(install_sdks)
         places = Semaphore(BESIDE_EACH_OTHER)
         waiting = []
-        for lane in LANES if why_without_cards() else (*LANES, CARDS):
+        for lane in lanes_of_this_machine():
             places.acquire()
             if lane.hosts:
                 images.result()
-            running = pool.submit(run, lane, also, scratch, ready=images_of_site if lane.site else images)
+            running = pool.submit(run, lane, also, scratch, ready=sdks if lane.sdks else images_of_site if lane.site else images)
             running.add_done_callback(lambda _done: places.release())
             waiting.append(running)
         return [running.result() for running in waiting]
+
+
+def lanes_of_this_machine() -> tuple[Lane, ...]:
+    return (*LANES, *(() if why_without_cards() else (CARDS,)), *(() if why_without_engine() else (ENGINE,)))
+
+
+def install_sdks() -> None:
+    """Raises CalledProcessError; what went wrong is on stderr."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, "-r", "requirements-network.txt"], cwd=ROOT, check=True)
 
 
 def build_images(*which: str, after: Future[None] | None = None) -> None:
@@ -177,7 +192,7 @@ def docker_engine() -> Iterator[None]:
 
 def run(lane: Lane, also: str, scratch: Path, *, shown: bool = False, ready: Future[None] | None = None) -> Result:
     """Run one lane; its output is printed in one piece when it has ended, or as it comes if `shown`."""
-    if lane.hosts and ready is not None:
+    if (lane.hosts or lane.sdks) and ready is not None:
         ready.result()
     marks = f"({lane.marks}) and {also}" if also else lane.marks
     outcome, output = scratch / f"{lane.name}.xml", scratch / f"{lane.name}.txt"
@@ -209,6 +224,11 @@ def why_without_cards() -> str | None:
     return None if shutil.which("nvidia-smi") else "there is no nvidia-smi to compare its card with"
 
 
+def why_without_engine() -> str | None:
+    """Why pulumi/ cannot run in the real engine here, as a sentence; None where it can."""
+    return None if shutil.which("pulumi") else "`pulumi` is not on the PATH"
+
+
 def report(results: list[Result], began: float, *, budget: bool = False, without_cards: str | None = None) -> int:
     """The minutes of each lane, and the closing line. Lanes run beside each other: the clock is held to the budget."""
     took = (time.monotonic() - began) / 60
@@ -221,6 +241,8 @@ def report(results: list[Result], began: float, *, budget: bool = False, without
         print(f"{result.lane.name:<18}{result.minutes:6.1f}  {result.counts.get('tests', 0):5} tests  {verdict}")
     if without_cards:
         print(f"{CARDS.name:<18}     –  did not run: {without_cards}")
+    if len(results) > 1 and (why := why_without_engine()):
+        print(f"{ENGINE.name:<18}     –  did not run: {why}")
     allowed = sum(BUDGET_MIN.values())
     print(f"{'in all':<18}{took:6.1f}  of {allowed:.0f} for {', '.join(BUDGET_MIN)}")
     over = budget and took > allowed

@@ -207,15 +207,15 @@ def test_firewalld_judges_what_docker_publishes_before_docker_does() -> None:
     for family in ("ipv4", "ipv6"):
         chains = [each.get("chain") for each in root.iter("chain") if each.get("ipv") == family]
         assert chains == [
-            "DOCKER-USER",
             "REMOTEGPU-ALLOWED",
             "REMOTEGPU-FORWARD",
             "REMOTEGPU-PUBLISHED",
             "REMOTEGPU-REFUSED",
         ]
         rules = [each for each in root.iter("rule") if each.get("ipv") == family]
-        asked = [each for each in rules if each.get("chain") == "DOCKER-USER"]
+        asked = [each for each in rules if each.get("chain") == "FORWARD"]
         assert [(each.get("priority"), each.text) for each in asked] == [("0", "-j REMOTEGPU-FORWARD")]
+        assert {each.get("table") for each in root if each.get("ipv") == family} == {"mangle"}
         published = [each.text for each in rules if each.get("chain") == "REMOTEGPU-PUBLISHED"]
         assert published == [
             "-m conntrack --ctstate INVALID -j DROP",
@@ -232,11 +232,15 @@ def test_what_others_have_told_firewalld_stays_and_ours_is_there_once() -> None:
   <passthrough ipv="ipv4">-t raw -A PREROUTING -j ACCEPT</passthrough>
 </direct>
 """
-    once = direct(foreign)
+    before = foreign.replace(
+        "<passthrough",
+        '<chain ipv="ipv4" table="filter" chain="REMOTEGPU-FORWARD"/>'
+        '<rule ipv="ipv4" table="filter" chain="DOCKER-USER" priority="0">-j REMOTEGPU-FORWARD</rule><passthrough',
+    )
+    once = direct(before)
     assert firewalld_direct.said(direct(once)) == firewalld_direct.said(once)
     kept = [each for each in firewalld_direct.said(once) if "REMOTEGPU" not in str(each)]
-    declared = [each for each in kept if each[0] == "chain" and ("ipv", "ipv6") in each[1]]
-    assert [each for each in kept if each not in declared] == firewalld_direct.said(foreign)
+    assert kept == firewalld_direct.said(foreign), "what we had in another table before is gone"
     less = direct(once, firewall_allow=[])
     assert "9100" in once
     assert "9100" not in less

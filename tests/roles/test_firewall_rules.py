@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ import pytest
 import yaml
 
 from tests.roles.network import CONTAINER, HOST, OUTSIDE, Net, network
-from tests.roles.rendering import Role
+from tests.roles.rendering import Role, load_module
 
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.skipif(not all(map(shutil.which, ("nft", "iptables", "ip"))), reason="needs nft and iptables"),
 ]
 
+firewalld_direct = load_module("firewall", "firewalld_direct")
 ALLOW = [
     {"port": 8100, "sources": [OUTSIDE[4], OUTSIDE[6]], "comment": "for us"},
     {"port": 8101, "sources": ["192.0.2.1", "2001:db8:9::/64"], "comment": "for somebody else"},
@@ -30,7 +32,7 @@ SSH, FOR_US, FOR_OTHERS, CLOSED, PUBLISHED, PUBLISHED_FOR_US = 22, 8100, 8101, 8
 ECHO = 8200  # answers what it is told
 EVERY = (SSH, FOR_US, FOR_OTHERS, CLOSED, PUBLISHED, PUBLISHED_FOR_US)
 owns_everything = pytest.mark.parametrize("backend", ["nftables", "iptables"])
-every_writer = pytest.mark.parametrize("backend", ["nftables", "iptables", "ufw"])
+every_writer = pytest.mark.parametrize("backend", ["nftables", "iptables", "ufw", "firewalld"])
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,8 @@ def load(net: Net, tmp_path: Path) -> Iterator[Callable[..., Callable[[], str]]]
         if backend == "nftables":
             (tmp_path / "firewall.nft").write_text(role.template("firewall.nft.j2"))
             return lambda: net.on(net.host, "nft", "-f", str(tmp_path / "firewall.nft"))
+        if backend == "firewalld":
+            return lambda: load_direct(net, role)
         for family in (4, 6):
             (tmp_path / f"firewall.v{family}").write_text(role.template("chains.j2", item={"family": family}))
         program = role.template("remotegpu-firewall.sh.j2").replace("/etc/remotegpu", str(tmp_path))
@@ -57,6 +61,25 @@ def load(net: Net, tmp_path: Path) -> Iterator[Callable[..., Callable[[], str]]]
 
     yield loaded
     net.on(net.host, "nft", "flush", "ruleset")
+
+
+def load_direct(net: Net, role: Role) -> None:
+    """What firewalld does with its direct.xml, and then Docker, which hears of it: accepts first, DOCKER-USER last."""
+    for family, program in ((4, "iptables"), (6, "ip6tables")):
+        text = role.template("chains.j2", item={"family": family})
+        for table in ("filter", "mangle"):
+            for chain in re.findall("^-N (REMOTEGPU-.*)", net.on(net.host, program, "-t", table, "-S"), re.M):
+                net.on(net.host, program, "-t", table, "-F", chain)
+            net.on(net.host, program, "-t", table, "-D", "FORWARD", "-j", "REMOTEGPU-FORWARD", check=False)
+        for each in firewalld_direct.our_elements(f"ipv{family}", text):
+            table, chain = each.attrib["table"], each.attrib["chain"]
+            if each.tag == "chain":
+                net.on(net.host, program, "-t", table, "-N", chain, check=False)
+            else:
+                net.on(net.host, program, "-t", table, "-A", chain, *shlex.split(each.text or ""))
+        if net.on(net.host, program, "-D", "FORWARD", "-j", "DOCKER-USER", check=False) == "":
+            net.on(net.host, program, "-N", "DOCKER-USER", check=False)
+            net.on(net.host, program, "-A", "FORWARD", "-j", "DOCKER-USER")
 
 
 def test_without_rules_everything_answers_or_the_rest_proves_nothing(net: Net) -> None:
@@ -316,7 +339,7 @@ def test_the_table_of_nftables_is_the_file_and_nothing_else_whatever_was_there(n
 )
 def test_a_sites_own_bridge_is_not_taken_for_dockers(net: Net, interfaces: list[str], mistaken: list[str]) -> None:
     """What comes from containers may go everywhere: the role asks the host which ways lead outside, and refuses."""
-    role = Role("firewall", firewall_container_interfaces=interfaces, **{"__firewall_ssh": [22], "firewall_allow": []})
+    role = Role("firewall", firewall_container_interfaces=interfaces, firewall_allow=[], __firewall_ssh=[22])
     (look,) = [task for task in yaml.safe_load((role.path / "tasks/look.yml").read_text()) if "register" in task]
     asked = role.expression(look["ansible.builtin.shell"]["cmd"], firewall_backend="nftables")
     made = (

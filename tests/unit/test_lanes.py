@@ -43,6 +43,17 @@ def test_a_card_can_be_read_where_device_and_program_are(
     assert (words is None and why is None) or (words is not None and why is not None and words in why)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_machine_without_pulumis_engine_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/pulumi" if there else None)
+    lanes.report([Result(FAST, 0.1, 0, {"tests": 3})] * 2, time.monotonic())
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("network-engine")]
+    assert told == ([] if there else ["network-engine         –  did not run: `pulumi` is not on the PATH"])
+    assert (lanes.ENGINE in lanes.lanes_of_this_machine()) == there
+
+
 def test_no_other_lane_runs_what_needs_a_card() -> None:
     assert not any("tests/gpu" in lane.paths for lane in lanes.LANES)
     assert "not gpu" in lanes.PLAIN

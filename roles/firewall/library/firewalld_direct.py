@@ -1,8 +1,9 @@
 #!/usr/bin/python
-"""Our chains in firewalld's direct.xml, in the tables of iptables where Docker writes.
+"""Our chains in firewalld's direct.xml, in a table of iptables that is asked before Docker's.
 
 What others have put into the file stays. firewalld loads it at each start and reload, after it has flushed what was
-there; that is not done here.
+there; that is not done here. Docker hears of it and writes its own rules anew, its accepts before the jump to
+DOCKER-USER (seen with 26.1): whoever must be asked first is not safe in the table `filter`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DOCUMENTATION = r"""
 module: firewalld_direct
 short_description: Exactly our direct chains, beside those of others
 description:
-  - Replaces the chains REMOTEGPU-* in direct.xml, and the jump to them from DOCKER-USER.
+  - Replaces the chains REMOTEGPU-* in direct.xml, and the jump to them.
 options:
   path:
     description: The file.
@@ -43,7 +44,8 @@ RETURN = r"""
 """
 
 PREFIX = "REMOTEGPU-"
-DOCKERS_CHAIN = "DOCKER-USER"
+TABLE = "mangle"
+ASKED_BY = "FORWARD"
 FIRST_ASKED = f"{PREFIX}FORWARD"
 
 
@@ -55,19 +57,19 @@ def our_elements(family: str, saved: str) -> Iterator[ElementTree.Element]:
             rules[declared[1]] = []
         elif added := re.match(rf"-A ({PREFIX}[A-Z]+) (.+)", line):
             rules[added[1]].append(shlex.join(shlex.split(added[2])))
-    for chain in (DOCKERS_CHAIN, *rules):
-        yield ElementTree.Element("chain", {"ipv": family, "table": "filter", "chain": chain})
-    rules[DOCKERS_CHAIN] = [f"-j {FIRST_ASKED}"]
+    for chain in rules:
+        yield ElementTree.Element("chain", {"ipv": family, "table": TABLE, "chain": chain})
+    rules[ASKED_BY] = [f"-j {FIRST_ASKED}"]
     for chain, lines in rules.items():
         for priority, arguments in enumerate(lines):
-            where = {"ipv": family, "table": "filter", "chain": chain, "priority": str(priority)}
+            where = {"ipv": family, "table": TABLE, "chain": chain, "priority": str(priority)}
             rule = ElementTree.Element("rule", where)
             rule.text = arguments
             yield rule
 
 
 def is_ours(element: ElementTree.Element) -> bool:
-    """Docker's own chain is declared by us and kept by everybody."""
+    """In whichever table: they were in `filter` once."""
     chain = element.get("chain", "")
     return chain.startswith(PREFIX) or (element.tag == "rule" and PREFIX in (element.text or ""))
 

@@ -1,0 +1,95 @@
+"""What is in the cloud already: found, and offered for import by its id, never deleted and made again.
+
+It reads a listing as the cloud's API answers it, and says which wanted records are there (import them), and which
+names are taken by something else (a person decides).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from remotegpu_network import desired, names
+from remotegpu_network.desired import Resource
+from remotegpu_network.shapes import cloudflare, dnspod, route53
+
+
+@dataclass
+class Found:
+    """`adopt`: logical name → import id, for remotegpu:adopt. `taken`: sentences for a person."""
+
+    adopt: dict[str, str] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
+
+
+def cloudflare_listing(wanted: Iterable[Resource], listing: Iterable[Mapping[str, Any]], zone_id: str) -> Found:
+    """`listing` is `result` of GET /zones/ZONE/dns_records. Import id: ZONE/RECORD."""
+    there: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in listing:
+        there.setdefault((names.canonical(row["name"]), row["type"]), []).append(row)
+    found = Found()
+    for each in wanted:
+        shape = each.shape
+        if not isinstance(shape, cloudflare.Record) or each.parent != zone_id:
+            continue
+        rows = there.get((shape.name, shape.type), [])
+        same = next((row for row in rows if _same(shape, row)), None)
+        if same is not None:
+            found.adopt[each.logical] = f"{zone_id}/{same['id']}"
+        elif rows and shape.type in ("A", "AAAA", "CNAME"):
+            contents = ", ".join(str(row.get("content")) for row in rows)
+            found.taken.append(
+                f"{each.logical}: {shape.type} {shape.name} is {contents} in the zone, not {shape.content}"
+            )
+    found.taken += _in_the_way(wanted, there, zone_id)
+    return found
+
+
+def _same(shape: cloudflare.Record, row: Mapping[str, Any]) -> bool:
+    if shape.caa is not None:
+        data = row.get("data") or {}
+        return (data.get("flags"), data.get("tag"), data.get("value")) == (
+            shape.caa.flags,
+            shape.caa.tag,
+            shape.caa.value,
+        )
+    if shape.srv is not None:
+        data = row.get("data") or {}
+        wanted = (shape.srv.priority, shape.srv.weight, shape.srv.port, shape.srv.target)
+        target = str(data.get("target", "")).rstrip(".").lower()
+        return (data.get("priority"), data.get("weight"), data.get("port"), target) == wanted
+    return (_plain(row.get("content")), row.get("priority") if shape.type == "MX" else None) == (
+        _plain(shape.content),
+        shape.priority,
+    )
+
+
+def _plain(content: Any) -> str:
+    """With or without quotes it is the same text."""
+    text = str(content or "")
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+def _in_the_way(wanted: Iterable[Resource], there: Mapping[tuple[str, str], Any], zone_id: str) -> Iterator[str]:
+    """A CNAME beside anything else, in either direction."""
+    for each in wanted:
+        shape = each.shape
+        if not isinstance(shape, cloudflare.Record) or each.parent != zone_id:
+            continue
+        others = ("A", "AAAA", "CNAME") if shape.type == "CNAME" else ("CNAME",)
+        for kind in others:
+            if kind != shape.type and (shape.name, kind) in there:
+                yield f"{each.logical}: {shape.name} has {kind} records already, and nothing stands beside a CNAME"
+
+
+def import_id(each: Resource, record_id: str = "") -> str:
+    """The id by which the provider imports this resource. `record_id`: the cloud's own, where it has one."""
+    shape, parent = each.shape, each.parent or ""
+    if isinstance(shape, cloudflare.Record):
+        return f"{parent}/{record_id}"
+    if isinstance(shape, route53.Record):
+        return f"{parent}_{shape.name}_{shape.type}"
+    if isinstance(shape, dnspod.Record):
+        return f"{parent}#{record_id}"
+    return parent if each.token == desired.TENCENT_RULES else record_id

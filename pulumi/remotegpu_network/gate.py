@@ -1,0 +1,65 @@
+"""Between preview and apply: a look at what the engine says it would do, before it does it.
+
+`pulumi preview --json` knows what the plan here cannot: a new provider that wants to replace every record, and what
+somebody changed in the cloud by hand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from remotegpu_network import desired
+from remotegpu_network.settings import Settings
+
+REPLACES = ("replace", "create-replacement", "delete-replaced", "discard-replaced")
+GUARDED = tuple(desired.ZONE_TOKENS.values())
+
+
+def problems(preview: Mapping[str, Any], settings: Settings, *, deletes_at_most: int | None = None) -> list[str]:
+    """Sentences; none if the apply may go on. `preview` is what `pulumi preview --json` printed."""
+    return list(_problems(preview, settings, deletes_at_most))
+
+
+def _problems(preview: Mapping[str, Any], settings: Settings, deletes_at_most: int | None) -> Iterator[str]:
+    steps = preview.get("steps")
+    if not isinstance(steps, list):
+        yield "The preview has no steps: it did not run to its end."
+        return
+    replaced = {step["urn"] for step in steps if step["op"] in REPLACES}
+    deleted = {step["urn"] for step in steps if step["op"] == "delete"}
+    if len(replaced) > settings.replaces_at_most:
+        kinds = Counter(_type_of(urn) for urn in replaced)
+        most = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common(3))
+        yield (
+            f"{len(replaced)} resources would be replaced ({most}); remotegpu:replaces-at-most is "
+            f"{settings.replaces_at_most}. A new major of a provider does that: apply it alone, reviewed."
+        )
+    if deletes_at_most is not None and len(deleted) > deletes_at_most:
+        yield (
+            f"{len(deleted)} resources would be deleted, where the plan says {deletes_at_most}: "
+            f"the state knows more than the export."
+        )
+    for urn in sorted(deleted | replaced):
+        if _type_of(urn) in GUARDED:
+            yield f"The zone {_name_of(urn)} would be deleted or replaced: that takes every name in it."
+
+
+def pending(state: Mapping[str, Any]) -> list[str]:
+    """Operations that a cancelled run left open, from `pulumi stack export`: nothing is applied before they are
+    looked at."""
+    operations = (state.get("deployment") or {}).get("pending_operations") or []
+    return [
+        f"{each.get('type')} of {each.get('resource', {}).get('urn')} was cut off: see whether the cloud has it, then "
+        f"`pulumi refresh` (it asks about each), or `pulumi refresh --clear-pending-creates` if the cloud has none."
+        for each in operations
+    ]
+
+
+def _type_of(urn: str) -> str:
+    return urn.split("::", 3)[2].rpartition("$")[2]
+
+
+def _name_of(urn: str) -> str:
+    return urn.split("::", 3)[3]

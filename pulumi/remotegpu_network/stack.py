@@ -1,0 +1,69 @@
+"""One run of a stack: read, check, guard, declare, and say what was applied. What `__main__.py` calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pulumi
+from remotegpu_network import clouds, desired, document, guard, settings
+from remotegpu_network.desired import Desired
+from remotegpu_network.document import Document
+
+
+def run(folder: Path) -> None:
+    """Declare everything that the export wants of this stack. `folder` is where files of the settings are looked for.
+
+    Raises pulumi.RunError with sentences for people; nothing is declared then.
+    """
+    try:
+        told = settings.read(_config())
+        wanted = document.read(_export(folder / told.export))
+        guard.check(wanted, told, guard.last_applied(told, folder))
+        found = desired.resources(wanted, told)
+    except (settings.BadSettings, document.BadDocument, guard.Refused) as error:
+        raise pulumi.RunError(str(error)) from None
+    for note in found.notes:
+        pulumi.warn(note)
+    made = clouds.declare(found.resources)
+    pulumi.export("network", told_of(wanted, found))
+    pulumi.export("groups", {name: each.id for name, each in made.items() if isinstance(each, pulumi.CustomResource)})
+
+
+def _config() -> Any:
+    config = pulumi.Config(settings.PROJECT)
+
+    def get(key: str) -> Any:
+        """A list, a number and a mapping come as JSON; a plain word does not."""
+        text = config.get(key)
+        if text is None:
+            return None
+        try:
+            return config.get_object(key)
+        except (pulumi.ConfigTypeError, ValueError):
+            return text
+
+    return get
+
+
+def _export(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise guard.Refused(f"The export {file} cannot be read ({error.strerror}). Nothing was changed.") from None
+
+
+def told_of(wanted: Document, found: Desired) -> dict[str, Any]:
+    """What was applied, in numbers: CI posts it to the portal, and the next run's guard reads it."""
+    places: dict[str, int] = {}
+    for each in found.resources:
+        place = f"{each.cloud} {each.place}"
+        places[place] = places.get(place, 0) + 1
+    return {
+        "environment": wanted.environment,
+        "generation": wanted.generation,
+        "checksum": wanted.checksum,
+        "counts": wanted.counts,
+        "resources": places,
+        "left_out": found.left_out,
+    }

@@ -1,0 +1,301 @@
+"""The plan, the guard, and the step that goes first."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remotegpu_network import __main__ as command
+from remotegpu_network import desired, document, guard, plan, steps
+from remotegpu_network.document import BadDocument, Document
+from remotegpu_network.guard import Refused
+from remotegpu_network.plan import What
+from tests.network.export import name, opening, parsed, resources, sealed, stack
+
+ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1")
+
+
+def test_a_second_plan_has_nothing_to_do() -> None:
+    rows = [
+        ADDRESS,
+        name("n", "@", "MX", {"priority": 1, "target": "m.example.org"}, in_zone="r53"),
+        opening("o", "10.0.0.0/8"),
+    ]
+    made = plan.compare(resources(*rows), resources(*rows))
+    assert made.changes == ()
+    assert plan.summary(made) == "Nothing to do: 6 resources are as they should be."
+
+
+def test_the_plan_says_what_happens_by_cloud_and_zone() -> None:
+    before = resources(
+        ADDRESS, name("n2", "old", "A", "203.0.113.2"), name("n3", "x", "A", "203.0.113.3", in_zone="r53")
+    )
+    after = resources(
+        name("m1.address", "gpu-01", "CNAME", "edge.example.org"),
+        name("n3", "x", "A", "203.0.113.3", in_zone="r53", ttl_s=60),
+        name("n4", "new", "A", "203.0.113.4"),
+    )
+    assert plan.text(plan.compare(before, after)).splitlines() == [
+        "aws  gpu.example.com",
+        "  ~ n3  A x.gpu.example.com → 203.0.113.3  (change)",
+        "      ttl: 300 → 60",
+        "",
+        "cloudflare  gpu.example.org",
+        "  - n2  A old.gpu.example.org → 203.0.113.2  (delete)",
+        "  ± m1.address  CNAME gpu-01.gpu.example.org → edge.example.org.  (replace, deleted first)",
+        "      type: A → CNAME",
+        "      content: 203.0.113.1 → edge.example.org",
+        "  + n4  A new.gpu.example.org → 203.0.113.4  (create)",
+        "",
+        "1 to delete, 1 to replace, 1 to change, 1 to create; 0 stay as they are.",
+    ]
+
+
+def test_the_comment_on_a_change_is_never_longer_than_a_comment_may_be() -> None:
+    made = plan.compare([], resources(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(2000))))
+    comment = plan.markdown(made, "Network")
+    assert len(comment) < 65_536
+    assert comment.count("2000 to create; 0 stay as they are.") == 2
+
+
+def test_a_text_cannot_leave_the_fence_of_the_comment() -> None:
+    comment = plan.markdown(
+        plan.compare([], resources(name("n", "t", "TXT", "```\u0020</details> @everyone"))), "Network"
+    )
+    assert comment.count("```") == 2
+
+
+def test_adding_and_removing_one_of_several_values_touches_no_other() -> None:
+    one = [{"priority": p, "target": f"m{p}.example.org"} for p in (1, 2, 3)]
+    before, after = resources(name("n", "@", "MX", *one)), resources(name("n", "@", "MX", one[0], one[2]))
+    assert [c.what for c in plan.compare(before, after).changes] == [What.DELETE]
+    assert [c.what for c in plan.compare(after, before).changes] == [What.CREATE]
+
+
+# -- the guard
+
+
+def fleet(machines: int, generation: int = 1) -> Document:
+    rows = [name(f"m{i}.address", f"gpu-{i}", "A", "203.0.113.1") for i in range(machines)]
+    return parsed(*rows, generation=generation, machines={f"m{i}": f"gpu-{i}" for i in range(max(machines, 1))})
+
+
+@pytest.mark.parametrize(("now", "stopped"), [(100, False), (80, False), (79, True), (0, True)])
+def test_an_export_that_lost_more_than_a_fifth_stops_with_an_explanation(now: int, stopped: bool) -> None:
+    before = guard.of_document(fleet(100))
+    if not stopped:
+        guard.check(fleet(now, 2), stack(), before)
+        return
+    with pytest.raises(Refused) as refused:
+        guard.check(fleet(now, 2), stack(), before)
+    told = str(refused.value)
+    assert f"{100 - now} of 100 names are gone since the last apply" in told
+    assert "pulumi config set remotegpu:max-loss-percent 100" in told
+    assert told.endswith("Nothing was changed.")
+    guard.check(fleet(now, 2), stack(max_loss_percent=100), before)
+
+
+def test_swapping_half_of_the_fleet_for_others_is_a_loss_although_the_numbers_agree() -> None:
+    swapped = parsed(*(name(f"x{i}", f"gpu-{i}", "A", "203.0.113.1") for i in range(100)))
+    with pytest.raises(Refused, match="100 of 100 names"):
+        guard.check(swapped, stack(), guard.of_document(fleet(100, 0)))
+
+
+def test_the_end_of_a_lease_in_a_small_fleet_is_no_fault() -> None:
+    guard.check(fleet(2, 2), stack(), guard.of_document(fleet(4)))
+    with pytest.raises(Refused):
+        guard.check(fleet(2, 2), stack(may_lose=0), guard.of_document(fleet(4)))
+
+
+def test_an_empty_export_is_refused_even_the_first_time() -> None:
+    empty = document.parse(sealed(machines={}))
+    with pytest.raises(Refused, match="The export is empty"):
+        guard.check(empty, stack(max_loss_percent=100), None)
+
+
+def test_an_older_export_never_goes_back_behind_a_newer_one() -> None:
+    with pytest.raises(Refused, match="generation 4, the last apply was of 5"):
+        guard.check(fleet(3, 4), stack(), guard.of_document(fleet(3, 5)))
+
+
+def test_the_outputs_of_the_last_apply_serve_as_what_was_applied() -> None:
+    outputs = {"network": {"generation": 3, "counts": {"machines": 100, "names": 100, "openings": 0}}, "groups": {}}
+    before = guard.baseline(json.dumps(outputs))
+    guard.check(fleet(90, 4), stack(), before)
+    with pytest.raises(Refused, match="50 of 100 names"):
+        guard.check(fleet(50, 4), stack(), before)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"network": {}}', "null", "[]"])
+def test_what_is_no_baseline_is_not_taken_for_an_empty_one(text: str) -> None:
+    with pytest.raises(BadDocument):
+        guard.baseline(text)
+
+
+def test_a_missing_baseline_is_no_first_time(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"names applied\.json, which cannot be read"):
+        guard.last_applied(stack(applied="applied.json"), tmp_path)
+    assert guard.last_applied(stack(applied="first"), tmp_path) is None
+
+
+# -- the step that goes first
+
+
+class Zone:
+    """A cloud that refuses what real ones refuse. An engine that works as Pulumi's does changes it."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, desired.Resource] = {}
+        self.dark: set[str] = set()
+
+    def apply(self, wanted: Document) -> None:
+        after = desired.resources(wanted, stack()).resources
+        made = plan.compare(list(self.there.values()), after)
+        for change in made.changes:
+            if change.what is not What.DELETE:
+                self.there.pop(change.resource.logical, None)  # one that is replaced is deleted first
+                self._put(change.resource)
+        for change in made.changes:
+            if change.what is What.DELETE:
+                del self.there[change.resource.logical]
+        assert {each.logical for each in after} == set(self.there)
+
+    def _put(self, new: desired.Resource) -> None:
+        for other in self.there.values():
+            mine, its = new.shape, other.shape
+            if (new.place, mine.name) != (other.place, its.name):  # type: ignore[union-attr]
+                continue
+            kinds = {mine.type, its.type}  # type: ignore[union-attr]
+            assert "CNAME" not in kinds, f"{new.label} beside {other.label}"
+            assert new.label != other.label, f"{new.label} is there already"
+            assert new.token != desired.ROUTE53_RECORD or len(kinds) == 2, f"{new.label} already exists"
+        self.there[new.logical] = new
+
+
+def apply_all(*exports: Document) -> list[Document]:
+    cloud, done = Zone(), list[Document]()
+    cloud.apply(exports[0])
+    for before, after in pairwise(exports):
+        for step in steps.all_steps(before, after, stack()):
+            cloud.apply(step)
+            done.append(step)
+    return done
+
+
+def test_two_addresses_that_become_a_cname_take_two_applies_and_the_name_never_goes_dark() -> None:
+    both = parsed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1"))
+    cname = parsed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"))
+    first, second = apply_all(both, cname)
+    assert [(entry.key, entry.type) for entry in first.names] == [("m1.address", "A")]
+    assert second.checksum == cname.checksum
+
+
+def test_one_apply_is_enough_for_what_does_not_clash() -> None:
+    cname = parsed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"))
+    assert len(apply_all(parsed(ADDRESS), cname)) == 1
+    assert len(apply_all(cname, parsed(ADDRESS))) == 1
+    assert len(apply_all(parsed(ADDRESS), parsed(ADDRESS, name("n", "x", "A", "203.0.113.9")))) == 1
+
+
+@pytest.mark.parametrize("in_zone", ["cf", "r53"])
+def test_two_machines_can_swap_their_names(in_zone: str) -> None:
+    def pair(first: str, second: str, kind: str = "CNAME") -> Document:
+        return parsed(
+            name("m1.address", first, kind, "a.example.org", in_zone=in_zone),
+            name("m2.address", second, kind, "b.example.org", in_zone=in_zone),
+        )
+
+    done = apply_all(pair("x", "y"), pair("y", "x"))
+    assert [len(step.names) for step in done] == [1, 1, 2]  # one of them is gone for two applies: no other way
+
+
+def test_the_principal_value_can_go_and_the_second_takes_its_place() -> None:
+    done = apply_all(
+        parsed(name("n", "x", "A", "203.0.113.1", "203.0.113.2")), parsed(name("n", "x", "A", "203.0.113.2"))
+    )
+    assert [step.names[0].values for step in done] == [("203.0.113.1",), ("203.0.113.2",)]
+
+
+KEYS = st.lists(st.sampled_from(["k1", "k2", "k3", "k4"]), unique=True, max_size=4)
+
+
+@st.composite
+def small_zone(draw: st.DrawFn) -> Document:
+    """Valid exports over three names, so that they get in each other's way."""
+    rows, taken = list[dict[str, Any]](), dict[str, set[str]]()
+    for key in draw(KEYS):
+        at, kind = draw(st.sampled_from(["x", "y", "z"])), draw(st.sampled_from(["A", "AAAA", "CNAME"]))
+        there = taken.setdefault(at, set())
+        if kind in there or "CNAME" in there or (kind == "CNAME" and there):
+            continue
+        there.add(kind)
+        pool = {
+            "A": ["203.0.113.1", "203.0.113.2", "203.0.113.3"],
+            "AAAA": ["2001:db8::1", "2001:db8::2"],
+            "CNAME": ["t.example.org"],
+        }
+        values = draw(
+            st.lists(st.sampled_from(pool[kind]), unique=True, min_size=1, max_size=1 if kind == "CNAME" else 3)
+        )
+        rows.append(name(key, at, kind, *values, in_zone=draw(st.just("cf"))))
+    return parsed(*rows)
+
+
+@given(small_zone(), small_zone())
+def test_from_any_zone_to_any_other_in_few_applies_that_the_cloud_takes(before: Document, after: Document) -> None:
+    done = apply_all(before, after)
+    assert len(done) <= 5
+    assert done[-1].checksum == after.checksum
+
+
+# -- by the command
+
+
+def run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, *argv: str, **files: Any
+) -> tuple[int, str, str]:
+    for file, content in files.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    argv = tuple(str(tmp_path / part) if part.endswith(".json") else part for part in argv)
+    status = command.main([word, *argv])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_the_command_plans_checks_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a": sealed(ADDRESS), "b": sealed(ADDRESS, name("n", "x", "A", "203.0.113.9"), generation=8)}
+    assert run(tmp_path, capsys, "check", "a.json", **files)[:2] == (
+        0, "Generation 7 of production: 1 machines, 4 zones, 0 groups, 1 names, 0 openings; 1 resources.\n",
+    )  # fmt: skip
+    status, out, _ = run(tmp_path, capsys, "plan", "b.json", "--applied", "a.json")
+    assert (status, out.splitlines()[-1]) == (0, "1 to create; 1 stay as they are.")
+    status, out, err = run(tmp_path, capsys, "plan", "a.json", "--applied", "b.json")
+    assert (status, "1 to delete" in out, "generation 7, the last apply was of 8" in err) == (1, True, True)
+    status, out, _ = run(tmp_path, capsys, "plan", "a.json", "--as", "json")
+    assert json.loads(out)["counts"] == {"delete": 0, "replace": 0, "change": 0, "create": 1, "adopt": 0}
+    (tmp_path / "bad.json").write_text("{")
+    assert run(tmp_path, capsys, "check", "bad.json")[0] == 1
+
+
+def test_the_command_writes_the_step_that_goes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "a": sealed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1")),
+        "b": sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org")),
+    }
+    assert run(tmp_path, capsys, "step", "b.json", "--applied", "a.json", "--out", "s.json", **files)[0] == 3
+    assert run(tmp_path, capsys, "step", "b.json", "--applied", "s.json", "--out", "t.json")[0] == 0
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_the_command_says_what_a_cancelled_run_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    urn = "urn:pulumi:prod::remotegpu::cloudflare:index/dnsRecord:DnsRecord::n1"
+    open_ = {"deployment": {"pending_operations": [{"type": "creating", "resource": {"urn": urn}}]}}
+    status, _, err = run(tmp_path, capsys, "pending", "a.json", a=open_)
+    assert (status, f"creating of {urn} was cut off" in err) == (1, True)
+    assert run(tmp_path, capsys, "pending", "b.json", b={"deployment": {}})[0] == 0
