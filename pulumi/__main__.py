@@ -4,4 +4,4 @@ from pathlib import Path
 
 from remotegpu_network import stack
 
-stack.run(Path(__file__).parent)
+stack.run(Path(__file__).resolve().parent)

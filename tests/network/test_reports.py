@@ -5,6 +5,9 @@ Those that need the program to run are in test_monitor.py and test_engine.py.
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from remotegpu_network.plan import What
 from remotegpu_network.records import Caa, Srv
 from remotegpu_network.shapes import alicloud, alidns, aws, cloudflare, dnspod, route53, tencent
 from tests.network.export import ZONE_ID, group, name, only, opening, resources, stack, zone
+
+PACK = Path(__file__).parents[2] / "pulumi" / "policy" / "__main__.py"
 
 
 def shape(*rows: dict[str, Any], **fields: Any) -> Any:
@@ -391,3 +396,14 @@ def test_a_stack_of_one_cloud_leaves_the_rest_to_others_and_says_so() -> None:
     found = module.resources(parsed(*rows), stack(clouds=("cloudflare",)))
     assert [each.logical for each in found.resources] == ["n1"]
     assert found.left_out == {"aws": 2}
+
+
+def test_the_policy_pack_has_every_check_and_refuses_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PACK.parent)
+    made = {each.name: each for each in runpy.run_path(PACK.name)["policies"]()}
+    assert set(made) == {check.__name__.replace("_", "-") for check in policy.CHECKS} | {"stack"}
+    told: list[str] = []
+    inputs = {"name": "www", "type": "A", "ttl": 1, "proxied": False, "content": "203.0.113.1"}
+    args = SimpleNamespace(resource_type=desired.CLOUDFLARE_RECORD, props=inputs)
+    made["names-are-whole"].validate(args, lambda problem, urn=None: told.append(problem))
+    assert told == ["name 'www' is not a full one"]
