@@ -12,11 +12,21 @@ from portal.api.leases import GrantOut, ReasonPart
 from portal.api.machines import GpuOut
 from portal.api.paging import PageArgs, page_of, page_schema
 from portal.db import utcnow
+from portal.models.states import ALERT_SEVERITIES
 from portal.services import connections, leases, overviews
 from portal.services.connections import Connection
 from portal.services.overviews import HeldView
 
 bp = Blueprint("customer_machines", __name__, url_prefix="/api/v1/customer/machines", description="My machines")
+
+
+class ToldOut(Schema):
+    """Something that was wrong with the machine during the lease."""
+
+    name = ma.fields.String(required=True, metadata={"example": "GpuLost"})
+    severity = ma.fields.String(required=True, validate=ma.validate.OneOf(ALERT_SEVERITIES))
+    since = ma.fields.AwareDateTime(required=True, metadata={"description": "Not before the lease began"})
+    until = ma.fields.AwareDateTime(required=True, allow_none=True, metadata={"description": "null: it still is"})
 
 
 class HeldOut(Schema):
@@ -45,6 +55,7 @@ class HeldOut(Schema):
     gpus = ma.fields.List(ma.fields.Nested(GpuOut), attribute="machine.gpus", required=True)
     metrics = ma.fields.Raw(attribute="machine.report.metrics", allow_none=True)
     may_connect = ma.fields.Boolean(required=True)
+    alerts = ma.fields.List(ma.fields.Nested(ToldOut), required=True)
 
 
 class ConnectionOut(Schema):

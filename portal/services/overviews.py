@@ -16,7 +16,8 @@ import peewee
 
 from portal.models import Gpu, Grant, Lease, Machine, MachineReport, Reclaim, Tenant, User
 from portal.models.states import LEASE_OPEN
-from portal.services import addresses, availability, gpus, health, machines, tenants
+from portal.services import addresses, alerts_tenants, availability, gpus, health, machines, tenants
+from portal.services.alerts_tenants import Told
 from portal.services.health import Health, Problem
 
 
@@ -201,6 +202,7 @@ class HeldView:
     lease: LeaseView
     machine: MachineView
     may_connect: bool
+    alerts: list[Told]
 
 
 def held(rows: Sequence[Lease], user: User, now: datetime) -> list[HeldView]:
@@ -208,7 +210,10 @@ def held(rows: Sequence[Lease], user: User, now: datetime) -> list[HeldView]:
     usable = set(tenants.ids_of(user, "use"))
     lease_views = of_leases(rows, now)
     machine_views = of_machines([lease.machine for lease in rows], now)
+    told = alerts_tenants.of_leases(rows)
     return [
-        HeldView(lease, machine, lease.lease.tenant_id in usable and lease.lease.state == "active")
+        HeldView(
+            lease, machine, lease.lease.tenant_id in usable and lease.lease.state == "active", told[lease.lease.id]
+        )
         for lease, machine in zip(lease_views, machine_views, strict=True)
     ]

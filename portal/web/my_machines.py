@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import render_template
 from flask.typing import ResponseReturnValue
+from flask_babel import lazy_gettext
 
 from portal.api.guard import current_user, requires
 from portal.db import utcnow
@@ -14,6 +15,26 @@ from portal.services.overviews import HeldView
 from portal.web import shapes
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment
+
+# In words of our own: what a rule says is for staff.
+ALERT_WORDS = {
+    "MachineOffline": lazy_gettext("The machine does not answer."),
+    "AgentSilent": lazy_gettext("The machine does not report."),
+    "GpuLost": lazy_gettext("A GPU is lost: fewer answer than you have leased."),
+    "GpuFailing": lazy_gettext("A GPU answers with errors."),
+    "GpuDriverFailing": lazy_gettext("The GPU driver does not answer, or not rightly."),
+    "GpuHot": lazy_gettext("A GPU is hot."),
+    "GpuTooHot": lazy_gettext("A GPU is too hot, and may slow down."),
+    "GpuEccErrors": lazy_gettext("The memory of a GPU has errors that cannot be corrected."),
+    "GpuRowRemapPending": lazy_gettext("The memory of a GPU wants a reset of the GPU."),
+    "GpuRowRemapFailed": lazy_gettext("The memory of a GPU is worn out."),
+    "GpuXidRestart": lazy_gettext("A GPU wants a restart of the machine."),
+    "GpuXidReset": lazy_gettext("A GPU wants a reset."),
+    "GpuXidHardware": lazy_gettext("A GPU may have a fault."),
+    "DiskNearlyFull": lazy_gettext("A disk is nearly full."),
+    "DiskFull": lazy_gettext("A disk is full."),
+    "DiskLow": lazy_gettext("The disk for your data has little room left."),
+}
 
 
 @bp.get("/my/machines")
@@ -42,4 +63,5 @@ def _facts(held: HeldView, now: Any) -> dict[str, Any]:
         "left": shapes.time_left(held.lease, now),
         "still_open": shapes.still_open(held.lease),
         "gpus": shapes.gpu_rows(held.machine),
+        "alerts": [(told, ALERT_WORDS[told.name]) for told in held.alerts],
     }

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from portal.models import Lease, Tenant, User
-from portal.services import leases, machines
+from portal.db import utcnow
+from portal.models import Alert, Lease, Machine, Tenant, User
+from portal.services import alerts_tenants, leases, machines
 from portal.services.actors import SYSTEM
+from portal.web.my_machines import ALERT_WORDS
 from tests.support import rental
 from tests.support.rental import HOST_KEY, Host, allocate, ready_host, tomorrow
 
 SignIn = Callable[[User], Any]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -146,3 +151,67 @@ def test_the_tenant_before_sees_nothing_of_the_one_after(
     allocate(host, other_tenant, until=tomorrow())
     assert sign_in(customer).get(f"/customer/machines/{host.id}").status_code == 404
     assert sign_in(stranger).get(f"/customer/machines/{host.id}").status_code == 200
+
+
+# What was wrong with it
+
+
+def raised(machine: Machine, name: str, *, from_h: float, until_h: float | None = None, **fields: Any) -> Alert:
+    """An alert that began so many hours after now, and ended, if it did."""
+    begin = utcnow() + timedelta(hours=from_h)
+    end = None if until_h is None else utcnow() + timedelta(hours=until_h)
+    ended = {"state": "firing"} if end is None else {"state": "resolved", "ends_at": end, "resolved_at": end}
+    secret = {"annotations": {"summary": "rack 12 burns"}, "labels": {"host": "x", "rack": "12"}, "remark": "again him"}
+    given = {"severity": "critical", "source": "portal", "fingerprint": f"{name}{from_h}", **secret, **ended, **fields}
+    return Alert.create(machine=machine, name=name, starts_at=begin, **given)
+
+
+@pytest.fixture
+def begun(lease: Lease) -> Lease:
+    """It began ten hours ago."""
+    Lease.update(starts_at=utcnow() - timedelta(hours=10)).where(Lease.id == lease.id).execute()
+    return leases.get(lease.id)
+
+
+def told_to(person: User, sign_in: SignIn) -> list[tuple[str, str, str | None]]:
+    [machine] = sign_in(person).get("/customer/machines").json["items"]
+    return [(told["name"], told["since"], told["until"]) for told in machine["alerts"]]
+
+
+def test_a_customer_is_told_what_was_wrong_with_the_machine_during_the_lease_and_no_more(
+    host: Host, begun: Lease, customer: User, viewer: User, sign_in: SignIn
+) -> None:
+    raised(host.machine, "GpuLost", from_h=-20, until_h=-11)  # of the one before
+    since_before = raised(host.machine, "GpuFailing", from_h=-12, until_h=-9)
+    lost = raised(host.machine, "GpuLost", from_h=-2)
+    raised(host.machine, "CertificateExpiring", from_h=-1)
+    raised(host.machine, "RunFailed", from_h=-1)
+    raised(ready_host("gpu-2").machine, "GpuLost", from_h=-1, fingerprint="another")
+    assert told_to(customer, sign_in) == [
+        ("GpuLost", lost.starts_at.isoformat(), None),
+        ("GpuFailing", begun.starts_at.isoformat(), since_before.ends_at.isoformat()),
+    ]
+    assert told_to(viewer, sign_in) == told_to(customer, sign_in)
+    whole = sign_in(customer).get("/customer/machines").get_data(as_text=True)
+    who = sign_in(customer)
+    page = who.client.get("/my/machines", headers=who.headers).get_data(as_text=True)
+    assert "A GPU is lost: fewer answer than you have leased." in page
+    for of_staff in ("rack 12", "again him", "RunFailed"):
+        assert of_staff not in whole + page
+
+
+def test_an_alert_that_comes_often_is_told_of_its_newest_times(
+    host: Host, begun: Lease, customer: User, sign_in: SignIn
+) -> None:
+    for number in range(15):
+        raised(host.machine, "GpuHot", from_h=number / 10 - 5, until_h=number / 10 - 4.95, severity="warning")
+    told = told_to(customer, sign_in)
+    assert len(told) == alerts_tenants.MOST
+    assert [since for _, since, _ in told] == sorted((since for _, since, _ in told), reverse=True)
+
+
+def test_every_alert_that_customers_are_told_of_is_one_that_is_raised_and_has_words() -> None:
+    rules = yaml.safe_load((ROOT / "roles/prometheus/files/remotegpu.alerting.rules.yml").read_text())
+    raised_by_rules = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    assert set(alerts_tenants.TOLD) <= raised_by_rules
+    assert set(ALERT_WORDS) == set(alerts_tenants.TOLD)
