@@ -23,7 +23,7 @@ from portal.db import atomic, db, shared_now, utcnow
 from portal.errors import Conflict, Error, Invalid, NotFound
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
-from portal.models import Lease, Machine, Run, RunEvent, RunHost, Task, User
+from portal.models import Baseline, Lease, Machine, Run, RunEvent, RunHost, Task, User
 from portal.models.states import LEASE_OPEN, RUN_ENDED, TASK_LIVE
 from portal.services import audit, events
 from portal.services.actors import SYSTEM, Actor
@@ -67,6 +67,7 @@ PLAYBOOKS = MappingProxyType(
         "verify": Playbook("verify", disrupts=False, repeatable=True),
         "site": Playbook("site", disrupts=True, repeatable=False, tags=ROLES),
         "upgrade_agent": Playbook("upgrade_agent", disrupts=False, repeatable=True),
+        "drift": Playbook("drift", disrupts=False, repeatable=True, check=True),
         "rotate_credentials": Playbook("rotate_credentials", disrupts=False, repeatable=True, check=False),
     }
 )
@@ -158,6 +159,13 @@ def machines_named(names: Iterable[str]) -> list[Machine]:
     if wrong or not wanted:
         raise Invalid({"machines": wrong or ["Name at least one machine; a run never means all of them."]})
     return [found[name] for name in dict.fromkeys(wanted)]
+
+
+def fleet() -> list[Machine]:
+    """Every machine that was made a GPU host and is not retired: each of them by name, as for any other run."""
+    made = Baseline.select(Baseline.machine)
+    wanted = (Machine.state != "retired") & Machine.host_key.is_null(False) & (Machine.id << made)
+    return list(Machine.select().where(wanted).order_by(Machine.name))
 
 
 def impact(machines: Iterable[Machine]) -> Impact:

@@ -48,6 +48,7 @@ STATE_WORDS = {
     "open": lazy_gettext("open"),
     "closed": lazy_gettext("closed"),
     "unknown": lazy_gettext("unknown"),
+    "drifted": lazy_gettext("drifted"),
     "online": lazy_gettext("online"),
     "offline": lazy_gettext("offline"),
     "never": lazy_gettext("never reported"),

@@ -19,6 +19,7 @@ from portal.models import Machine
 from portal.services import (
     availability,
     config,
+    drift,
     frozen,
     leases,
     overviews,
@@ -30,7 +31,7 @@ from portal.services import (
 )
 from portal.services import machines as fleet
 from portal.services.actors import STAFF
-from portal.web import monitoring, shapes
+from portal.web import monitoring, operations, shapes
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
@@ -134,6 +135,9 @@ def _history(machine: Machine) -> dict[str, Any]:
         "past": list(overviews.search_leases(machine_id=machine.id).limit(10)),
         "reclaims": list(reclaims.search(machine_id=machine.id).limit(10)),
         "baseline": fleet.find_baseline(machine),
+        "drift": drift.find(machine),
+        "operations": operations.WORDS,
+        "meanings": operations.MEANINGS,
         "keys_in_question": shapes.keys_in_question(machine),
     }
 

@@ -9,6 +9,7 @@ from flask_babel import gettext
 from portal.api.guard import actor, requires
 from portal.services import runs as playbook_runs
 from portal.services.actors import STAFF
+from portal.web import operations
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment
@@ -18,7 +19,13 @@ from portal.web.frame import is_fragment
 @requires(*STAFF)
 def runs() -> ResponseReturnValue:
     page = page_asked(playbook_runs.list_runs(state=request.args.get("state") or None), "state")
-    return render_template("runs/list.html", page=page, machines=playbook_runs.machines_by_run(page.items))
+    return render_template(
+        "runs/list.html",
+        page=page,
+        machines=playbook_runs.machines_by_run(page.items),
+        operations=operations.WORDS,
+        meanings=operations.MEANINGS,
+    )
 
 
 @bp.get("/runs/<int:run_id>")

@@ -78,6 +78,7 @@ def _environment(path: Path, project: Path) -> dict[str, str]:
         "ANSIBLE_HOST_KEY_CHECKING": "True",  # ansible-runner switches it off unless it is told otherwise
         "ANSIBLE_LOCAL_TEMP": str(path / "tmp"),
         "ANSIBLE_NOCOLOR": "1",
+        "REMOTEGPU_DRIFT_OUTPUT": str(path / "verdicts"),
         "ANSIBLE_SSH_CONTROL_PATH_DIR": str(ssh_masters.make(path)),
     }
 

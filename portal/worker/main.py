@@ -18,7 +18,7 @@ from portal.integrations import queue
 from portal.integrations.faults import point
 from portal.integrations.runner import end_leftovers
 from portal.models import Run
-from portal.services import runs
+from portal.services import drift, runs
 from portal.services.transitions import WrongState
 from portal.settings import Settings
 from portal.worker import directory
@@ -27,6 +27,7 @@ from portal.worker.sweeper import sweep_until
 
 LOG = logging.getLogger(__name__)
 
+HEARERS = (drift,)  # told of the end of a run, and needed by nobody else here
 SLOTS = 8  # runs at a time: one that hangs until its limit does not hold up the others
 LOOK_S = 1.0  # how long a run whose bell was not heard waits
 SWEEP_DIRECTORIES_S = 60

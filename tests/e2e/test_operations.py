@@ -1,4 +1,4 @@
-"""A fleet that is kept: agents upgraded under running tasks, credentials rotated.
+"""A fleet that is kept: agents upgraded under running tasks, credentials rotated, drift found.
 
 One real host that was onboarded through a real portal, whose worker runs the product's own playbooks; only the agent
 that lies beside them is another version. The tests stand in the order of a fleet's life, but each begins where the
@@ -94,6 +94,11 @@ class Site:
         headers = {"Authorization": f"Bearer {credential}"}
         return requests.post(url, json={}, headers=headers, verify=ca, timeout=30).status_code
 
+    def drift(self) -> tuple[str, list[str]]:
+        """What the portal knows of it: the state, and the paths that differ."""
+        found = self.world.admin.get(f"admin/drift/{self.world.machines[self.host.name]}").body
+        return found["state"], [change["path"] or change["task"] for change in found["changes"]]
+
 
 @pytest.fixture(scope="module")
 def onboarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -126,6 +131,7 @@ def copy_of_the_product(project: Path) -> Path:
     agents.version(project / "build" / "remotegpu-agent.pyz", "1.0.0")
     with (project / "inventory" / "group_vars" / "gpu_hosts.yml").open("a") as of_the_site:
         of_the_site.write(f"gpu_agent_heard_timeout: {HEARD_TIMEOUT_S}\n")
+        of_the_site.write("base_time_sync_started: false # molecule/image/README.md\n")
     return project
 
 
@@ -234,3 +240,40 @@ def test_credentials_are_rotated_the_old_ones_open_nothing_and_no_cleaning_bring
     assert can_sign_in(host, "installer", new_key), "the cleaning has locked the portal out"
     again = site.run("rotate_credentials")
     assert again["stats"][host.name]["failed"] == 0
+
+
+def test_drift_is_found_on_a_host_that_was_changed_by_hand_and_gone_after_the_repair(site: Site) -> None:
+    world, host = site.world, site.host
+    world.allocate(host, site.tenant_id, lasts_s=3600)
+    site.run("drift")
+    assert site.drift() == ("none", []), "a host as provisioning left it, and leased"
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="the lease is over")
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+    guard, settings = "/etc/systemd/system/remotegpu-lease-guard.service", "/etc/remotegpu/agent.json"
+    host.run(f"sed -i s/TimeoutStartSec=60/TimeoutStartSec=61/ {guard}")
+    secret = "http://ops:hunter22@192.0.2.1:3128"
+    host.run(f"""sed -i 's#^{{#{{"proxy_url": "{secret}",#' {settings}""")
+    run = site.run("drift")
+    state, paths = site.drift()
+    assert state == "drifted"
+    assert set(paths) == {guard, settings}
+    found = world.admin.get(f"admin/drift/{world.machines[host.name]}").body
+    shown = {change["path"]: change["diff"] or "" for change in found["changes"]}
+    assert "-TimeoutStartSec=61" in shown[guard]
+    assert "+TimeoutStartSec=60" in shown[guard]
+    assert found["looked_at"] is not None
+    assert "hunter22" not in str(found)
+    assert "hunter22" not in world.run_output(run["id"])
+    assert host.run(f"grep -c TimeoutStartSec=61 {guard}").stdout == "1\n", "looking repairs nothing"
+
+    site.run("gpu_hosts", tags=["gpu_agent"])
+    site.run("drift")
+    assert site.drift() == ("none", [])
+
+    host.run("systemctl stop ssh.socket ssh.service")
+    try:
+        site.run("drift", state="failed")
+    finally:
+        host.run("systemctl start ssh.service")
+    assert site.drift() == ("unknown", []), "a host that does not answer is not without drift"

@@ -127,8 +127,8 @@ def circles(needs: dict[str, set[str]]) -> list[list[str]]:
     [
         ("app", "runs.when_ended", {"provision", "verify"}),
         ("worker.main", "runs.when_ended", {"provision", "verify"}),
-        ("app", "runs.when_played", {"rotate_credentials"}),
-        ("worker.main", "runs.when_played", {"rotate_credentials"}),
+        ("app", "runs.when_played", {"drift", "rotate_credentials"}),
+        ("worker.main", "runs.when_played", {"drift", "rotate_credentials"}),
         ("app", "commands.when_ended", {"baseline", "clean", "rotate_credential", "thaw"}),
     ],
 )

@@ -144,6 +144,16 @@ def test_secrets_stay_out_of_output_and_diffs(role: Path) -> None:
             assert task.get("diff") is False, task["name"]
 
 
+@pytest.mark.parametrize("name", GPU_HOST_ROLES)
+def test_a_file_that_not_everybody_may_read_is_in_no_diff(name: str) -> None:
+    """A look for drift shows differences: also of a file whose secret only one site puts there."""
+    for task in tasks_of(ROOT / "roles" / name):
+        for module in ("copy", "template"):
+            mode = str((task.get(f"ansible.builtin.{module}") or {}).get("mode", ""))
+            if re.fullmatch("0[0-7]{3}", mode) and not int(mode, 8) & 0o004:
+                assert task.get("diff") is False or task.get("no_log") is True, task["name"]
+
+
 @every_role
 def test_a_readme_can_be_read_in_a_minute(role: Path) -> None:
     assert len((role / "README.md").read_text().splitlines()) <= 40
