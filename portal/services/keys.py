@@ -18,7 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-from portal.db import atomic, db, utcnow
+from portal.db import atomic, db, one_at_a_time, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations.host_keys import fingerprint
 from portal.models import Grant, Lease, Machine, Membership, SshKey, Tenant, User
@@ -145,6 +145,7 @@ def add(user: User, *, name: str, line: str, by: Actor) -> SshKey:
     key = parse(line)
     try:
         with carrying(of=user):
+            one_at_a_time(f"keys of {user.id}")
             if list_of(user).count() >= MAX_KEYS:
                 raise Conflict(f"You have {MAX_KEYS} keys; remove one first.", code="too_many_keys")
             row = SshKey.create(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 
@@ -108,6 +109,28 @@ def test_nobody_keeps_more_keys_than_a_host_should_carry(customer, monkeypatch):
     give_key(customer)
     with pytest.raises(keys.Conflict, match="remove one"):
         give_key(customer)
+
+
+def test_keys_that_come_at_once_count_each_other(customer, monkeypatch):
+    monkeypatch.setattr(keys, "MAX_KEYS", 1)
+    together, create, lines = Barrier(4), SshKey.create, [ssh_key_pair()[0] for _ in range(4)]
+
+    def created_by_all(**fields):
+        with suppress(BrokenBarrierError):
+            together.wait(timeout=1)
+        return create(**fields)
+
+    def add(line):
+        try:
+            with connection():
+                return bool(give_key(customer, line))
+        except keys.Conflict:
+            return False
+
+    monkeypatch.setattr(SshKey, "create", created_by_all)
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(add, lines)) == [False, False, False, True]
+    assert keys.list_of(customer).count() == 1
 
 
 def test_a_lease_opens_to_the_keys_of_owners_and_members_each_once(customer, member, viewer, stranger, lease):
