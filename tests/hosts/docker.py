@@ -80,11 +80,11 @@ def boot(
 ) -> Host:
     """A new running host. Builds the image and starts the engine where they are missing.
 
-    `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`: desktop (molecule/image/desktop), control or
-    cards (molecule/image/site). `password` is set for `installer`, `options` are more of the engine's.
-    `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises HostError when the name is
-    taken (`unique` makes one that is not) or systemd does not come up within 90 s; a host that failed to boot is
-    removed, and so is what a killed run of this checkout has left.
+    `prepared` hosts have the packages that the roles install, nothing configured; so have those of a `kind`: desktop
+    (molecule/image/desktop), control or cards (molecule/image/site). `password` is set for `installer`, `options` are
+    more of the engine's. `gpus` are idle H100s with UUIDs of their own; with 0 there is no driver either. Raises
+    HostError when the name is taken (`unique` makes one that is not) or systemd does not come up within 90 s; a host
+    that failed to boot is removed, and so is what a killed run of this checkout has left.
     """
     if suite not in SUITES:
         raise ValueError(f"no such suite: {suite!r}; there are: {', '.join(SUITES)}")
