@@ -460,7 +460,8 @@ class Agent:
             "attempts": self.tasks.reports(),
             "logs": ranges,
             "command_results": self.commands.results(held.epoch),
-            "command_at_work": self.commands.at_work(held.epoch) if is_full else None,
+            # Only where there is something to say: a portal that was rolled back does not know it.
+            **({"command_at_work": at_work} if is_full and (at_work := self.commands.at_work(held.epoch)) else {}),
             "journal": self.journal.pending(),
         }
 
