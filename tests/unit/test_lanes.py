@@ -57,3 +57,19 @@ def test_a_machine_without_pulumis_engine_is_told_of(
 def test_no_other_lane_runs_what_needs_a_card() -> None:
     assert not any("tests/gpu" in lane.paths for lane in lanes.LANES)
     assert "not gpu" in lanes.PLAIN
+
+
+def test_what_stood_in_for_the_real_thing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = tmp_path / "site.xml"
+    outcome.write_text(
+        '<testsuites><testsuite name="pytest" tests="2" failures="0" errors="0" skipped="0"><properties>'
+        '<property name="stand-in" value="site: the GPUs are a fake"/><property name="other" value="no"/>'
+        "</properties></testsuite></testsuites>"
+    )
+    counts, stand_ins = lanes.told_by(outcome)
+    assert (counts["tests"], stand_ins) == (2, ["site: the GPUs are a fake"])
+    assert lanes.told_by(tmp_path / "never-ran.xml") == ({}, [])
+    lanes.report([Result(FAST, 0.1, 0, counts, stand_ins)], time.monotonic())
+    assert "site: the GPUs are a fake" in capsys.readouterr().out.splitlines()
+    lanes.report([Result(FAST, 0.1, 0, counts)], time.monotonic())
+    assert "stand-ins" not in capsys.readouterr().out
