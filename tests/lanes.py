@@ -24,10 +24,10 @@ from tests.hosts import owner
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "molecule" / "image"
-BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "hosts": 9.0, "network": 2.0}
+BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "desktop": 4.0, "hosts": 9.0, "network": 2.0}
 NOT_SLOW = "not slow"
 
-# Debian's package → a program that it brings; what is on the PATH already is not installed again.
+# Debian's package → a program that it brings; what is on the PATH already is not installed again. `a|b`: either.
 PACKAGES = {
     "docker.io": "dockerd",
     "mmdebstrap": "mmdebstrap",
@@ -45,6 +45,10 @@ PACKAGES = {
     "nmap": "nmap",
     "iputils-ping": "ping",
     "e2fsprogs": "chattr",
+    "freerdp2-x11|freerdp3-x11": "xfreerdp|xfreerdp3",  # by release
+    "tigervnc-viewer": "xtigervncviewer",
+    "xvfb": "Xvfb",
+    "xdotool": "xdotool",
     "fonts-noto-cjk": "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
 }
 
@@ -83,6 +87,7 @@ LANES = (
     Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True),
     Lane("site", ("tests/site",), "hosts", hosts=True, site=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
+    Lane("desktop", ("tests/desktop",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
@@ -159,7 +164,7 @@ def refuse_without_hosts() -> None:
 
 
 def install_packages() -> None:
-    missing = [name for name, program in PACKAGES.items() if not is_there(program)]
+    missing = [name for name, programs in PACKAGES.items() if not any(map(is_there, programs.split("|")))]
     if not missing:
         return
     if os.geteuid() != 0:
@@ -167,11 +172,20 @@ def install_packages() -> None:
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "update", "-qq"], check=True, env=quiet)
     subprocess.run(
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *map(first_known, missing)],
         check=True,
         env=quiet,
         stdout=subprocess.DEVNULL,
     )
+
+
+def first_known(names: str) -> str:
+    """Of the packages of a name like `a|b` the first that apt knows; the last, so that apt says what is wrong."""
+    *others, last = names.split("|")
+    known = (
+        name for name in others if subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
+    )
+    return next(known, last)
 
 
 def is_there(program: str) -> bool:
