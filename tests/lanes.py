@@ -132,7 +132,8 @@ def run_all(also: str, scratch: Path) -> list[Result]:
             places.acquire()
             if lane.hosts:
                 images.result()
-            running = pool.submit(run, lane, also, scratch, ready=sdks if lane.sdks else images_of_site if lane.site else images)
+            ready = sdks if lane.sdks else images_of_site if lane.site else images
+            running = pool.submit(run, lane, also, scratch, ready=ready)
             running.add_done_callback(lambda _done: places.release())
             waiting.append(running)
         return [running.result() for running in waiting]
