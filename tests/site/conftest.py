@@ -68,6 +68,7 @@ class Rounds:
         """Return when this fault's story has ended well; raises what went wrong in it."""
         if fault.name not in self._outcomes:
             together = [each for each in self._chosen if each.round == fault.round]
+            self._site.sign_in_again()
             self._site.task_at_work()
             with ThreadPoolExecutor(len(together)) as pool:
                 for each in together:

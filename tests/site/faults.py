@@ -17,6 +17,7 @@ from tests.hosts import Host
 from tests.hosts.gpu import Scenario
 from tests.site.disk import MOUNT, full_disk
 from tests.site.site import LEASED, Site
+from tests.support.portal import OWN_PASSWORD, Client
 from tests.support.waiting import until
 
 PATIENCE_S = 150.0  # the longest of them needs 50 s on a quiet machine
@@ -42,7 +43,7 @@ class Fault:
         host = site.hosts[self.where] if self.where else site.control
         machine = host.name if self.where else None
         work = site.task_at_work()
-        assert self._open(site, machine) == {}, "it was there before"
+        self._wait_until_well(site, machine)
         with self.pulled(site, host):
             fired = until(
                 lambda: self._all_open(site, machine),
@@ -53,16 +54,19 @@ class Fault:
             self.seen(site, host)
             if self.work_goes_on:
                 is_at_work(site, work)
-        until(
-            lambda: not self._open(site, machine), f"{self.name} to be over", timeout_s=PATIENCE_S, every_s=0.5,
-            also=site.tell,
-        )  # fmt: skip
+        self._wait_until_well(site, machine)
         for alert in fired.values():
             ended = site.world.admin.get(f"admin/alerts/{alert['id']}")
             assert (ended["state"], ended["resolved_by"]) == ("resolved", None), "it ends by itself"
         self.over(site, host)
         if self.work_goes_on:
             is_at_work(site, work)
+
+    def _wait_until_well(self, site: Site, machine: str | None) -> None:
+        until(
+            lambda: not self._open(site, machine), f"{self.name} to be over", timeout_s=PATIENCE_S, every_s=0.5,
+            also=site.tell,
+        )  # fmt: skip
 
     def _open(self, site: Site, machine: str | None) -> dict[str, Any]:
         wanted = {name for name, _ in self.alerts}
@@ -282,7 +286,7 @@ def portal_goes_on_without_redis(site: Site, host: Host) -> None:
     """People sign in, pages come, agents report and take orders."""
     assert [site.world.machine(each)["reachability"] for each in site.hosts.values()] == ["online", "online"]
     began = datetime.now(UTC)
-    site.world.admin.sign_in_again()
+    Client(site.world.portal).sign_in("admin", OWN_PASSWORD)
     assert "Redis does not answer the portal." in site.page("/alerts")
     now = site.world.admin.get("admin/monitoring/realtime")
     assert now["machines"]["by_reachability"]["online"] == 2
