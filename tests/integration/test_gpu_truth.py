@@ -53,7 +53,9 @@ STUB = ROOT / "molecule" / "nvidia_gpu_exporter" / "files" / "nvidia_gpu_exporte
 ROLE = ROOT / "roles" / "nvidia_gpu_exporter" / "defaults" / "main.yml"
 CHILD = "import os, pwd; from remotegpu_agent import gpu_child; gpu_child.main(pwd.getpwuid(os.geteuid()).pw_name)"
 STEP_S = 15
+OF_GPUS = ("remotegpu_gpu_", "remotegpu_agent_")  # of the portal's samples, those that charts of GPUs look at
 EVERY_QUIRK = pytest.mark.parametrize("quirk", QUIRKS, ids=str)
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the whole walk, half a minute on a quiet machine
 BOTH = pytest.mark.parametrize("has_exporter", [True, False], ids=["exporter", "agent alone"])
 
 
@@ -210,7 +212,7 @@ class Portal:
 
     def __init__(self, app: Flask, server: prometheus.Server) -> None:
         self.app, self.server = app, server
-        self.moment = math.floor(utcnow().timestamp() / STEP_S) * STEP_S
+        self.moment = 0
         operator = make_user("operator", username="olga")
         session = sessions.start(operator, caller=Caller("192.0.2.10"), life_s=3600)
         with app.app_context():
@@ -230,9 +232,10 @@ class Portal:
         return Machine(row.id, name, (first, second))
 
     def remember(self, seen: list[Seen]) -> None:
-        """Everybody's samples, from a minute before the moment on."""
+        """Everybody's samples, from a minute before this moment on, and for as long as the asking may take."""
+        self.moment = math.floor(utcnow().timestamp() / STEP_S) * STEP_S
         of_portal = samples_in(monitoring_samples.exposition(utcnow()))
-        told = [(sample.name, sample.labels, sample.value) for sample in of_portal]
+        told = [(each.name, each.labels, each.value) for each in of_portal if each.name.startswith(OF_GPUS)]
         for each in seen:
             of_host = {"host": each.machines[True].name, "instance": each.machines[True].name}
             told += [("up", {**of_host, "job": job}, 1.0) for job in ("node", "nvidia_gpu")]
@@ -240,18 +243,20 @@ class Portal:
                 (sample.name, {**sample.labels, **of_host, "job": "nvidia_gpu"}, sample.value)
                 for sample in samples_in(each.exposition)
             ]
-        times = range(self.moment - 60, self.moment + 1, STEP_S)
+        times = range(self.moment - 60, self.moment + 600, 2 * STEP_S)
         self.server.load(Sample(name, labels, at, value) for at in times for name, labels, value in told)
         self.server.start()
 
     def ask(self, machine: Machine) -> None:
         machine.told = self._get(f"/admin/machines/{machine.id}").get_json()
-        page = self.staff.client.get(f"/machines/{machine.id}", headers={**self.staff.headers, "HX-Request": "true"})
-        assert page.status_code == 200, page.text
-        machine.rows = rows_in(page.text, machine.uuids)
         for measure in MEASURES:
             chart = self._get(f"/admin/monitoring/machines/{machine.id}/charts?measure={measure}&range=1h").get_json()
             machine.charts[measure] = chart
+
+    def open_page(self, machine: Machine) -> None:
+        page = self.staff.client.get(f"/machines/{machine.id}", headers={**self.staff.headers, "HX-Request": "true"})
+        assert page.status_code == 200, page.text
+        machine.rows = rows_in(page.text, machine.uuids)
 
     def devices(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -343,6 +348,8 @@ def truth(driver: Driver, portal: Portal) -> dict[str, Seen]:
     for machine in (machine for each in seen.values() for machine in each.machines.values()):
         machine.devices = {device["uuid"]: device for device in devices if device["machine_id"] == machine.id}
         portal.ask(machine)
+    for each in seen.values():
+        portal.open_page(each.machines[False])  # the page shows what the agent says, whatever an exporter knows
     return seen
 
 

@@ -83,7 +83,13 @@ def test_a_gpu_that_is_still_counted_but_lost_is_a_problem() -> None:
     assert "GPU-b has fallen off the bus: GPU is lost." in message(answer)
 
 
-@pytest.mark.parametrize(("xid", "problems"), [(79, ["gpu_xid"]), (48, ["gpu_xid"]), (13, []), (63, []), (999, [])])
+@pytest.mark.parametrize(
+    ("xid", "problems"),
+    [
+        *((xid, ["gpu_xid"]) for xid in (48, 64, 74, 79, 95, 119, 120, 140)),
+        *((xid, []) for xid in (13, 31, 43, 45, 63, 94, 999)),
+    ],
+)
 def test_a_gpu_is_had_by_nobody_after_an_xid_that_wants_a_reset(xid: int, problems: list[str]) -> None:
     told = [{"xid": 31, "last_at": "2026-03-01T11:00:00Z"}, {"xid": xid, "last_at": "2026-03-01T11:00:00Z"}]
     answer = of(gpu=gpu_report([gpu("GPU-a", xids=told), gpu("GPU-b", 1)]))
