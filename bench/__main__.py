@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from bench import agent, lease, monitoring, provisioning, reclaim, runs, sync
+from bench import agent, lease, monitoring, network, provisioning, reclaim, runs, sync
 from bench.figures import Figure, show
 from bench.rental import Rental, rental
 from tests.lanes import docker_engine, install_packages
@@ -39,6 +39,7 @@ BENCHES: dict[str, Callable[[Shared], list[Figure]]] = {
     "sync": lambda _shared: sync.take(),
     "runs": lambda _shared: runs.take(),
     "monitoring": lambda _shared: monitoring.take(),
+    "network": lambda _shared: network.take(),
     "provisioning": lambda _shared: provisioning.take(),
     "agent": lambda shared: agent.take(shared.rental()),
     "reclaim": lambda shared: reclaim.take(shared.rental()),

@@ -13,6 +13,7 @@ Exit status: 0 fine, 1 refused (the reason is on stderr), 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -29,11 +30,14 @@ WROTE_A_STEP = 3
 
 def main(argv: list[str]) -> int:
     told = _arguments().parse_args(argv)
+    gc.disable()  # a short life without rings of references; the collector would walk a million rows again and again
     try:
         status: int = told.run(told)
     except (document.BadDocument, guard.Refused, settings.BadSettings, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        gc.enable()
     return status
 
 

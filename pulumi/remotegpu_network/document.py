@@ -236,6 +236,8 @@ def _name(row: dict[str, Any]) -> Name:
     values = tuple(
         dict.fromkeys(records.parse(kind, value) for value in row["values"])
     )  # a repeated value is said once
+    if kind == "CNAME" and len(values) > 1:
+        raise records.BadRecord("a CNAME has one target")
     if kind == "CNAME" and values == (name,):
         raise records.BadRecord(f"{name} is a name for itself")
     return Name(**{**row, "name": name, "values": values, "previous_keys": tuple(row["previous_keys"])})

@@ -19,6 +19,7 @@ MAX_CHUNK = 255  # one character-string of RFC 1035
 PRINTABLE = re.compile(r"[ -~]+")
 SRV_OWNER = re.compile(r"_[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\._(?:tcp|udp|tls|sctp)\..+")
 CAA_TAG = re.compile(r"[a-z0-9]{1,15}")
+TEXTUAL = ("A", "AAAA", "CNAME", "TXT")
 ADDRESS_TYPES = ("A", "AAAA", "CNAME")
 
 
@@ -61,6 +62,8 @@ Value = str | Mx | Srv | Caa
 
 def parse(kind: str, value: Any) -> Value:
     """The content in canonical form. `kind` is one of the types that the schema allows. Raises BadRecord or BadName."""
+    if isinstance(value, str) != (kind in TEXTUAL) or (kind not in TEXTUAL and set(value) != _FIELDS[kind]):
+        raise BadRecord(f"{value!r} is no value of {kind}")
     return _PARSERS[kind](value)
 
 
@@ -141,6 +144,9 @@ _PARSERS: Mapping[str, Callable[[Any], Value]] = {
     "A": _a, "AAAA": _aaaa, "CNAME": _target, "TXT": _txt, "MX": _mx, "SRV": _srv, "CAA": _caa,
 }  # fmt: skip
 TYPES = tuple(_PARSERS)
+_FIELDS: Mapping[str, set[str]] = {
+    kind: set(made.__dataclass_fields__) for kind, made in (("MX", Mx), ("SRV", Srv), ("CAA", Caa))
+}
 
 
 def check_owner(kind: str, name: str) -> None:
@@ -168,6 +174,8 @@ def escaped(text: str) -> str:
 
 def chunks(text: str) -> list[str]:
     """At most 255 characters each: what a TXT record is made of. Not yet escaped."""
+    if len(text) <= MAX_CHUNK:
+        return [text]
     return [text[start : start + MAX_CHUNK] for start in range(0, len(text), MAX_CHUNK)]
 
 

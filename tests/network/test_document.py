@@ -175,5 +175,9 @@ def test_a_field_that_nobody_knows_is_refused() -> None:
         ("CAA", {"flags": 1, "tag": "issue", "value": "x"}),
     ],
 )
-def test_a_value_of_another_type_is_refused_by_the_schema(kind: str, value: Any) -> None:
+def test_a_value_of_another_type_is_refused(kind: str, value: Any) -> None:
     assert problems(name("a", "x", kind, value))
+
+
+def test_a_cname_has_one_target() -> None:
+    assert problems(name("a", "x", "CNAME", "a.org", "b.org")) == "a: a CNAME has one target"

@@ -405,5 +405,5 @@ def test_the_policy_pack_has_every_check_and_refuses_what_it_refuses(monkeypatch
     told: list[str] = []
     inputs = {"name": "www", "type": "A", "ttl": 1, "proxied": False, "content": "203.0.113.1"}
     args = SimpleNamespace(resource_type=desired.CLOUDFLARE_RECORD, props=inputs)
-    made["names-are-whole"].validate(args, lambda problem, urn=None: told.append(problem))
+    made["names-are-whole"].validate(args, lambda problem, _urn=None: told.append(problem))
     assert told == ["name 'www' is not a full one"]

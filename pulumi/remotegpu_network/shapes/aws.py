@@ -98,6 +98,8 @@ def _peer(text: str, account: str | None) -> str:
 
 def description(text: str) -> str:
     """AWS's letters only, 255 at most: accents are dropped, and so is what has no ASCII form (Chinese, quotes, >)."""
+    if text.isascii() and NOT_IN_DESCRIPTION.search(text) is None and len(text) <= MAX_DESCRIPTION:
+        return " ".join(text.split())
     plain = unicodedata.normalize("NFKD", " ".join(text.split()))
     plain = NOT_IN_DESCRIPTION.sub("", "".join(c for c in plain if not unicodedata.combining(c)))
     return " ".join(plain.split())[:MAX_DESCRIPTION].rstrip()

@@ -1,0 +1,166 @@
+"""The unmodified program in a child process, before an engine that keeps state and a cloud that refuses.
+
+The same sentences through the real engine: test_real_engine.py, where `pulumi` is on the PATH.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.network.engine import TOKEN, UNKNOWN, Engine, Host, language_host
+from tests.network.export import ZONE_ID, name, opening, sealed, zone
+
+ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1", machine="m1")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with language_host(tmp_path_factory.mktemp("host")) as run:
+        yield run
+
+
+@pytest.fixture
+def engine(tmp_path: Path, host: Host) -> Engine:
+    return Engine(tmp_path, host)
+
+
+def test_a_second_run_plans_nothing(engine: Engine) -> None:
+    caa = name("n", "@", "CAA", {"flags": 0, "tag": "issue", "value": "letsencrypt.org"})
+    srv = name("s", "_ssh._tcp", "SRV", {"priority": 1, "weight": 2, "port": 22, "target": "gpu-01.gpu.example.org"})
+    text = name("t", "@", "TXT", 'say "hi"', "x" * 300)
+    first = engine.up(sealed(ADDRESS, caa, srv, text))
+    assert (first.code, len(first.operations)) == (0, 6), first.told
+    second = engine.up(sealed(ADDRESS, caa, srv, text, generation=8))
+    assert (second.operations, second.same) == ([], 6), second.told
+
+
+def test_renaming_a_machine_deletes_no_record(engine: Engine) -> None:
+    engine.up(sealed(ADDRESS))
+    renamed = engine.up(sealed(ADDRESS, machines={"m1": "the big one"}))
+    assert (renamed.code, renamed.operations) == (0, [])
+    moved = engine.up(sealed(name("m1.address", "the-big-one", "A", "203.0.113.1", machine="m1")))
+    assert moved.operations == [("update", "m1.address")]
+    other_key = name("m1.a", "the-big-one", "A", "203.0.113.1", machine="m1", previous_keys=["m1.address"])
+    assert engine.up(sealed(other_key)).operations == [("update", "m1.a")]
+    assert not any(call.startswith("delete") for call in engine.cloud.calls)
+
+
+def test_an_a_record_that_becomes_a_cname_is_deleted_first(engine: Engine) -> None:
+    engine.up(sealed(ADDRESS))
+    done = engine.up(sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org", machine="m1")))
+    assert (done.code, done.operations) == (0, [("replace: delete", "m1.address"), ("replace: create", "m1.address")])
+    assert engine.cloud.calls[-2:] == [
+        "delete DnsRecord gpu-01.gpu.example.org A",
+        "create DnsRecord gpu-01.gpu.example.org CNAME",
+    ]
+
+
+def test_the_double_refuses_what_a_real_cloud_refuses(engine: Engine) -> None:
+    """Else the tests above prove nothing: two records that take each other's place need the step that goes first."""
+    engine.up(sealed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1")))
+    done = engine.up(sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org")))
+    assert done.code != 0
+    assert "81053" in done.told
+
+
+def test_secrets_are_never_in_outputs_state_or_words(engine: Engine) -> None:
+    done = engine.up(sealed(ADDRESS))
+    assert done.code == 0
+    provider = next(request for request in done.seen.values() if request.type == "pulumi:providers:cloudflare")
+    assert TOKEN in str(provider.object)  # it does reach the provider
+    assert (
+        engine.state["urn:pulumi:test::remotegpu::pulumi:providers:cloudflare::cloudflare"].inputs["apiToken"]
+        == "[secret]"
+    )
+    assert TOKEN not in json.dumps(done.outputs) + done.told + str([kept.inputs for kept in engine.state.values()])
+    assert done.outputs["network"]["counts"] == {"machines": 1, "zones": 4, "groups": 0, "names": 1, "openings": 0}
+    assert done.outputs["network"]["generation"] == 7
+
+
+def test_p25_a_preview_does_not_know_the_id_of_a_zone_that_is_not_there_yet(engine: Engine) -> None:
+    rows = [zone("cf", id=None), ADDRESS]
+    managed = {"remotegpu__managed_zones": {"cf": "account"}}
+    planned = engine.preview(sealed(*rows), **managed)
+    assert (planned.code, [name for _, name in planned.operations]) == (0, ["cloudflare", "zone.cf", "m1.address"]), (
+        planned.told
+    )
+    record = next(request for request in planned.seen.values() if request.name == "m1.address")
+    assert record.object["zoneId"] == UNKNOWN
+    assert (engine.state, engine.cloud.things) == ({}, {})
+    done = engine.up(sealed(*rows), **managed)
+    assert [name for _, name in done.operations] == ["cloudflare", "zone.cf", "m1.address"]
+    assert engine.preview(sealed(*rows), **managed).operations == []
+
+
+def test_a_zone_is_protected(engine: Engine) -> None:
+    managed = {"remotegpu__managed_zones": {"cf": "account"}}
+    engine.up(sealed(zone("cf", id=None), ADDRESS), **managed)
+    done = engine.up(sealed(zone("cf"), ADDRESS))
+    assert done.code != 0
+    assert "zone.cf is protected and cannot be deleted" in done.told
+
+
+def test_a_record_that_is_there_is_adopted_and_not_made_again(engine: Engine) -> None:
+    there = {
+        "zoneId": ZONE_ID,
+        "name": "gpu-01.gpu.example.org",
+        "type": "A",
+        "ttl": 1,
+        "proxied": False,
+        "content": "203.0.113.1",
+    }
+    record = engine.cloud.create("cloudflare:index/dnsRecord:DnsRecord", {**there, "comment": "by hand"})
+    refused = engine.up(sealed(ADDRESS))
+    assert (refused.code != 0, "81058" in refused.told) == (True, True)
+    adopted = engine.up(sealed(ADDRESS), remotegpu__adopt={"m1.address": f"{ZONE_ID}/{record}"})
+    assert ("import", "m1.address") in adopted.operations, adopted.told
+    assert len(engine.cloud.things) == 1
+
+
+@pytest.mark.parametrize(
+    ("export", "why"),
+    [
+        ({}, "must contain"),
+        ({**sealed(ADDRESS), "generation": 9}, "damaged, or edited by hand"),
+        (sealed(machines={}), "The export is empty"),
+        (sealed(ADDRESS, environment="staging"), "an export of staging, but the stack is of production"),
+    ],
+)
+def test_what_must_not_be_applied_is_told_and_nothing_is_declared(
+    engine: Engine, export: dict[str, object], why: str
+) -> None:
+    done = engine.up(export)
+    assert (done.code, why in done.told, [request.type for request in done.seen.values()]) == (
+        32, True, ["pulumi:pulumi:Stack"],
+    ), done.told  # fmt: skip
+    assert "Traceback" not in done.told
+
+
+def test_an_export_that_lost_most_of_the_fleet_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    many = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(20)))
+    engine.up(many)
+    (tmp_path / "applied.json").write_text(json.dumps(many))
+    few = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(10)), generation=8)
+    stopped = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"))
+    assert (stopped.code, "10 of 20 names are gone" in stopped.told, len(engine.cloud.things)) == (32, True, 20)
+    meant = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"), remotegpu__max_loss_percent=50)
+    assert (meant.code, len(engine.cloud.things)) == (0, 10)
+
+
+def test_four_clouds_in_one_stack(engine: Engine) -> None:
+    rows = [name(f"n-{key}", "x", "A", "203.0.113.1", in_zone=key) for key in ("cf", "r53", "ali", "pod")]
+    rows += [opening(f"o-{key}", "198.51.100.0/24", to=key) for key in ("g-aws", "g-ali", "g-ten")]
+    clouds = {"remotegpu__clouds": ["cloudflare", "aws", "alicloud", "tencent"]}
+    first = engine.up(sealed(*rows), **clouds)
+    assert first.code == 0, first.told
+    assert len(engine.cloud.things) == 12  # 4 records, 3 groups, 2 rules, a set of rules, 2 ways out
+    assert engine.up(sealed(*rows), **clouds).operations == []
+    one_more = opening("o2", "192.0.2.0/24", to="g-aws")
+    assert engine.up(sealed(*rows, one_more), **clouds).operations == [("create", "g-aws.in.tcp.22.192.0.2.0-24")]
+    closed = engine.up(sealed(*rows), **clouds)
+    assert closed.operations == [("delete", "g-aws.in.tcp.22.192.0.2.0-24")]
+    assert set(first.outputs["groups"]) == {"group.g-aws", "group.g-ali", "group.g-ten"}
