@@ -44,9 +44,7 @@ def _id(each: Resource, made: dict[str, pulumi.Resource]) -> pulumi.Input[str]:
     if each.within is None:
         return each.parent or ""
     parent = made[each.within]
-    if isinstance(parent, sdk.route53.Zone):
-        return parent.zone_id
-    return parent.id if isinstance(parent, sdk.ec2.SecurityGroup) else unknown_shape(each)
+    return parent.id if isinstance(parent, pulumi.CustomResource) else unknown_shape(each)
 
 
 def _record(each: Resource, shape: route53.Record, zone_id: pulumi.Input[str], provider: sdk.Provider) -> None:

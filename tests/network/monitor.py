@@ -1,0 +1,76 @@
+"""Mocks that are strict: a URN twice, a resource without a provider, and what the policy refuses are errors; options
+are kept.
+
+Pulumi's own mocks take anything and show no options (docs/network.md, the engine double beside it runs the whole
+program).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pulumi.runtime.mocks import MockCallArgs, MockMonitor, MockResourceArgs, Mocks
+
+import pulumi
+from remotegpu_network import clouds, desired, policy
+from remotegpu_network.settings import Settings
+from tests.network.export import parsed
+
+
+class Answers(Mocks):
+    """Ids are known when the stack is applied, and not in a preview."""
+
+    def __init__(self, preview: bool) -> None:
+        self.preview = preview
+
+    def new_resource(self, args: MockResourceArgs) -> tuple[str | None, dict[str, Any]]:
+        return (None if self.preview else f"{args.name}-id"), args.inputs
+
+    def call(self, args: MockCallArgs) -> tuple[dict[str, Any], None]:
+        raise AssertionError(f"{args.token}: a run of the stack asks no cloud")
+
+
+class StrictMonitor(MockMonitor):
+    """`requests`: URN → what was registered. `inputs`: the same in plain values."""
+
+    def __init__(self, mocks: Mocks) -> None:
+        super().__init__(mocks)
+        self.requests: dict[str, Any] = {}
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def RegisterResource(self, request: Any) -> Any:
+        urn = self.make_urn(request.parent, request.type, request.name)
+        if request.type == "pulumi:pulumi:Stack":
+            return super().RegisterResource(request)
+        if urn in self.requests:
+            raise AssertionError(f"{urn} twice")
+        if not request.type.startswith("pulumi:providers:") and not request.provider:
+            raise AssertionError(f"{urn} without a provider of its own")
+        answer = super().RegisterResource(request)
+        inputs = self.resources[urn].state
+        if problems := policy.problems(request.type, inputs):
+            raise AssertionError(f"{urn}: {problems}")
+        self.requests[urn], self.inputs[request.name] = request, inputs
+        return answer
+
+    def options(self, name: str) -> Any:
+        (request,) = (request for request in self.requests.values() if request.name == name)
+        return request
+
+
+def declared(rows: Sequence[dict[str, Any]], settings: Settings, *, preview: bool = False) -> StrictMonitor:
+    """What the adapters hand to the engine for this export."""
+    monitor = StrictMonitor(Answers(preview))
+    pulumi.runtime.set_mocks(Answers(preview), project="remotegpu", stack="test", preview=preview, monitor=monitor)
+    wanted = desired.resources(parsed(*rows), settings).resources
+
+    @pulumi.runtime.test
+    def run() -> None:
+        clouds.declare(wanted)
+
+    run()
+    assert not policy.stack_problems(
+        (request.type, request.name, monitor.inputs[request.name]) for request in monitor.requests.values()
+    )
+    return monitor
