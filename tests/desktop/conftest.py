@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 HOME = f"/home/{LOGIN}"
 # In the terminal that opens with the session: says what was typed, in a file and in a colour that fills the screen.
 PAINT = """#!/bin/sh
-echo "$1" >"$HOME/typed"
+echo "$1 $(umask)" >"$HOME/typed"
 printf '\\033[48;2;%sm\\033[2J' "$2;$3;$4"
 sleep 600
 """
@@ -94,6 +94,7 @@ class DesktopHost:
         """Type the command into the terminal of the desktop until it was heard; then the picture must show it."""
         word = f"word{secrets.token_hex(4)}"
         line = f"./paint {word} {' '.join(map(str, colour))}"
+        expected = f"{word} {self.host.ssh(LOGIN, self.key, 'umask').stdout}"  # files are as open as by SSH
         until(
             lambda: self.host.run(["pgrep", "-u", LOGIN, "-x", "bash"], check=False).ok,
             "a shell in the terminal", timeout_s=120, also=shown.said,
@@ -102,9 +103,10 @@ class DesktopHost:
 
         def heard() -> bool:
             shown.type_line(line)
-            return bool(_within(5, lambda: self.host.run(["cat", f"{HOME}/typed"], check=False).stdout.strip() == word))
+            return _within(5, lambda: self.host.run(["cat", f"{HOME}/typed"], check=False).stdout.startswith(word))
 
         until(heard, "the typed line to arrive", timeout_s=120, also=shown.said)
+        assert self.host.read(f"{HOME}/typed") == expected
         until(lambda: shown.share_of(colour) > 0.9, f"the colour {colour}", also=lambda: shown.share_of(colour))
 
     def running(self) -> list[str]:

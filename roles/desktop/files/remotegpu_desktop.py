@@ -52,14 +52,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", help="of a new VNC desktop, like 1600x900")
     parser.add_argument("--json", action="store_true", help="answer for programs")
     asked = parser.parse_args(argv)
-    os.umask(0o077)
+    umask = os.umask(0o077)  # what is made here is nobody else's business; the session keeps the user's own
     try:
         if asked.what == "check-password":
             return check_password()
         if os.geteuid() == 0:
             raise Refused("root has no desktop here: sign in as the user whom it is for")
         settings = {path.stem: json.loads(path.read_text()) for path in sorted(SETTINGS.glob("*.json"))}
-        mine = Desktop(settings, Path(pwd.getpwuid(os.getuid()).pw_dir))
+        mine = Desktop(settings, Path(pwd.getpwuid(os.getuid()).pw_dir), umask)
         answer = mine.vnc(asked.size) if asked.what == "vnc" else getattr(mine, asked.what)()
     except (Refused, OSError, subprocess.SubprocessError) as error:
         print(f"remotegpu-desktop: {error}", file=sys.stderr)  # noqa: T201 - a person reads it
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
 class Desktop:
     """What this user has; told in the order of its life."""
 
-    def __init__(self, settings: dict[str, Any], home: Path) -> None:
-        self._settings = settings
+    def __init__(self, settings: dict[str, Any], home: Path, umask: int) -> None:
+        self._settings, self._umask = settings, umask
         self._kinds = [kind for kind in ("vnc", "rdp") if kind in settings]
         self._folder = home / ".config" / "remotegpu-desktop"
 
@@ -215,7 +215,7 @@ class Desktop:
         with (self._folder / "log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
             for number, file in ((0, nothing), (1, log), (2, log)):
                 os.dup2(file.fileno(), number)
-            subprocess.run(SESSION, env=environ, cwd=Path.home(), check=False)
+            subprocess.run(SESSION, env=environ, cwd=Path.home(), umask=self._umask, check=False)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(server, signal.SIGTERM)
         os._exit(0)
