@@ -49,9 +49,21 @@ def main(monitor: str, engine: str, stack: str, dry_run: str, parallel: str) -> 
 
 
 def serve() -> None:
+    import pulumi_alicloud
+    import pulumi_aws
     import pulumi_cloudflare
+    from tencentcloud_iac_pulumi import dnspod, security
 
-    pulumi_cloudflare.DnsRecordArgs  # noqa: B018 - whatever is loaded at first use is loaded now
+    _ = (
+        pulumi_cloudflare.DnsRecordArgs,
+        pulumi_aws.ec2.SecurityGroup,
+        pulumi_aws.route53.Record,
+        pulumi_aws.vpc.SecurityGroupIngressRule,
+        pulumi_alicloud.ecs.SecurityGroup,
+        pulumi_alicloud.dns.AlidnsRecord,
+        dnspod.Record,
+        security.GroupRuleSet,
+    )  # whatever is loaded at first use is loaded now
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
