@@ -7,6 +7,7 @@ host is a ready one.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -176,8 +177,10 @@ def worker(portal: Portal, project: Path) -> Iterator[None]:
 
 @pytest.fixture
 def site(onboarded: Site) -> Site:
-    """The machine is ready, whatever a test before has left of it."""
+    """The machine is ready and runs what lies beside the playbooks, whatever a test before has left of both."""
     world, host = onboarded.world, onboarded.host
+    running_there = host.run("base64 --wrap=0 /opt/remotegpu/remotegpu-agent.pyz").stdout
+    (onboarded.project / "build" / "remotegpu-agent.pyz").write_bytes(base64.b64decode(running_there))
     host.run("systemctl start remotegpu-agent")
     if onboarded.machine["state"] == "leased":
         world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="the test is over")
