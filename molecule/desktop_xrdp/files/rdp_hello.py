@@ -1,6 +1,7 @@
-"""The first words of RDP: `rdp_hello.py ADDRESS PORT` prints in JSON what the server lets be spoken, and its certificate's SHA-256.
+"""The first words of RDP: what a server lets be spoken, and its certificate's SHA-256.
 
-`security` is "tls", "rdp" (RDP's own, without a certificate) or "refused", asked once with TLS offered and once without.
+`rdp_hello.py ADDRESS PORT` prints JSON. `security` is "tls", "rdp" (RDP's own, without a certificate) or "refused",
+asked once with TLS offered and once without.
 """
 
 from __future__ import annotations
