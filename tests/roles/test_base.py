@@ -23,7 +23,7 @@ def facts() -> dict[str, str]:
 def base(**said: Any) -> Role:
     (named,) = [
         task
-        for task in yaml.safe_load((ROLES / "base/tasks/users.yml").read_text())
+        for task in yaml.safe_load((ROLES / "base/tasks/operator_keys.yml").read_text())
         if "__base_keyed" in task.get("vars", {})
     ]
     role = Role("base", __base_login="ops", **said)
