@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,13 @@ HTTP_LIBRARIES = {
 }
 
 
-def imports_of(file: Path) -> Iterator[tuple[str, int]]:
+@cache
+def imports_of(file: Path) -> tuple[tuple[str, int], ...]:
+    """What a file imports, each with its line."""
+    return tuple(_imports_of(file))
+
+
+def _imports_of(file: Path) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             for name in node.names:
