@@ -5,6 +5,7 @@ that is overdue leaves the last sample as `stale`; a child that stays away is as
 only then replaced.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -19,6 +20,7 @@ from remotegpu_agent.protocol import format_time, now
 PROBE_DEADLINE_S = 10.0
 PATIENCE_S = 60.0  # how long an overdue child may take before it is asked to end
 GRACE_S = 60.0  # ... and how long it has for that: killing an NVML client outright has frozen GPUs
+STOP_S = 2.0  # a child that hangs in the kernel outlives us by its own
 LARGEST_ANSWER_BYTES = 1024 * 1024
 
 
@@ -63,11 +65,15 @@ class GpuProbe:
         """Let go of the GPUs: no NVML client of ours is left when this returns, unless the driver hangs."""
         self._stopping.set()
         self._wanted.set()
+        ends_at = time.monotonic() + STOP_S
         child = self._child
         if child is not None:
             child.terminate()
         if self._thread is not None:
-            self._thread.join(2)  # a child that hangs in the kernel outlives us by its own
+            self._thread.join(STOP_S)
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, ends_at - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -146,7 +152,16 @@ class GpuProbe:
                 pipe.close()
         if child.poll() is None:
             child.terminate()
-            threading.Thread(target=child.wait, name="gpu-reaper", daemon=True).start()
+            threading.Thread(target=_see_off, args=(child,), name="gpu-reaper", daemon=True).start()
+
+
+def _see_off(child: "subprocess.Popen[bytes]") -> None:
+    """Until a child that was asked to end is gone: one that takes no notice would stay for ever, beside the next."""
+    try:
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _unknown(state: str, message: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from remotegpu_agent import gpu as gpu_module
@@ -25,7 +27,9 @@ GPU = {"index": 0, "uuid": "GPU-1", "errors": [], "state": "ok"} | dict.fromkeys
 
 
 @pytest.fixture
-def probe_of(tmp_path: Path) -> Iterator[Callable[..., GpuProbe]]:
+def probe_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GpuProbe]]:
+    """Probes by children of that script. In the end they are stopped, and no child is left."""
+    monkeypatch.setattr(gpu_module, "GRACE_S", 0.2)
     probes: list[GpuProbe] = []
 
     def make(script: str, *, deadline_s: float = 10) -> GpuProbe:
@@ -39,6 +43,16 @@ def probe_of(tmp_path: Path) -> Iterator[Callable[..., GpuProbe]]:
     yield make
     for probe in probes:
         probe.stop()
+    until(lambda: not _children_of(tmp_path), "the children to be gone", also=lambda: _children_of(tmp_path))
+
+
+def _children_of(folder: Path) -> list[str]:
+    """The command lines of our children whose script is in that folder."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none as well, and tells no command line
+            found.append(" ".join(child.cmdline()))
+    return [line for line in found if str(folder) in line]
 
 
 def test_a_sample_is_fresh_and_is_what_the_protocol_says(probe_of: Callable[..., GpuProbe]) -> None:
@@ -69,7 +83,6 @@ def test_a_hung_child_that_ignores_term_is_killed_and_what_was_last_seen_stays_w
     probe_of: Callable[..., GpuProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_module, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(gpu_module, "GRACE_S", 0.2)
     answer = ANSWER.replace('"gpus": []', f'"gpus": [{_json(GPU)}]')
     pids, healed = tmp_path / "pids", tmp_path / "healed"
     probe = probe_of(
@@ -104,6 +117,19 @@ def _is_gone(pids: Path, number: int) -> bool:
     """The child of that number has been there, and is there no more."""
     started = pids.read_text().split()
     return len(started) >= number and not Path("/proc", started[number - 1]).exists()
+
+
+def test_a_child_that_takes_its_time_to_end_is_gone_when_the_probe_has_stopped(
+    probe_of: Callable[..., GpuProbe], tmp_path: Path
+) -> None:
+    probe = probe_of(
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.1), sys.exit()))\n"
+        f"for line in sys.stdin: print({ANSWER!r}, flush=True)"
+    )
+    probe.ask(wait_s=5)
+    assert _children_of(tmp_path)
+    probe.stop()
+    assert not _children_of(tmp_path)
 
 
 def test_one_probe_is_in_flight_however_often_one_asks(probe_of: Callable[..., GpuProbe], tmp_path: Path) -> None:
@@ -283,8 +309,8 @@ def test_what_cannot_be_true_is_unknown_and_costs_nothing_else(answers: dict[str
 
 
 def test_a_count_that_cannot_be_true_is_not_counted_to_its_end() -> None:
-    answers = {"nvmlDeviceGetCount": 2**32 - 1, "nvmlDeviceGetUUID": lambda _handle: f"GPU-{next(numbers)}"}
     numbers = iter(range(1000))
+    answers = {"nvmlDeviceGetCount": 2**32 - 1, "nvmlDeviceGetUUID": lambda _handle: f"GPU-{next(numbers)}"}
     assert len(read(**answers)["gpus"]) == 64
 
 
