@@ -233,7 +233,7 @@ def test_the_pins_of_the_stacks_are_those_of_the_tests() -> None:
     )
     there = {
         line
-        for file in ("requirements.txt", "requirements-network.txt")
+        for file in ("requirements.txt", "requirements-dev.txt", "requirements-network.txt")
         for line in (ROOT / file).read_text().splitlines()
     }
     assert wanted - there == set()
