@@ -1,11 +1,13 @@
 """What a stack is told: which clouds are its own, where the export lies, and how much may vanish at once.
 
-`Pulumi.<stack>.yaml` holds it; the program reads it from the engine, `make network-plan` from the file. Secrets are
+`Pulumi.<stack>.yaml` holds it; the program reads it from the engine, `make network-plan` from the file. Either may
+hand over a text: the engine always does, and `pulumi config set` writes numbers as texts into the file. Secrets are
 not among it: the adapters in clouds/ ask the engine for theirs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,12 +51,13 @@ class Settings:
 
 
 def read(get: Callable[[str], Any]) -> Settings:
-    """`get` answers the value of a key (dashes for underscores) or None. Raises BadSettings."""
+    """`get` answers what a key (dashes for underscores) is set to, typed or as a text, or None. Raises BadSettings."""
     values: dict[str, Any] = {}
     for each in fields(Settings):
         found = get(key_of(each.name))
         if found is not None:
-            values[each.name] = _READERS[str(each.type)](each.name, found)
+            reader = _READERS[str(each.type)]
+            values[each.name] = reader(each.name, found if reader is _text else _said(found))
     for needed in ("environment", "clouds"):
         if not values.get(needed):
             raise BadSettings(f"{PROJECT}:{needed} is not set")
@@ -84,6 +87,14 @@ def from_stack_file(file: Path) -> Settings:
     return read(lambda key: config.get(f"{PROJECT}:{key}"))
 
 
+def _said(value: Any) -> Any:
+    """What a text says; a plain word is no JSON and says itself."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadSettings(f"{PROJECT}:{key_of(name)} is a text")
@@ -98,7 +109,7 @@ def _number(name: str, value: Any) -> float:
 
 def _whole(name: str, value: Any) -> int:
     number = _number(name, value)
-    if number != int(number) or number < 0:
+    if not number.is_integer() or number < 0:
         raise BadSettings(f"{PROJECT}:{key_of(name)} is a whole number")
     return int(number)
 

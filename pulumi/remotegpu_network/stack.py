@@ -17,7 +17,7 @@ def run(folder: Path) -> None:
     Raises pulumi.RunError with sentences for people; nothing is declared then.
     """
     try:
-        told = settings.read(_config())
+        told = settings.read(pulumi.Config(settings.PROJECT).get)
         wanted = document.read(_export(folder / told.export))
         guard.check(wanted, told, guard.last_applied(told, folder))
         found = desired.resources(wanted, told)
@@ -28,22 +28,6 @@ def run(folder: Path) -> None:
     made = clouds.declare(found.resources)
     pulumi.export("network", told_of(wanted, found))
     pulumi.export("groups", {name: each.id for name, each in made.items() if isinstance(each, pulumi.CustomResource)})
-
-
-def _config() -> Any:
-    config = pulumi.Config(settings.PROJECT)
-
-    def get(key: str) -> Any:
-        """A list, a number and a mapping come as JSON; a plain word does not."""
-        text = config.get(key)
-        if text is None:
-            return None
-        try:
-            return config.get_object(key)
-        except (pulumi.ConfigTypeError, ValueError):
-            return text
-
-    return get
 
 
 def _export(file: Path) -> bytes:

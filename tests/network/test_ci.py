@@ -212,6 +212,33 @@ def test_an_example_stack_file_has_only_settings_that_are_read_and_no_secret(fil
     assert not any("token" in key.lower() or "secret" in key.lower() for key in config)
 
 
+def test_a_setting_means_the_same_as_a_text_and_as_yaml(tmp_path: Path) -> None:
+    """The runbook says `pulumi config set remotegpu:max-loss-percent 100`: that writes a text."""
+    written, typed = tmp_path / "Pulumi.set.yaml", tmp_path / "Pulumi.typed.yaml"
+    written.write_text(
+        "config:\n  remotegpu:environment: production\n  remotegpu:clouds: '[\"aws\"]'\n  remotegpu:may-lose: '3'\n"
+        "  remotegpu:max-loss-percent: '100'\n  remotegpu:aws-egress: 'false'\n  remotegpu:adopt: '{\"a\": \"1\"}'\n"
+        "  remotegpu:aws-account: '012345678901'\n"
+    )
+    typed.write_text(
+        "config:\n  remotegpu:environment: production\n  remotegpu:clouds: [aws]\n  remotegpu:may-lose: 3\n"
+        "  remotegpu:max-loss-percent: 100\n  remotegpu:aws-egress: false\n  remotegpu:adopt: {a: '1'}\n"
+        "  remotegpu:aws-account: '012345678901'\n"
+    )
+    told = settings.from_stack_file(written)
+    assert told == settings.from_stack_file(typed)
+    assert (told.clouds, told.max_loss_percent, told.may_lose, told.aws_egress, told.adopt, told.aws_account) == (
+        ("aws",), 100.0, 3, False, {"a": "1"}, "012345678901",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text"), [("max-loss-percent", "NaN"), ("may-lose", "Infinity"), ("clouds", "aws")])
+def test_a_setting_of_another_kind_is_refused_by_name(key: str, text: str) -> None:
+    given = {"environment": "production", "clouds": ["aws"], key: text}
+    with pytest.raises(settings.BadSettings, match=f"remotegpu:{key}"):
+        settings.read(given.get)
+
+
 def test_every_setting_of_a_stack_is_in_the_guide() -> None:
     guide = (ROOT / "docs" / "network.md").read_text()
     missing = [key for key in map(settings.key_of, settings.Settings.__dataclass_fields__) if f"`{key}`" not in guide]

@@ -38,6 +38,11 @@ def test_a_second_run_plans_nothing(engine: Engine) -> None:
     assert (second.operations, second.same) == ([], 6), second.told
 
 
+def test_an_account_of_digits_is_a_text_to_the_program(engine: Engine) -> None:
+    done = engine.up(sealed(ADDRESS), remotegpu__aws_account="123456789012", remotegpu__may_lose="3")
+    assert done.code == 0, done.told
+
+
 def test_renaming_a_machine_deletes_no_record(engine: Engine) -> None:
     engine.up(sealed(ADDRESS))
     renamed = engine.up(sealed(ADDRESS, machines={"m1": "the big one"}))
