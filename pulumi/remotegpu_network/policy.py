@@ -1,6 +1,6 @@
 """What no apply may do, as plain functions over a type and its inputs, named as the engine names them.
 
-Three callers: the policy pack (policy/), the strict monitor of the tests, and the gate of CI. Most of it the plan
+Two callers: the policy pack (policy/), and the strict monitor and the engine double of the tests. Most of it the plan
 refuses before; this is the second look, at what is really handed to the engine. Each answers sentences, none if all
 is well.
 """
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from remotegpu_network import desired, names, records
+from remotegpu_network.shapes import aws
 
 Inputs = Mapping[str, Any]
 Check = Callable[[str, Inputs], Iterator[str]]
 AWS_TEXT = re.compile(r"[a-zA-Z0-9. _\-:/()#,@\[\]+=&;{}!$*]{1,255}")
 RULES = (desired.AWS_INGRESS, desired.AWS_EGRESS, desired.ALICLOUD_RULE)
-WORLD = "RemoteGPU world: "
 
 
 def names_are_whole(token: str, inputs: Inputs) -> Iterator[str]:
@@ -126,7 +126,7 @@ def the_world_has_a_reason(token: str, inputs: Inputs) -> Iterator[str]:
         open_to = [
             each.get(key) for key in ("cidrIpv4", "cidrIpv6", "cidrIp", "ipv6CidrIp", "cidrBlock", "ipv6CidrBlock")
         ]
-        if {"0.0.0.0/0", "::/0"} & set(open_to) and not str(each.get("description", "")).startswith(WORLD):
+        if {"0.0.0.0/0", "::/0"} & set(open_to) and not str(each.get("description", "")).startswith(aws.WORLD):
             yield "open to the world without a reason"
 
 

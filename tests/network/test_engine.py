@@ -43,6 +43,12 @@ def test_an_account_of_digits_is_a_text_to_the_program(engine: Engine) -> None:
     assert done.code == 0, done.told
 
 
+def test_a_reason_without_a_letter_of_aws_is_a_reason(engine: Engine) -> None:
+    wide = opening("o1", "0.0.0.0/0", 443, reason="客户漫游")
+    done = engine.up(sealed(wide), remotegpu__clouds=["aws"])
+    assert done.code == 0, done.told
+
+
 def test_renaming_a_machine_deletes_no_record(engine: Engine) -> None:
     engine.up(sealed(ADDRESS))
     renamed = engine.up(sealed(ADDRESS, machines={"m1": "the big one"}))

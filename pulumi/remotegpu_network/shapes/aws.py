@@ -19,6 +19,7 @@ MAX_DESCRIPTION = 255
 NOT_IN_DESCRIPTION = re.compile(r"[^a-zA-Z0-9. _\-:/()#,@\[\]+=&;{}!$*]")
 NOT_IN_TAG = re.compile(r"[^\w .:/=+\-@]")
 EVERYTHING = "-1"
+WORLD = "RemoteGPU world:"  # and then why, in such letters as AWS takes: of a reason in Chinese none is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def rule(wanted: Rule, *, reason: str | None, account: str | None) -> SecurityGr
 
 def rule_description(wanted: Rule, reason: str | None) -> str:
     """For whom the rule stands; why, if it opens to the world."""
-    return description(f"RemoteGPU {' '.join(wanted.owners)}" if reason is None else f"RemoteGPU world: {reason}")
+    return description(f"RemoteGPU {' '.join(wanted.owners)}" if reason is None else f"{WORLD} {reason}")
 
 
 def egress(family: int) -> SecurityGroupRule:
