@@ -54,7 +54,7 @@ bench: setup $(DEVELOPMENT) ## Measure; prints ratios taken side by side in one 
 
 .PHONY: network-plan
 network-plan: $(RUNTIME) ## What EXPORT=… would change in the clouds against APPLIED=… (STACK=… for one stack); no engine
-	@PYTHONPATH=pulumi $(BIN)/python -m remotegpu_network plan "$(EXPORT)" --applied "$(or $(APPLIED),first)" $(if $(STACK),--stack "$(STACK)")
+	@PYTHONPATH=pulumi $(BIN)/python -m remotegpu_network plan "$(or $(EXPORT),$(error say which: make network-plan EXPORT=export.json))" --applied "$(or $(APPLIED),first)" $(if $(STACK),--stack "$(STACK)")
 
 .PHONY: demo
 demo: setup $(DEVELOPMENT) ## Boot two test hosts beside a portal, onboard them, fill a small world (root or Docker)

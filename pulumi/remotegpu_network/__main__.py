@@ -1,13 +1,14 @@
 """`python -m remotegpu_network WORD …`: what CI and people need of the export, without any engine.
 
-    check EXPORT                       is it whole and meaningful
-    plan EXPORT --applied FILE         what an apply would do; --stack FILE reads a stack's settings
-    step EXPORT --applied FILE --out   the export that must go first, if one apply cannot do it (exit status 3: one
-    was written) adopt EXPORT LISTING --zone ID     which wanted records Cloudflare has already, as lines for the
-    stack file gate PREVIEW --stack FILE          may this `pulumi preview --json` be applied
-    pending STATE                      what a cancelled run left open in this `pulumi stack export`
+    check EXPORT                              is it whole and meaningful
+    plan EXPORT --applied FILE                what an apply would do
+    step EXPORT --applied FILE --out FILE     writes the export that must go first, if one apply cannot do it
+    adopt EXPORT LISTING --zone ID            which records Cloudflare has already, as lines for the stack file
+    gate PREVIEW                              may this `pulumi preview --json` be applied
+    pending STATE                             what a cancelled run left open in this `pulumi stack export`
 
-Exit status: 0 fine, 1 refused (the reason is on stderr), 2 wrong usage.
+Each takes --stack FILE, a Pulumi.<stack>.yaml; without it, every cloud is looked at and limits are as by default.
+Exit status: 0 fine, 1 refused (the reason is on stderr), 2 wrong usage, 3 a step was written.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m remotegpu_network", description=__doc__, formatter_class=_Plain)
+    parser = argparse.ArgumentParser(
+        prog="python -m remotegpu_network", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words = parser.add_subparsers(required=True, metavar="WORD")
 
     def word(name: str, run: Callable[[argparse.Namespace], int], *files: str) -> argparse.ArgumentParser:
@@ -62,14 +65,9 @@ def _arguments() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, required=True)
     adopted = word("adopt", _adopt, "export", "listing")
     adopted.add_argument("--zone", required=True, help="Cloudflare's id of the zone")
-    gated = word("gate", _gate, "preview")
-    gated.add_argument("--deletes-at-most", type=int)
+    word("gate", _gate, "preview")
     word("pending", _pending, "state")
     return parser
-
-
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def _settings(told: argparse.Namespace, wanted: Document | None) -> Settings:
@@ -141,7 +139,7 @@ def _adopt(told: argparse.Namespace) -> int:
 
 
 def _gate(told: argparse.Namespace) -> int:
-    return _refuse(gate.problems(_json(told.preview), _settings(told, None), deletes_at_most=told.deletes_at_most))
+    return _refuse(gate.problems(_json(told.preview), _settings(told, None)))
 
 
 def _pending(told: argparse.Namespace) -> int:

@@ -17,12 +17,12 @@ REPLACES = ("replace", "create-replacement", "delete-replaced", "discard-replace
 GUARDED = tuple(desired.ZONE_TOKENS.values())
 
 
-def problems(preview: Mapping[str, Any], settings: Settings, *, deletes_at_most: int | None = None) -> list[str]:
+def problems(preview: Mapping[str, Any], settings: Settings) -> list[str]:
     """Sentences; none if the apply may go on. `preview` is what `pulumi preview --json` printed."""
-    return list(_problems(preview, settings, deletes_at_most))
+    return list(_problems(preview, settings))
 
 
-def _problems(preview: Mapping[str, Any], settings: Settings, deletes_at_most: int | None) -> Iterator[str]:
+def _problems(preview: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     steps = preview.get("steps")
     if not isinstance(steps, list):
         yield "The preview has no steps: it did not run to its end."
@@ -35,11 +35,6 @@ def _problems(preview: Mapping[str, Any], settings: Settings, deletes_at_most: i
         yield (
             f"{len(replaced)} resources would be replaced ({most}); remotegpu:replaces-at-most is "
             f"{settings.replaces_at_most}. A new major of a provider does that: apply it alone, reviewed."
-        )
-    if deletes_at_most is not None and len(deleted) > deletes_at_most:
-        yield (
-            f"{len(deleted)} resources would be deleted, where the plan says {deletes_at_most}: "
-            f"the state knows more than the export."
         )
     for urn in sorted(deleted | replaced):
         if _type_of(urn) in GUARDED:
