@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+import peewee
+
 from portal.models import Alert, Lease
 from portal.models.states import ALERT_OPEN
 
@@ -31,28 +33,30 @@ class Told:
 
 
 def of_leases(leases: Sequence[Lease]) -> dict[int, list[Told]]:
-    """Lease id → what was wrong with its machine since it began, newest first: for a page of open leases."""
+    """Lease id → what was wrong with its machine since it began, newest first: for a page of open leases.
+
+    An alert that comes and goes every minute is there thousands of times, so it is the database that finds the newest.
+    """
     told: dict[int, list[Told]] = {lease.id: [] for lease in leases}
-    if not leases:
-        return told
-    since = min(lease.starts_at for lease in leases)
-    rows = Alert.select().where(
-        Alert.machine << [lease.machine_id for lease in leases],
-        Alert.name << TOLD,
-        Alert.resolved_at.is_null() | (Alert.resolved_at >= since),
-    )
-    for alert in rows.order_by(Alert.id.desc()):
-        for lease in leases:
-            if lease.machine_id == alert.machine_id and len(told[lease.id]) < MOST and _was_during(alert, lease):
-                told[lease.id].append(
-                    Told(alert.name, alert.severity, max(alert.starts_at, lease.starts_at), _end(alert))
-                )
+    by_machine: dict[int | None, Lease] = {lease.machine_id: lease for lease in leases}  # which has one open lease at most
+    for alert in _newest(list(told)):
+        lease = by_machine[alert.machine_id]
+        told[lease.id].append(Told(alert.name, alert.severity, max(alert.starts_at, lease.starts_at), _end(alert)))
     return told
 
 
-def _was_during(alert: Alert, lease: Lease) -> bool:
-    end = _end(alert)
-    return end is None or end >= lease.starts_at
+def _newest(lease_ids: Sequence[int]) -> peewee.ModelSelect[Alert]:
+    ended_at = peewee.fn.COALESCE(Alert.ends_at, Alert.resolved_at)
+    place = peewee.fn.ROW_NUMBER().over(partition_by=[Alert.machine], order_by=[Alert.id.desc()])
+    placed = (
+        Alert.select(Alert.id, place.alias("place"))
+        .join(Lease, on=(Lease.machine == Alert.machine))
+        .where(Lease.id << list(lease_ids), Alert.name << TOLD)
+        .where((Alert.state << ALERT_OPEN) | (ended_at >= Lease.starts_at))
+    )
+    newest = placed.select_from(placed.c.id).where(placed.c.place <= MOST)
+    shown = (Alert.machine, Alert.name, Alert.severity, Alert.state, Alert.starts_at, Alert.ends_at, Alert.resolved_at)
+    return Alert.select(*shown).where(Alert.id << newest).order_by(Alert.id.desc())
 
 
 def _end(alert: Alert) -> datetime | None:
