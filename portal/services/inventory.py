@@ -46,15 +46,17 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
     purpose = "shell" if for_run is None else for_run.run.purpose
     if for_run is not None and for_run.run.playbook == login_keys.PLAYBOOK:
         login_keys.begin(for_run.run)
+    ways = login_keys.ways()
     leased = {row.machine_id for row in Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)}
     for machine in sorted(chosen, key=lambda each: each.name):
         if machine.host_key is None:
             left_out.append({"name": machine.name, "reason": "its host key is not confirmed"})
             continue
-        entry = _host(machine, is_leased=machine.id in leased, purpose=purpose)
+        operator_keys = ways.wanted_lines(machine, purpose=purpose)
+        entry = _host(machine, is_leased=machine.id in leased, operator_keys=operator_keys)
         try:
             if for_run is not None:
-                _add_secrets(entry, machine, for_run)
+                _add_secrets(entry, machine, for_run, fallback=ways.fallback_file(machine))
         except login_keys.CannotRotate as refusal:
             left_out.append({"name": machine.name, "reason": refusal.message})
             continue
@@ -62,7 +64,7 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
     return {"schema": SCHEMA, "generated_at": utcnow().isoformat(), "hosts": hosts, "left_out": left_out}
 
 
-def _host(machine: Machine, *, is_leased: bool, purpose: str) -> dict[str, Any]:
+def _host(machine: Machine, *, is_leased: bool, operator_keys: list[str]) -> dict[str, Any]:
     settings = config.current()
     ca = settings.ca_for_hosts
     values: dict[str, Any] = {
@@ -71,7 +73,7 @@ def _host(machine: Machine, *, is_leased: bool, purpose: str) -> dict[str, Any]:
         "remotegpu_lease_active": is_leased,
         "remotegpu_maintenance": machine.maintenance_since is not None,
         "remotegpu_login_user": machine.ssh_user,
-        "remotegpu_operator_keys": login_keys.wanted_lines(machine, purpose=purpose),
+        "remotegpu_operator_keys": operator_keys,
     }
     if settings.is_secure and ca is not None and ca.exists():
         values["remotegpu_ca_pem"] = ca.read_text()
@@ -90,10 +92,9 @@ def _host(machine: Machine, *, is_leased: bool, purpose: str) -> dict[str, Any]:
     }
 
 
-def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles) -> None:
+def _add_secrets(entry: dict[str, Any], machine: Machine, files: RunFiles, *, fallback: Path | None) -> None:
     """What only a run may know. The portal's own key is named by its file; it is never copied."""
     entry["private_key_file"] = str(login_keys.file())
-    fallback = login_keys.fallback_file(machine)
     entry["fallback_key_file"] = None if fallback is None else str(fallback)
     contact = machines.first_contact(machine) or {}
     entry["password"], entry["become_password"] = contact.get("password"), contact.get("become_password")

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +57,63 @@ def fingerprint() -> str | None:
     return None if line is None else machines.fingerprint(line)
 
 
-def fallback_file(machine: Machine) -> Path | None:
-    """The previous key, for a host that has not proven the new one; it is tried after that."""
-    return files.previous(file()) if is_rotating() and not is_proven(machine) else None
-
-
 def is_proven(machine: Machine) -> bool:
     """Whether the key of now opens it, and no other of ours."""
     row: LoginKey | None = LoginKey.get_or_none(LoginKey.machine == machine)
     return row is not None and row.fingerprint == fingerprint()
 
 
-def wanted_lines(machine: Machine, *, purpose: str) -> list[str]:
-    """What a playbook is to leave in authorized_keys: while a rotation is on, what the host's baseline was taken with.
+@dataclass(frozen=True)
+class Ways:
+    """By which keys each machine is entered: asked once, for as many machines as there are.
 
-    Only the rotation itself moves a host to the new key, and a provisioning run, which ends with a new baseline.
+    `proven` are the ids of the machines that the key of now opens, and no other of ours; `had_a_key` of those that had
+    one before. Both are empty while no rotation is on.
     """
-    stays = (
-        purpose != "provision" and fallback_file(machine) is not None and machines.find_baseline(machine) is not None
-    )
-    line = files.find_line(files.previous(file()) if stays else file())
-    return [] if line is None else [line]
+
+    line: str | None
+    previous: Path | None
+    previous_line: str | None
+    proven: frozenset[int]
+    had_a_key: frozenset[int]
+
+    def fallback_file(self, machine: Machine) -> Path | None:
+        """The previous key, for a host that has not proven the new one; it is tried after that."""
+        return None if machine.id in self.proven else self.previous
+
+    def wanted_lines(self, machine: Machine, *, purpose: str) -> list[str]:
+        """What a playbook is to leave in authorized_keys: while a rotation is on, what its baseline was taken with.
+
+        Only the rotation itself moves a host to the new key, and a provisioning run, which ends with a new baseline.
+        """
+        stays = purpose != "provision" and self.fallback_file(machine) is not None and machine.id in self.had_a_key
+        line = self.previous_line if stays else self.line
+        return [] if line is None else [line]
+
+
+def ways() -> Ways:
+    """As it is now."""
+    line = files.find_line(file())
+    if not is_rotating():
+        return Ways(line, None, None, frozenset(), frozenset())
+    previous = files.previous(file())
+    proven = frozenset(row.machine_id for row in _proven())
+    had_a_key = frozenset(row.machine_id for row in _had_a_key())
+    return Ways(line, previous, files.find_line(previous), proven, had_a_key)
+
+
+def _proven() -> peewee.ModelSelect[LoginKey]:
+    return LoginKey.select(LoginKey.machine).where(LoginKey.fingerprint == fingerprint())
+
+
+def _had_a_key() -> peewee.ModelSelect[Baseline]:
+    """Before the first baseline the first contact's credential lets us in."""
+    return Baseline.select(Baseline.machine).distinct()
 
 
 def search_pending() -> peewee.ModelSelect[Machine]:
     """The machines that have to prove the key of now before the previous one can be forgotten, by name."""
-    proven = LoginKey.select(LoginKey.machine).where(LoginKey.fingerprint == fingerprint())
-    had_a_key = Baseline.select(Baseline.machine)  # before the first baseline the first contact's credential lets us in
-    wanted = (Machine.state != "retired") & (Machine.id << had_a_key) & Machine.id.not_in(proven)
+    wanted = (Machine.state != "retired") & (Machine.id << _had_a_key()) & Machine.id.not_in(_proven())
     return Machine.select().where(wanted).order_by(Machine.name)
 
 
@@ -125,7 +155,7 @@ def prepare(machine: Machine) -> None:
 def mend(machine: Machine) -> None:
     """A baseline of an older backup may hold a key that we have not any more: let it hold those that we have."""
     with atomic():
-        fallback = fallback_file(machine)
+        fallback = ways().fallback_file(machine)
         _let_baseline_hold(machine, [*([fallback] if fallback else []), file()])
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from portal.db import atomic, utcnow
-from portal.models import Alert, Attempt, Gpu, Run, RunHost, SshKey, Task, User
-from portal.services import audit
+from portal.integrations import login_key_files
+from portal.models import Alert, Attempt, Baseline, Gpu, Run, RunHost, SshKey, Task, User
+from portal.services import audit, inventory
 from portal.services.actors import SYSTEM
+from portal.settings import Settings
 from tests.conftest import SignedIn
 from tests.factories import make_lease, make_machine, make_tenant, make_user
+from tests.support.rental import HOST_KEY
 
 STAFFS = (
     "/customers",
@@ -34,6 +38,7 @@ STAFFS = (
     "/api/v1/admin/tasks",
     "/api/v1/admin/alerts",
     "/api/v1/admin/audit/logs",
+    "/api/v1/admin/drift",
     "/api/v1/prometheus/targets",
 )
 CUSTOMERS = (
@@ -111,3 +116,21 @@ def test_a_list_asks_as_often_however_long_it_is(
     few = {path: asked(who, path) for path in paths}
     grow(customer, 8)
     assert {path: asked(who, path) for path in paths} == few
+
+
+def test_an_inventory_asks_as_often_however_many_machines_there_are(database: Any, settings: Settings) -> None:
+    """While the portal's key is being replaced, too, when each machine has a way of its own."""
+    settings.ssh_key_file.parent.mkdir(parents=True, exist_ok=True)
+    login_key_files.ensure(settings.ssh_key_file)
+    login_key_files.replace(settings.ssh_key_file)
+
+    def sent_for(more: int) -> int:
+        for _ in range(more):
+            machine = make_machine(host_key=HOST_KEY)
+            Baseline.create(machine=machine, digest="0" * 64, content={"sections": {}}, taken_at=utcnow())
+        with counted() as sent:
+            assert inventory.of_all()["hosts"]
+        return len(sent)
+
+    few = sent_for(2)
+    assert sent_for(8) == few
