@@ -36,9 +36,10 @@ def of_leases(leases: Sequence[Lease]) -> dict[int, list[Told]]:
     """Lease id → what was wrong with its machine since it began, newest first: for a page of open leases.
 
     An alert that comes and goes every minute is there thousands of times, so it is the database that finds the newest.
+    A machine has one open lease at most.
     """
     told: dict[int, list[Told]] = {lease.id: [] for lease in leases}
-    by_machine: dict[int | None, Lease] = {lease.machine_id: lease for lease in leases}  # which has one open lease at most
+    by_machine: dict[int | None, Lease] = {lease.machine_id: lease for lease in leases}
     for alert in _newest(list(told)):
         lease = by_machine[alert.machine_id]
         told[lease.id].append(Told(alert.name, alert.severity, max(alert.starts_at, lease.starts_at), _end(alert)))
