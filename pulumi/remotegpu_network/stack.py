@@ -27,7 +27,7 @@ def run(folder: Path) -> None:
         pulumi.warn(note)
     made = clouds.declare(found.resources)
     pulumi.export("network", told_of(wanted, found))
-    pulumi.export("groups", {name: each.id for name, each in made.items() if isinstance(each, pulumi.CustomResource)})
+    pulumi.export("groups", {name: each.id for name, each in made.items()})
 
 
 def _export(file: Path) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from remotegpu_network.desired import Resource
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 class Adapter(Protocol):
     """What a module here offers. The answer: logical name → resource, of the zones and groups made."""
 
-    def declare(self, wanted: Iterable[Resource]) -> Mapping[str, pulumi.Resource]: ...
+    def declare(self, wanted: Iterable[Resource]) -> Mapping[str, pulumi.CustomResource]: ...
 
 
-def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
+def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.CustomResource]:
     """All resources, a cloud after the other."""
     by_cloud: dict[str, list[Resource]] = {}
     for each in wanted:
         by_cloud.setdefault(each.cloud, []).append(each)
-    made: dict[str, pulumi.Resource] = {}
+    made: dict[str, pulumi.CustomResource] = {}
     for cloud, resources in by_cloud.items():
         adapter = cast(Adapter, import_module(f"{__name__}.{cloud}"))
         made.update(adapter.declare(resources))
     return made
 
 
-def unknown_shape(each: Resource) -> Any:
+def unknown_shape(each: Resource) -> NoReturn:
     """Raises TypeError: a shape was added to desired.py and forgotten here."""
     raise TypeError(f"{each.logical}: no adapter for {type(each.shape).__name__}")

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import pulumi_alicloud as sdk
 
 import pulumi
 from remotegpu_network.clouds import unknown_shape
-from remotegpu_network.clouds.options import options
+from remotegpu_network.clouds.options import options, parent_id
 from remotegpu_network.desired import Resource, ZoneShape
 from remotegpu_network.shapes import alicloud, alidns
 
 EVERYWHERE = "cn-hangzhou"  # AliDNS is in no region; the provider wants one
 
 
-def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
+def declare(wanted: Iterable[Resource]) -> Mapping[str, pulumi.CustomResource]:
     """Credentials: `alicloud:accessKey` and `alicloud:secretKey`, or the environment; one provider each region."""
-    providers: dict[str, sdk.Provider] = {}
-    made: dict[str, pulumi.Resource] = {}
+    provider_in = cache(_provider)
+    made: dict[str, pulumi.CustomResource] = {}
     for each in wanted:
-        provider = providers.get(each.region) or providers.setdefault(each.region, _provider(each.region))
-        parent = made.get(each.within or "")
+        provider = provider_in(each.region)
         if isinstance(each.shape, ZoneShape):
             domain = sdk.dns.AlidnsDomainArgs(domain_name=each.shape.name, remark="RemoteGPU")
             made[each.logical] = sdk.dns.AlidnsDomain(each.logical, domain, options(each, provider))
         elif isinstance(each.shape, alidns.Record):
-            _record(each, each.shape, parent, provider)
+            _record(each, each.shape, made.get(each.within or ""), provider)
         elif isinstance(each.shape, alicloud.SecurityGroup):
             made[each.logical] = _group(each, each.shape, provider)
         elif isinstance(each.shape, alicloud.SecurityGroupRule):
-            _rule(
-                each,
-                each.shape,
-                parent.id if isinstance(parent, pulumi.CustomResource) else each.parent or "",
-                provider,
-            )
+            _rule(each, each.shape, parent_id(each, made), provider)
         else:
             unknown_shape(each)
     return made

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import pulumi_aws as sdk
 
 import pulumi
 from remotegpu_network.clouds import unknown_shape
-from remotegpu_network.clouds.options import options
+from remotegpu_network.clouds.options import options, parent_id
 from remotegpu_network.desired import Resource, ZoneShape
 from remotegpu_network.shapes import aws, route53
 
 EVERYWHERE = "us-east-1"  # Route 53 is in no region; the provider wants one
 
 
-def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
+def declare(wanted: Iterable[Resource]) -> Mapping[str, pulumi.CustomResource]:
     """Credentials are those of the environment or of `aws:profile`; one provider each region."""
-    providers: dict[str, sdk.Provider] = {}
-    made: dict[str, pulumi.Resource] = {}
+    provider_in = cache(_provider)
+    made: dict[str, pulumi.CustomResource] = {}
     for each in wanted:
-        provider = providers.get(each.region) or providers.setdefault(each.region, _provider(each.region))
+        provider = provider_in(each.region)
         if isinstance(each.shape, ZoneShape):
             zone = sdk.route53.ZoneArgs(name=each.shape.name, comment="RemoteGPU")
             made[each.logical] = sdk.route53.Zone(each.logical, zone, options(each, provider))
         elif isinstance(each.shape, route53.Record):
-            _record(each, each.shape, _id(each, made), provider)
+            _record(each, each.shape, parent_id(each, made), provider)
         elif isinstance(each.shape, aws.SecurityGroup):
             made[each.logical] = _group(each, each.shape, provider)
         elif isinstance(each.shape, aws.SecurityGroupRule):
-            _rule(each, each.shape, _id(each, made), provider)
+            _rule(each, each.shape, parent_id(each, made), provider)
         else:
             unknown_shape(each)
     return made
@@ -38,13 +39,6 @@ def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
 def _provider(region: str) -> sdk.Provider:
     profile = pulumi.Config("aws").get("profile")
     return sdk.Provider(f"aws-{region or 'route53'}", sdk.ProviderArgs(region=region or EVERYWHERE, profile=profile))
-
-
-def _id(each: Resource, made: dict[str, pulumi.Resource]) -> pulumi.Input[str]:
-    if each.within is None:
-        return each.parent or ""
-    parent = made[each.within]
-    return parent.id if isinstance(parent, pulumi.CustomResource) else unknown_shape(each)
 
 
 def _record(each: Resource, shape: route53.Record, zone_id: pulumi.Input[str], provider: sdk.Provider) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pulumi_cloudflare as sdk
 
 import pulumi
 from remotegpu_network.clouds import unknown_shape
-from remotegpu_network.clouds.options import options
+from remotegpu_network.clouds.options import options, parent_id
 from remotegpu_network.desired import Resource, ZoneShape
 from remotegpu_network.shapes import cloudflare
 
 
-def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
+def declare(wanted: Iterable[Resource]) -> Mapping[str, pulumi.CustomResource]:
     """The token: `cloudflare:apiToken`, or CLOUDFLARE_API_TOKEN where the apply runs."""
     token = pulumi.Config("cloudflare").get_secret("apiToken")
     provider = sdk.Provider("cloudflare", sdk.ProviderArgs(api_token=token))
@@ -22,11 +22,10 @@ def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
         if isinstance(each.shape, ZoneShape):
             zones[each.logical] = _zone(each, each.shape, provider)
         elif isinstance(each.shape, cloudflare.Record):
-            zone_id = zones[each.within].id if each.within else each.parent
-            _record(each, each.shape, zone_id or "", provider)
+            _record(each, each.shape, parent_id(each, zones), provider)
         else:
             unknown_shape(each)
-    return dict(zones)
+    return zones
 
 
 def _zone(each: Resource, shape: ZoneShape, provider: sdk.Provider) -> sdk.Zone:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import tencentcloud_iac_pulumi as sdk
 from tencentcloud_iac_pulumi import dnspod as sdk_dnspod
@@ -10,36 +11,30 @@ from tencentcloud_iac_pulumi import security as sdk_security
 
 import pulumi
 from remotegpu_network.clouds import unknown_shape
-from remotegpu_network.clouds.options import options
+from remotegpu_network.clouds.options import options, parent_id
 from remotegpu_network.desired import Resource, ZoneShape
 from remotegpu_network.shapes import dnspod, tencent
 
 EVERYWHERE = "ap-guangzhou"  # DNSPod is in no region; the provider wants one
 
 
-def declare(wanted: Iterable[Resource]) -> dict[str, pulumi.Resource]:
+def declare(wanted: Iterable[Resource]) -> Mapping[str, pulumi.CustomResource]:
     """Credentials: `tencentcloud:secretId` and `tencentcloud:secretKey`, or the environment; one provider each
     region."""
-    providers: dict[str, sdk.Provider] = {}
-    made: dict[str, pulumi.Resource] = {}
+    provider_in = cache(_provider)
+    made: dict[str, pulumi.CustomResource] = {}
     for each in wanted:
-        provider = providers.get(each.region) or providers.setdefault(each.region, _provider(each.region))
-        parent = made.get(each.within or "")
+        provider = provider_in(each.region)
         if isinstance(each.shape, ZoneShape):
             domain = sdk_dnspod.DomainInstanceArgs(domain=each.shape.name, remark="RemoteGPU")
             made[each.logical] = sdk_dnspod.DomainInstance(each.logical, domain, options(each, provider))
         elif isinstance(each.shape, dnspod.Record):
-            _record(each, each.shape, parent, provider)
+            _record(each, each.shape, made.get(each.within or ""), provider)
         elif isinstance(each.shape, tencent.SecurityGroup):
             group = sdk_security.GroupArgs(name=each.shape.name, description=each.shape.description)
             made[each.logical] = sdk_security.Group(each.logical, group, options(each, provider))
         elif isinstance(each.shape, tencent.RuleSet):
-            _rules(
-                each,
-                each.shape,
-                parent.id if isinstance(parent, pulumi.CustomResource) else each.parent or "",
-                provider,
-            )
+            _rules(each, each.shape, parent_id(each, made), provider)
         else:
             unknown_shape(each)
     return made
