@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,8 +53,12 @@ class Role:
 
 def load_module(role: str, name: str) -> ModuleType:
     """A module of the role's own library, as Python."""
-    path = ROLES / role / "library" / f"{name}.py"
-    specification = importlib.util.spec_from_file_location(f"{role}_{name}", path)
+    return load_file(ROLES / role / "library" / f"{name}.py", f"{role}_{name}")
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    """A program that no package holds, as Python under that name."""
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification
     assert specification.loader
     module = importlib.util.module_from_spec(specification)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import configparser
-import importlib.util
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.roles.rendering import load_file
 from tests.support.rendering import DISTRIBUTIONS, ROLES, evaluate, render
 
 every_suite = pytest.mark.parametrize("suite", DISTRIBUTIONS)
@@ -23,14 +22,7 @@ NO_SOCKET = {"bookworm", "jammy", "noble"}  # xrdp 0.9
 
 @pytest.fixture(scope="module")
 def command() -> ModuleType:
-    path = ROLES / "desktop" / "files" / "remotegpu_desktop.py"
-    specification = importlib.util.spec_from_file_location("remotegpu_desktop", path)
-    assert specification
-    assert specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_file(ROLES / "desktop" / "files" / "remotegpu_desktop.py", "remotegpu_desktop")
 
 
 def ini(template: str, suite: str, **given: Any) -> configparser.ConfigParser:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.hosts.gpu import Scenario
+from tests.roles.rendering import load_file
 from tests.support.rendering import FACTS, evaluate, render
 
 ROOT = Path(__file__).parents[2]
@@ -20,17 +19,8 @@ SUITES = ("bookworm", "trixie", "jammy", "noble")
 CHECKSUM = {"x86_64": "0123456789abcdef" * 4}
 
 
-def load(name: str, path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification
-    assert specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-recover = load("recover", ROOT / "roles/nvidia_gpu_exporter/files/recover.py")
-stub = load("exporter_stub", ROOT / "molecule/nvidia_gpu_exporter/files/nvidia_gpu_exporter.py")
+recover = load_file(ROOT / "roles/nvidia_gpu_exporter/files/recover.py", "recover")
+stub = load_file(ROOT / "molecule/nvidia_gpu_exporter/files/nvidia_gpu_exporter.py", "exporter_stub")
 
 
 def unit(name: str, suite: str = "noble", **given: Any) -> dict[str, list[str]]:
