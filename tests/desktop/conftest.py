@@ -23,6 +23,7 @@ import yaml
 from tests.desktop.screen import Colour, Screen
 from tests.hosts import SUITES, Host
 from tests.hosts.docker import boot, unique
+from tests.hosts.owner import keeps_hosts
 from tests.support.cleaned_host import LOGIN, CleanedHost, make_key
 from tests.support.waiting import until
 
@@ -143,7 +144,7 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         converge(host, operator, folder)
         yield DesktopHost(CleanedHost.prepare(host, operator), make_key(folder / "tenant"), folder)
     finally:
-        if not os.environ.get("REMOTEGPU_KEEP_HOSTS"):
+        if not keeps_hosts():
             host.destroy()
 
 
