@@ -116,17 +116,23 @@ def test_firewall_and_xrdp_open_to_the_same(allow: list[dict[str, Any]], agrees:
 
 
 @pytest.mark.parametrize(
-    ("sources", "allowed", "scanned"), [([], [], [22]), (["192.0.2.7"], ["192.0.2.7"], [22, 3389])]
+    ("sources", "port", "opened", "scanned"),
+    [
+        ([], 3389, [], [22]),
+        (["192.0.2.7"], 3389, [(3389, ["192.0.2.7"])], [22, 3389]),
+        (["192.0.2.7"], 3390, [(3390, ["192.0.2.7"])], [22, 3390]),
+    ],
 )
 def test_the_sites_own_file_opens_rdp_to_whom_it_names_and_to_nobody_else(
-    sources: list[str], allowed: list[str], scanned: list[int]
+    sources: list[str], port: int, opened: list[tuple[int, list[str]]], scanned: list[int]
 ) -> None:
     site = yaml.safe_load((ROLES.parent / "inventory/group_vars/gpu_hosts.yml").read_text())
     assert site["desktop_kinds"] == []
     assert site["desktop_xrdp_sources"] == []
-    opened = evaluate(site["firewall_allow"], "firewall", "trixie", desktop_xrdp_sources=sources)
-    assert [(each["port"], each["sources"]) for each in opened] == ([(3389, allowed)] if allowed else [])
-    assert evaluate(site["verify_allowed_ports"], "firewall", "trixie", desktop_xrdp_sources=sources) == scanned
+    said = {"desktop_xrdp_sources": sources, "desktop_xrdp_port": port}
+    allowed = evaluate(site["firewall_allow"], "firewall", "trixie", **said)
+    assert [(each["port"], each["sources"]) for each in allowed] == opened
+    assert evaluate(site["verify_allowed_ports"], "firewall", "trixie", **said) == scanned
 
 
 # --- what both kinds stand on
