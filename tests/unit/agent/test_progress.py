@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,27 @@ def test_room_that_another_program_makes_is_progress_and_what_comes_and_goes_is_
 
 def test_a_place_that_cannot_be_asked_stops_nothing() -> None:
     assert Progress(places=("/nowhere",)).value() == 0
+
+
+def test_a_place_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report waits for this, and the agent would seem to be silent."""
+    answering, asked = threading.Event(), list[str]()
+
+    def statvfs(place: str) -> Any:
+        asked.append(place)
+        answering.wait(30)
+        return SimpleNamespace(f_bfree=0, f_frsize=1, f_ffree=0)
+
+    monkeypatch.setattr(progress.os, "statvfs", statvfs)
+    monkeypatch.setattr(progress, "LOOK_S", 0.05)
+    began = time.monotonic()
+    work = Progress(places=("/home",))
+    progress.tick()
+    assert work.value() == 1
+    assert time.monotonic() - began < 10
+    assert asked == ["/home"], "asked again while nobody answers"
+    answering.set()
+    until(lambda: work.value() == 1 and len(asked) > 1, "it to be asked once more")
 
 
 def test_the_order_at_work_tells_how_far_it_has_come_until_it_has_a_result(tmp_path: Path) -> None:
