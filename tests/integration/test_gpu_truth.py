@@ -45,13 +45,13 @@ from tests.hosts.gpu import Scenario
 from tests.support import prometheus, rental
 from tests.support.gpu_quirks import ERRORS, MEASURES, QUIRKS, TOTAL, Quirk, Truth, busy
 from tests.support.prometheus import Sample
+from tests.support.real_card import started_probe
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 GPU_DIR = ROOT / "molecule" / "image" / "gpu"
 STUB = ROOT / "molecule" / "nvidia_gpu_exporter" / "files" / "nvidia_gpu_exporter.py"
 ROLE = ROOT / "roles" / "nvidia_gpu_exporter" / "defaults" / "main.yml"
-CHILD = "import os, pwd; from remotegpu_agent import gpu_child; gpu_child.main(pwd.getpwuid(os.geteuid()).pw_name)"
 STEP_S = 15
 OF_GPUS = ("remotegpu_gpu_", "remotegpu_agent_")  # of the portal's samples, those that charts of GPUs look at
 EVERY_QUIRK = pytest.mark.parametrize("quirk", QUIRKS, ids=str)
@@ -108,10 +108,7 @@ class Driver:
         return ["env", f"LD_LIBRARY_PATH={self._libraries / driver}", f"FAKE_GPU_SCENARIO={self._file}"]
 
     def new_probe(self, driver: str, *, deadline_s: float = 10.0) -> GpuProbe:
-        argv = [*self._environment(driver), f"PYTHONPATH={ROOT / 'agent'}", sys.executable, "-c", CHILD]
-        probe = GpuProbe(argv, deadline_s=deadline_s)
-        probe.start()
-        return probe
+        return started_probe(*self._environment(driver), deadline_s=deadline_s)
 
     def probe(self, driver: str) -> GpuProbe:
         if driver not in self._probes:

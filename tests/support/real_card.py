@@ -52,10 +52,16 @@ class Look:
     processes: Mapping[str, frozenset[int]]
 
 
-def ask_the_agent(*wrapper: str) -> dict[str, Any]:
-    """The agent's own NVML process is asked once, as the agent does it. `wrapper` are words before its command."""
-    probe = GpuProbe([*wrapper, "env", f"PYTHONPATH={AGENT}", sys.executable, "-c", CHILD], deadline_s=WAIT_S)
+def started_probe(*wrapper: str, deadline_s: float) -> GpuProbe:
+    """The agent's own watch over its own NVML process. `wrapper` are words before that one's command."""
+    probe = GpuProbe([*wrapper, "env", f"PYTHONPATH={AGENT}", sys.executable, "-c", CHILD], deadline_s=deadline_s)
     probe.start()
+    return probe
+
+
+def ask_the_agent(*wrapper: str) -> dict[str, Any]:
+    """Once, as the agent does it."""
+    probe = started_probe(*wrapper, deadline_s=WAIT_S)
     try:
         probe.ask(wait_s=WAIT_S)
         return probe.report()
