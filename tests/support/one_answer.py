@@ -23,7 +23,10 @@ def answering(answer: Answer, *, after: bytes = b"\r\n\r\n") -> Iterator[tuple[s
         with connection:
             connection.settimeout(10)
             while after not in b"".join(heard):
-                heard.append(connection.recv(65536))
+                part = connection.recv(65536)
+                if not part:  # hung up: what was asked shows what is missing
+                    return
+                heard.append(part)
             answer(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
