@@ -27,6 +27,7 @@ VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("network.schema.json")
 COUNTED = ("machines", "zones", "groups", "names", "openings")
 APEX_CNAME = ("cloudflare",)  # flattens it; all others refuse it
+PROXIES = ("cloudflare",)
 MAX_TOLD = 20
 
 
@@ -233,9 +234,7 @@ def _zone(row: dict[str, Any]) -> Zone:
 def _name(row: dict[str, Any]) -> Name:
     name, kind = names.canonical(row["name"]), row["type"]
     records.check_owner(kind, name)
-    values = tuple(
-        dict.fromkeys(records.parse(kind, value) for value in row["values"])
-    )  # a repeated value is said once
+    values = tuple(dict.fromkeys(records.parse(kind, value) for value in row["values"]))  # each is said once
     if kind == "CNAME" and len(values) > 1:
         raise records.BadRecord("a CNAME has one target")
     if kind == "CNAME" and values == (name,):
@@ -291,6 +290,8 @@ def _place_problems(entry: Name, zone: Zone, by_name: Mapping[tuple[str, str], Z
         below = below.partition(".")[2]
     if entry.type == "CNAME" and entry.name == zone.name and zone.cloud not in APEX_CNAME:
         yield f"{entry.key}: no CNAME at the apex {zone.name} of a zone in {zone.cloud}"
+    if entry.proxied and zone.cloud not in PROXIES:
+        yield f"{entry.key}: only Cloudflare has a proxy"
 
 
 def _twice_at_a_name(entries: list[Name]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from remotegpu_network import names, records
 from remotegpu_network.document import Name
 from remotegpu_network.records import Caa, Mx, Srv, Value
-from remotegpu_network.shapes import Unfit, ttl
+from remotegpu_network.shapes import mx_priority, ttl
 
 DEFAULT_S = 600
 AT_LEAST_S = 600  # less needs a paid plan
@@ -29,12 +29,8 @@ class Record:
 
 def record(entry: Name, value: Value, zone: str, *, at_least_s: int = AT_LEAST_S) -> Record:
     """Raises Unfit."""
-    if entry.proxied:
-        raise Unfit("only Cloudflare has a proxy")
     seconds = ttl(entry.ttl_s, default_s=max(DEFAULT_S, at_least_s), at_least_s=at_least_s, cloud="AliDNS")
-    priority = value.priority if isinstance(value, Mx) else None
-    if priority is not None and priority not in PRIORITIES:
-        raise Unfit(f"MX priority {priority}: AliDNS takes {PRIORITIES.start} to {PRIORITIES.stop - 1}")
+    priority = mx_priority(value, PRIORITIES, cloud="AliDNS")
     return Record(
         names.relative(entry.name, zone), entry.type, _written(value), seconds, priority, f"RemoteGPU {entry.key}"
     )

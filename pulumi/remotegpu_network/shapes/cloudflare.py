@@ -14,11 +14,8 @@ from remotegpu_network.document import Name
 from remotegpu_network.records import Caa, Mx, Srv, Value
 from remotegpu_network.shapes import Unfit, ttl
 
-AUTOMATIC = (
-    1  # the only ttl that a proxied record has; else the API shows a difference for ever (pulumi-cloudflare#669)
-)
+AUTOMATIC = 1  # the only ttl of a proxied record; with another the API differs for ever (pulumi-cloudflare#669)
 AT_LEAST_S = 60  # 30 on Enterprise
-PROXIED_TYPES = ("A", "AAAA", "CNAME")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +39,7 @@ def record(entry: Name, value: Value) -> Record:
     comment = f"RemoteGPU {entry.key}"
     if isinstance(value, Caa):  # as content it is refused: "flags is a required data field" (#5383)
         return Record(entry.name, entry.type, seconds, entry.proxied, comment, caa=value)
-    if isinstance(
-        value, Srv
-    ):  # service and protocol are in the name, not in the data (#3192); priority is in both places
+    if isinstance(value, Srv):  # service and protocol are in the name (#3192); priority beside the data and in it
         return Record(entry.name, entry.type, seconds, entry.proxied, comment, priority=value.priority, srv=value)
     if isinstance(value, Mx):
         return Record(entry.name, "MX", seconds, entry.proxied, comment, value.target, value.priority)
@@ -55,8 +50,8 @@ def record(entry: Name, value: Value) -> Record:
 def _ttl(entry: Name, value: Value) -> int:
     if not entry.proxied:
         return ttl(entry.ttl_s, default_s=AUTOMATIC, at_least_s=AT_LEAST_S, cloud="Cloudflare")
-    if entry.type not in PROXIED_TYPES:
-        raise Unfit(f"{entry.type} cannot be proxied: only {', '.join(PROXIED_TYPES)} can")
+    if entry.type not in records.ADDRESS_TYPES:
+        raise Unfit(f"{entry.type} cannot be proxied: only {', '.join(records.ADDRESS_TYPES)} can")
     if entry.purpose == "ssh":
         raise Unfit(f"{names.readable(entry.name)} is for SSH, which does not pass the proxy")
     if not records.is_public(value):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from remotegpu_network import names, records
 from remotegpu_network.document import Name
 from remotegpu_network.records import Mx, Value
-from remotegpu_network.shapes import Unfit, ttl
+from remotegpu_network.shapes import mx_priority, ttl
 
 DEFAULT_S = 600
 AT_LEAST_S = 600  # less needs a paid plan
@@ -30,15 +30,14 @@ class Record:
 
 def record(entry: Name, value: Value, zone: str, *, at_least_s: int = AT_LEAST_S) -> Record:
     """Raises Unfit."""
-    if entry.proxied:
-        raise Unfit("only Cloudflare has a proxy")
     seconds = ttl(entry.ttl_s, default_s=max(DEFAULT_S, at_least_s), at_least_s=at_least_s, cloud="DNSPod")
-    mx = value.priority if isinstance(value, Mx) else None
-    if mx is not None and mx not in PRIORITIES:
-        raise Unfit(f"MX priority {mx}: DNSPod takes {PRIORITIES.start} to {PRIORITIES.stop - 1}")
-    written = f"{value.target}." if isinstance(value, Mx) else value if entry.type == "TXT" else _written(value, entry)
-    return Record(names.relative(entry.name, zone), entry.type, str(written), seconds, mx, f"RemoteGPU {entry.key}")
+    mx = mx_priority(value, PRIORITIES, cloud="DNSPod")
+    return Record(
+        names.relative(entry.name, zone), entry.type, _written(value, entry.type), seconds, mx, f"RemoteGPU {entry.key}"
+    )
 
 
-def _written(value: Value, entry: Name) -> str:
-    return records.presentation(value, entry.type)
+def _written(value: Value, kind: str) -> str:
+    if isinstance(value, Mx):
+        return f"{value.target}."
+    return value if kind == "TXT" and isinstance(value, str) else records.presentation(value, kind)

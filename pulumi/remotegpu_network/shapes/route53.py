@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from remotegpu_network import records
 from remotegpu_network.document import Name
 from remotegpu_network.records import Value
-from remotegpu_network.shapes import Unfit, ttl
+from remotegpu_network.shapes import ttl
 
 DEFAULT_S = 300
 
@@ -23,8 +23,6 @@ class Record:
 
 def record(entry: Name) -> Record:
     """Raises Unfit."""
-    if entry.proxied:
-        raise Unfit("only Cloudflare has a proxy")
     seconds = ttl(entry.ttl_s, default_s=DEFAULT_S, at_least_s=1, cloud="Route 53")
     return Record(entry.name, entry.type, seconds, _values(entry.values, entry.type))
 
