@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import pytest
 from tests.hosts import Host
 from tests.hosts.docker import boot, unique
 from tests.hosts.fixtures import operator_key
+from tests.hosts.owner import keeps_hosts
 from tests.site.disk import LOOP_DEVICES
 from tests.site.faults import FAULTS, Fault
 from tests.site.site import CONTROL_SUITE, GPU_SUITES, STAND_INS, Site, exporter_archive
@@ -53,7 +53,7 @@ def booted(kind: str, suite: str, operator_key: Path) -> Host:
 
 
 def gone(host: Host) -> None:
-    if not os.environ.get("REMOTEGPU_KEEP_HOSTS"):
+    if not keeps_hosts():
         host.destroy()
 
 
