@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from remotegpu_network import desired, names
+from remotegpu_network import names, records
 from remotegpu_network.desired import Resource
-from remotegpu_network.shapes import cloudflare, dnspod, route53
+from remotegpu_network.shapes import cloudflare
 
 
 @dataclass
@@ -29,33 +29,29 @@ def cloudflare_listing(wanted: Iterable[Resource], listing: Iterable[Mapping[str
     for row in listing:
         there.setdefault((names.canonical(row["name"]), row["type"]), []).append(row)
     found = Found()
-    for each in wanted:
-        shape = each.shape
-        if not isinstance(shape, cloudflare.Record) or each.parent != zone_id:
-            continue
+    ours = [
+        (each.logical, each.shape)
+        for each in wanted
+        if isinstance(each.shape, cloudflare.Record) and each.parent == zone_id
+    ]
+    for logical, shape in ours:
         rows = there.get((shape.name, shape.type), [])
         same = next((row for row in rows if _same(shape, row)), None)
         if same is not None:
-            found.adopt[each.logical] = f"{zone_id}/{same['id']}"
-        elif rows and shape.type in ("A", "AAAA", "CNAME"):
+            found.adopt[logical] = f"{zone_id}/{same['id']}"
+        elif rows and shape.type in records.ADDRESS_TYPES:
             contents = ", ".join(str(row.get("content")) for row in rows)
-            found.taken.append(
-                f"{each.logical}: {shape.type} {shape.name} is {contents} in the zone, not {shape.content}"
-            )
-    found.taken += _in_the_way(wanted, there, zone_id)
+            found.taken.append(f"{logical}: {shape.type} {shape.name} is {contents} in the zone, not {shape.content}")
+    found.taken += [sentence for logical, shape in ours for sentence in _in_the_way(logical, shape, there)]
     return found
 
 
 def _same(shape: cloudflare.Record, row: Mapping[str, Any]) -> bool:
+    data = row.get("data") or {}
     if shape.caa is not None:
-        data = row.get("data") or {}
-        return (data.get("flags"), data.get("tag"), data.get("value")) == (
-            shape.caa.flags,
-            shape.caa.tag,
-            shape.caa.value,
-        )
+        caa = (shape.caa.flags, shape.caa.tag, shape.caa.value)
+        return (data.get("flags"), data.get("tag"), data.get("value")) == caa
     if shape.srv is not None:
-        data = row.get("data") or {}
         wanted = (shape.srv.priority, shape.srv.weight, shape.srv.port, shape.srv.target)
         target = str(data.get("target", "")).rstrip(".").lower()
         return (data.get("priority"), data.get("weight"), data.get("port"), target) == wanted
@@ -71,25 +67,8 @@ def _plain(content: Any) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
-def _in_the_way(wanted: Iterable[Resource], there: Mapping[tuple[str, str], Any], zone_id: str) -> Iterator[str]:
+def _in_the_way(logical: str, shape: cloudflare.Record, there: Mapping[tuple[str, str], Any]) -> Iterator[str]:
     """A CNAME beside anything else, in either direction."""
-    for each in wanted:
-        shape = each.shape
-        if not isinstance(shape, cloudflare.Record) or each.parent != zone_id:
-            continue
-        others = ("A", "AAAA", "CNAME") if shape.type == "CNAME" else ("CNAME",)
-        for kind in others:
-            if kind != shape.type and (shape.name, kind) in there:
-                yield f"{each.logical}: {shape.name} has {kind} records already, and nothing stands beside a CNAME"
-
-
-def import_id(each: Resource, record_id: str = "") -> str:
-    """The id by which the provider imports this resource. `record_id`: the cloud's own, where it has one."""
-    shape, parent = each.shape, each.parent or ""
-    if isinstance(shape, cloudflare.Record):
-        return f"{parent}/{record_id}"
-    if isinstance(shape, route53.Record):
-        return f"{parent}_{shape.name}_{shape.type}"
-    if isinstance(shape, dnspod.Record):
-        return f"{parent}#{record_id}"
-    return parent if each.token == desired.TENCENT_RULES else record_id
+    for kind in ("A", "AAAA") if shape.type == "CNAME" else ("CNAME",):
+        if (shape.name, kind) in there:
+            yield f"{logical}: {shape.name} has {kind} records already, and nothing stands beside a CNAME"

@@ -8,6 +8,7 @@ How a cloud writes it is in shapes/, who tells the engine in clouds/.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -38,7 +39,6 @@ ZONE_TOKENS = {
     "cloudflare": CLOUDFLARE_ZONE, "aws": ROUTE53_ZONE, "alicloud": ALIDNS_DOMAIN, "tencent": DNSPOD_DOMAIN,
 }  # fmt: skip
 BY_ID = ("cloudflare", "aws")  # the others know a zone by its name
-SLOT_TYPES = (CLOUDFLARE_RECORD, ALIDNS_RECORD, DNSPOD_RECORD)  # one resource a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +86,13 @@ class Resource:
     protect: bool = False
     delete_first: bool = False
 
-    @property
-    def is_address(self) -> bool:
-        return self.logical == self.entry
-
 
 @dataclass
 class Desired:
     """`left_out`: cloud → how many entries of the document belong to stacks that have that cloud."""
 
     resources: list[Resource] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
 
@@ -114,7 +110,7 @@ def resources(document: Document, settings: Settings) -> Desired:
             except shapes.Unfit as error:
                 problems.append(f"{entry.key}: {error}")
         else:
-            _left(made, zone.cloud)
+            made.left_out[zone.cloud] += 1
     made.resources += _checked(_groups(document, settings, made), problems)
     problems += _proxied_to_private(document)
     problems += _twice(made.resources)
@@ -130,10 +126,6 @@ def _checked(found: Iterator[Resource | str], problems: list[str]) -> Iterator[R
             problems.append(each)
         else:
             yield each
-
-
-def _left(made: Desired, cloud: str) -> None:
-    made.left_out[cloud] = made.left_out.get(cloud, 0) + 1
 
 
 # -- zones
@@ -252,7 +244,7 @@ def _groups(document: Document, settings: Settings, made: Desired) -> Iterator[R
         wanted[each.group].append(each)
     for group in document.groups.values():
         if group.cloud not in settings.clouds:
-            made.left_out[group.cloud] = made.left_out.get(group.cloud, 0) + len(wanted[group.key])
+            made.left_out[group.cloud] += len(wanted[group.key])
             continue
         try:
             yield from _group(group, wanted[group.key], settings)

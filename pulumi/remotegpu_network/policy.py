@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,7 +180,7 @@ def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_g
     """Over all of a stack, as (token, logical, inputs): what only shows when they are seen together."""
     found: list[str] = []
     physical: dict[tuple[Any, ...], str] = {}
-    rules: dict[tuple[Any, ...], int] = {}
+    rules = Counter[tuple[Any, ...]]()
     for token, logical, inputs in resources:
         identity = _identity(token, inputs)
         if identity is not None:
@@ -189,7 +190,7 @@ def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_g
         if token in (desired.AWS_INGRESS, desired.AWS_EGRESS):
             for family in _families(inputs):
                 slot = (token, _hashable(inputs.get("securityGroupId")), family)
-                rules[slot] = rules.get(slot, 0) + 1
+                rules[slot] += 1
                 if rules[slot] == aws_rules_per_group + 1:
                     found.append(f"more than {aws_rules_per_group} {family} rules in one group (at {logical})")
     return found

@@ -143,7 +143,6 @@ def _caa(value: Mapping[str, Any]) -> Caa:
 _PARSERS: Mapping[str, Callable[[Any], Value]] = {
     "A": _a, "AAAA": _aaaa, "CNAME": _target, "TXT": _txt, "MX": _mx, "SRV": _srv, "CAA": _caa,
 }  # fmt: skip
-TYPES = tuple(_PARSERS)
 _FIELDS: Mapping[str, set[str]] = {
     kind: set(made.__dataclass_fields__) for kind, made in (("MX", Mx), ("SRV", Srv), ("CAA", Caa))
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,11 @@ def _export(file: Path) -> bytes:
 
 def told_of(wanted: Document, found: Desired) -> dict[str, Any]:
     """What was applied, in numbers: CI posts it to the portal, and the next run's guard reads it."""
-    places: dict[str, int] = {}
-    for each in found.resources:
-        place = f"{each.cloud} {each.place}"
-        places[place] = places.get(place, 0) + 1
     return {
         "environment": wanted.environment,
         "generation": wanted.generation,
         "checksum": wanted.checksum,
         "counts": wanted.counts,
-        "resources": places,
-        "left_out": found.left_out,
+        "resources": dict(Counter(f"{each.cloud} {each.place}" for each in found.resources)),
+        "left_out": dict(found.left_out),
     }

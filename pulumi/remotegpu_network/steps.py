@@ -8,7 +8,7 @@ waits, as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,7 @@ def _by_key(before: Document, after: Document) -> dict[str, Name]:
     return {entry.key: entry for entry in now}
 
 
-def _seats(entries: Any) -> dict[tuple[str, str], list[Name]]:
+def _seats(entries: Iterable[Name]) -> dict[tuple[str, str], list[Name]]:
     found: dict[tuple[str, str], list[Name]] = {}
     for entry in entries:
         found.setdefault((entry.zone, entry.name), []).append(entry)
@@ -116,14 +116,3 @@ def _places(before: Document, after: Document) -> dict[str, Any]:
         now = {row["key"] for row in after.raw[name]}
         merged[name] = [*after.raw[name], *(row for row in before.raw[name] if row["key"] not in now)]
     return merged
-
-
-def all_steps(before: Document, after: Document, settings: Settings) -> Iterator[Document]:
-    """Every export to be applied, in order; the last one is `after` itself."""
-    while True:
-        step = first_step(before, after, settings)
-        if step is None:
-            yield after
-            return
-        yield step
-        before = step

@@ -182,9 +182,13 @@ def apply_all(*exports: Document) -> list[Document]:
     cloud, done = Zone(), list[Document]()
     cloud.apply(exports[0])
     for before, after in pairwise(exports):
-        for step in steps.all_steps(before, after, stack()):
+        at = before
+        while (step := steps.first_step(at, after, stack())) is not None:
             cloud.apply(step)
             done.append(step)
+            at = step
+        cloud.apply(after)
+        done.append(after)
     return done
 
 
