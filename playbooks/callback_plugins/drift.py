@@ -41,6 +41,9 @@ MOST_CHARS = 20_000  # of all differences of one host
 MOST_REASON_CHARS = 500
 EVERYBODY_READS = 0o004
 HIDDEN = "its content is not shown: not everybody on the host may read it"
+CENSORED = "what it is about is a secret"
+TOO_MUCH = "left out: there is too much of it"
+NOT_SHOWN = (HIDDEN, CENSORED, TOO_MUCH)  # in the place of a difference: the portal's pages have words for each
 MASK = "•••"
 
 _SECRET_LINE = re.compile(
@@ -78,7 +81,7 @@ def change_of(role: str | None, task: str, arguments: Mapping[str, Any], result:
 def _difference(arguments: Mapping[str, Any], result: Result) -> str | None:
     """`-` is what the host has, `+` what it should have; None where the task tells nothing."""
     if "censored" in result:
-        return "what it is about is a secret"
+        return CENSORED
     found = result.get("diff") or []
     parts = [_part(each, arguments, result) for each in (found if isinstance(found, list) else [found])]
     text = "\n".join(part for part in parts if part)
@@ -137,7 +140,7 @@ def _bounded(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     left, kept = MOST_CHARS, []
     for change in changes[:MOST_CHANGES]:
         size = len(change["diff"] or "")
-        kept.append(change if size <= left else {**change, "diff": "left out: there is too much of it"})
+        kept.append(change if size <= left else {**change, "diff": TOO_MUCH})
         left -= min(size, left)
     if len(changes) > MOST_CHANGES:
         more = f"and {len(changes) - MOST_CHANGES} more"

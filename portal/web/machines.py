@@ -138,6 +138,7 @@ def _history(machine: Machine) -> dict[str, Any]:
         "drift": drift.find(machine),
         "operations": operations.WORDS,
         "meanings": operations.MEANINGS,
+        "not_shown": operations.NOT_SHOWN,
         "keys_in_question": shapes.keys_in_question(machine),
     }
 

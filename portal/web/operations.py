@@ -28,6 +28,14 @@ MEANINGS = {
         "Replace the portal's login key and the agent's credential? The old ones are refused afterwards."
     ),
 }
+# What playbooks/callback_plugins/drift.py says in the place of a difference.
+NOT_SHOWN = {
+    "its content is not shown: not everybody on the host may read it": lazy_gettext(
+        "Its content is not shown: not everybody on the host may read it."
+    ),
+    "what it is about is a secret": lazy_gettext("What it is about is a secret."),
+    "left out: there is too much of it": lazy_gettext("Left out: there is too much of it."),
+}
 
 
 @bp.post("/machines/<int:machine_id>/operations")

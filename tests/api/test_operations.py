@@ -185,6 +185,36 @@ def test_the_machines_page_shows_what_differs_in_both_languages(
     assert "Provisioning would change nothing." in page.get(f"/machines/{machine.id}").text
 
 
+def test_what_is_not_shown_of_a_difference_is_said_in_both_languages(
+    in_browser: InBrowser, operator: User, machine: Machine
+) -> None:
+    hidden = {**CHANGE, "diff": "its content is not shown: not everybody on the host may read it"}
+    more = {"role": None, "task": "and 3 more", "item": None, "path": None, "diff": None}
+    run = drift.look([machine], by=SYSTEM)
+    finish_run(run, verdicts={"gpu-1": {"state": "drifted", "reason": None, "changes": [hidden, more]}})
+    page = in_browser(operator)
+    english = page.get(f"/machines/{machine.id}").text
+    assert "Its content is not shown: not everybody on the host may read it." in english
+    assert "and 3 more" in english
+    assert ">None<" not in english
+    chinese = page.get(f"/machines/{machine.id}", headers={"Accept-Language": "zh-CN"}).text
+    assert "内容不显示：该文件并非主机上所有人可读。" in chinese
+    assert "its content is not shown" not in chinese
+
+
+def test_a_run_on_the_fleet_names_a_few_of_its_machines_and_how_many_more(
+    in_browser: InBrowser, operator: User, database: Any
+) -> None:
+    for number in range(1, 9):
+        made(f"gpu-{number}")
+    page = in_browser(operator)
+    page.post("/runs/operations", {"playbook": "drift"})
+    listed = page.get("/runs").text
+    assert "gpu-1, gpu-2, gpu-3, gpu-4, gpu-5" in listed
+    assert "and 3 more" in listed
+    assert "gpu-6" not in listed
+
+
 @pytest.mark.parametrize("playbook", OPERATIONS)
 def test_a_button_starts_it_on_the_machine_and_on_the_whole_fleet(
     in_browser: InBrowser, operator: User, machine: Machine, playbook: str

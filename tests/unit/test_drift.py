@@ -14,6 +14,7 @@ import pytest
 from portal.models import Machine
 from portal.services import drift, runs
 from portal.services.actors import SYSTEM
+from portal.web import operations
 from tests.support.rental import finish_run
 from tests.support.runs import ROOT, make_machine
 
@@ -55,6 +56,10 @@ def test_content_is_shown_only_where_everybody_on_the_host_may_read_it(has: str 
     result = {"diff": {"before": "word", "after": "other"}} | ({"mode": has} if has else {})
     said = shown(result, **({"mode": wants} if wants else {}))
     assert said == plugin.HIDDEN
+
+
+def test_a_page_has_words_for_all_that_stands_in_the_place_of_a_difference() -> None:
+    assert set(operations.NOT_SHOWN) == set(plugin.NOT_SHOWN)
 
 
 @pytest.mark.parametrize(
