@@ -73,7 +73,7 @@ def test_the_session_manager_lets_in_the_group_alone_and_is_reached_where_its_re
     ],
 )
 def test_xvnc_draws_where_nvidias_driver_is(suite: str, wanted: str, found: list[str], drawn_by: str) -> None:
-    tasks = yaml.safe_load((ROLES / "desktop_xrdp/tasks/configure.yml").read_text())
+    tasks = yaml.safe_load((ROLES / "desktop_xrdp/tasks/ask.yml").read_text())
     (rule,) = [task["ansible.builtin.set_fact"] for task in tasks if "ansible.builtin.set_fact" in task]
     said = {"desktop_xrdp_backend": wanted, "__desktop_xrdp_nvidia_found": {"stdout_lines": found}}
     assert evaluate(rule["__desktop_xrdp_backend"], "desktop_xrdp", suite, **said) == drawn_by
