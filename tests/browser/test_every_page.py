@@ -82,6 +82,16 @@ BARRIERS = """() => {
   }
   return [...new Set(found)];
 }"""
+# Whether the heading has more lines than it needs, as a column of single characters has.
+SQUEEZED = """() => {
+  const heading = document.querySelector("h1"), text = document.createRange();
+  text.selectNodeContents(heading);
+  const lines = new Set([...text.getClientRects()].map((part) => Math.round(part.top))).size;
+  heading.style.whiteSpace = "nowrap";
+  const fits = text.getBoundingClientRect().width <= document.querySelector("main").clientWidth - 20;
+  heading.style.whiteSpace = "";
+  return lines > 1 && fits;
+}"""
 ENGLISH = re.compile(r"[A-Za-z']+(?: [a-z']+){1,}")
 HOSTS_SAY = "ports was seen|ports failed|it went wrong"  # what hosts and workers say is shown as they said it
 IS_DATA = re.compile(
@@ -99,6 +109,7 @@ class Visit:
     heading: str
     texts: tuple[str, ...]
     too_wide_px: int
+    is_heading_squeezed: bool
     barriers: tuple[str, ...]
 
 
@@ -123,7 +134,8 @@ def visit(page: Page, path: str) -> Visit:
     too_wide_px = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     heading = page.locator("h1").first.inner_text()
     barriers = tuple(page.evaluate(BARRIERS))
-    return Visit(path, answer.status, heading, tuple(page.evaluate(TEXTS)), too_wide_px, barriers)
+    squeezed = bool(page.evaluate(SQUEEZED))
+    return Visit(path, answer.status, heading, tuple(page.evaluate(TEXTS)), too_wide_px, squeezed, barriers)
 
 
 def details_of(house: House) -> tuple[list[str], list[str]]:
@@ -168,6 +180,10 @@ def test_every_page_opens(visits: list[Visit]) -> None:
 
 def test_no_page_is_wider_than_a_narrow_screen(visits: list[Visit]) -> None:
     assert [(visit.path, visit.too_wide_px) for visit in visits if visit.too_wide_px > 0] == []
+
+
+def test_no_heading_is_squeezed_by_the_buttons_beside_it(visits: list[Visit]) -> None:
+    assert [(visit.path, visit.heading) for visit in visits if visit.is_heading_squeezed] == []
 
 
 def test_no_page_keeps_somebody_out_who_sees_little(visits: list[Visit]) -> None:
