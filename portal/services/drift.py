@@ -1,13 +1,13 @@
 """Drift: what a provisioning run would change on a machine, by the last look in check mode.
 
-Told in order: look, hear what was found, read. The looking is a run of drift.yml, and what it finds is said by its
-callback plugin (playbooks/callback_plugins/drift.py), which also keeps secrets out of it. A machine that was not looked
-at, or not wholly, is `unknown`, with the reason and the time; what was known before it is not worth repeating.
+Told in order: hear what was found, read. The looking is a run of drift.yml as any other, and what it finds is said by
+its callback plugin (playbooks/callback_plugins/drift.py), which also keeps secrets out of it. A machine that was not
+looked at, or not wholly, is `unknown`, with the reason and the time; what was known before is not worth repeating.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import peewee
@@ -16,18 +16,10 @@ from portal.db import atomic, utcnow
 from portal.models import Drift, Machine, Run
 from portal.models.states import DRIFT
 from portal.services import audit, events, machines, runs
-from portal.services.actors import SYSTEM, Actor
+from portal.services.actors import SYSTEM
 
 PLAYBOOK = "drift"
 LOOKED = ("succeeded", "failed")  # a run that was cancelled or lost has looked at nothing: what was known stays
-
-
-# Look
-
-
-def look(chosen: Sequence[Machine], *, by: Actor) -> Run:
-    """Queue a look at these machines. Raises as runs.queue does."""
-    return runs.queue(PLAYBOOK, chosen, by=by)
 
 
 # Hear what was found

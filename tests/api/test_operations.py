@@ -16,7 +16,7 @@ from portal.api import auth
 from portal.db import utcnow
 from portal.integrations import login_key_files
 from portal.models import AuditEntry, Baseline, Command, Machine, Run, RunHost, Tenant, User
-from portal.services import drift, sessions
+from portal.services import drift, runs, sessions
 from portal.services.actors import SYSTEM
 from portal.services.sessions import Caller
 from portal.settings import Settings
@@ -110,7 +110,7 @@ def test_drift_is_read_with_its_time_and_its_cause(olga: SignedIn, machine: Mach
     other = made("gpu-2")
     nobody = body(olga.get(f"/admin/drift/{machine.id}"))
     assert (nobody["state"], nobody["looked_at"], nobody["changes"]) == ("unknown", None, [])
-    run = drift.look([machine, other], by=SYSTEM)
+    run = runs.queue(drift.PLAYBOOK, [machine, other], by=SYSTEM)
     finish_run(run, "failed", {"gpu-1": {"state": "drifted", "reason": None, "changes": [CHANGE]}})
     found = body(olga.get(f"/admin/drift/{machine.id}"))
     assert (found["state"], found["run_id"], found["changes"]) == ("drifted", run.id, [CHANGE])
@@ -163,7 +163,7 @@ def test_the_machines_page_shows_what_differs_in_both_languages(
 ) -> None:
     page = in_browser(operator)
     assert "Nobody has looked yet." in page.get(f"/machines/{machine.id}").text
-    run = drift.look([machine], by=SYSTEM)
+    run = runs.queue(drift.PLAYBOOK, [machine], by=SYSTEM)
     finish_run(run, verdicts={"gpu-1": {"state": "drifted", "reason": "It broke.", "changes": [CHANGE]}})
     found = drift.find(machine)
     assert found is not None
@@ -180,7 +180,7 @@ def test_the_machines_page_shows_what_differs_in_both_languages(
     chinese = page.get(f"/machines/{machine.id}", headers={"Accept-Language": "zh-CN"}).text
     for text in ("配置偏差", "有偏差", "只检查了一部分", "检查配置偏差", "升级代理程序", "轮换凭据"):
         assert text in chinese, text
-    run = drift.look([machine], by=SYSTEM)
+    run = runs.queue(drift.PLAYBOOK, [machine], by=SYSTEM)
     finish_run(run, verdicts={"gpu-1": {"state": "none", "reason": None, "changes": []}})
     assert "Provisioning would change nothing." in page.get(f"/machines/{machine.id}").text
 
@@ -190,7 +190,7 @@ def test_what_is_not_shown_of_a_difference_is_said_in_both_languages(
 ) -> None:
     hidden = {**CHANGE, "diff": "its content is not shown: not everybody on the host may read it"}
     more = {"role": None, "task": "and 3 more", "item": None, "path": None, "diff": None}
-    run = drift.look([machine], by=SYSTEM)
+    run = runs.queue(drift.PLAYBOOK, [machine], by=SYSTEM)
     finish_run(run, verdicts={"gpu-1": {"state": "drifted", "reason": None, "changes": [hidden, more]}})
     page = in_browser(operator)
     english = page.get(f"/machines/{machine.id}").text

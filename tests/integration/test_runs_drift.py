@@ -51,7 +51,7 @@ def look(database: Any, settings: Settings, tmp_path: Path) -> Iterator[Look]:
             book.write_text(book.read_text() + more)
             (where / "playbooks" / "callback_plugins").mkdir()
             shutil.copy(PLUGIN, where / "playbooks" / "callback_plugins")
-            run = drift.look(machines, by=SYSTEM)
+            run = runs.queue(drift.PLAYBOOK, machines, by=SYSTEM)
             worker = Worker(settings, project=where)
             thread = threading.Thread(target=worker.work)
             thread.start()

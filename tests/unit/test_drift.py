@@ -142,7 +142,7 @@ def test_the_playbook_refuses_to_run_without_check(tmp_path: Path) -> None:
 
 
 def looked(verdicts: dict[str, Any], *machines: Machine, state: str = "succeeded") -> None:
-    finish_run(drift.look(machines, by=SYSTEM), state, verdicts)
+    finish_run(runs.queue(drift.PLAYBOOK, machines, by=SYSTEM), state, verdicts)
 
 
 def test_a_machine_has_the_last_look_and_its_time(database: Any) -> None:
@@ -174,7 +174,7 @@ def test_a_host_of_which_nothing_was_said_is_unknown(database: Any, said: dict[s
 def test_a_look_that_was_cancelled_has_seen_nothing(database: Any) -> None:
     machine = make_machine("gpu-1")
     looked({"gpu-1": {"state": "drifted", "reason": None, "changes": [CHANGE]}}, machine)
-    runs.cancel(drift.look([machine], by=SYSTEM), by=SYSTEM)
+    runs.cancel(runs.queue(drift.PLAYBOOK, [machine], by=SYSTEM), by=SYSTEM)
     found = drift.find(machine)
     assert found is not None
     assert found.state == "drifted"
