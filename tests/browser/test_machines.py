@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from portal.models import Machine
 from portal.services import leases, machines, provisioning, runs
@@ -292,3 +292,16 @@ def test_what_was_done_to_a_machine_is_found_in_the_audit(house: House, open_as:
     about = page.get_by_role("row").filter(has_text="machine #").all_inner_texts()
     assert about
     assert all(f"machine #{host.id}" in row for row in about)
+
+
+def test_what_can_be_seen_works_however_late_its_script_comes(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    page = open_as(house.admin, "/machines")
+    held: list[Route] = []
+    page.route("**/portal.js*", lambda route: held.append(route))
+    page.goto(f"{house.url}/machines/{host.id}", wait_until="commit")
+    page.locator(".modal-sheet").last.wait_for(state="attached")  # the end of the page is there
+    assert page.evaluate("performance.getEntriesByName('first-paint').length") == 0
+    held[0].continue_()
+    page.get_by_role("button", name="Retire", exact=True).click()
+    expect(page.get_by_role("dialog")).to_be_visible()
