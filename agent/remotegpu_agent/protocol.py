@@ -4,6 +4,7 @@ The words are those of `agent/protocol/protocol.schema.json`, which the tests ho
 strict: an unknown field is an error, since a misspelt order must not be half obeyed. Here is no network and no disk.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ LOGIN = re.compile(r"lease[0-9]{1,10}\Z")
 KEY_LINE = re.compile(r"[a-z0-9@.-]{3,64} [A-Za-z0-9+/]+={0,3}(?: [^\x00-\x1f\x7f]*)?\Z")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
 UIDS = range(20000, 60000)
+PROTOCOLS = ("tcp", "udp")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 T = TypeVar("T")
 
@@ -78,6 +83,33 @@ class DesiredAttempt:
 
 
 @dataclass(frozen=True)
+class DesiredOpening:
+    """One hole in this host's firewall."""
+
+    opening_id: int
+    lease_id: int | None  # None: the machine's own, whoever has leased it
+    protocol: str
+    first_port: int
+    last_port: int
+    source: Network
+    ends_at: datetime | None  # None only for the machine's own
+
+
+@dataclass(frozen=True)
+class DesiredForward:
+    """One port of this gateway that leads to a machine behind it."""
+
+    forward_id: int
+    lease_id: int
+    protocol: str
+    public_port: int
+    source: Network
+    target_address: Address
+    target_port: int
+    ends_at: datetime
+
+
+@dataclass(frozen=True)
 class Command:
     command_id: int
     kind: str
@@ -94,6 +126,8 @@ class Desired:
     commands: tuple[Command, ...]
     report_interval_s: float
     log_quota_bytes: int
+    openings: tuple[DesiredOpening, ...] = ()
+    forwards: tuple[DesiredForward, ...] = ()
 
 
 COMMANDS: dict[str, dict[str, type[object]]] = {
@@ -116,6 +150,12 @@ def read_desired(value: object) -> Desired:
         commands=tuple(_read_command(item, f"commands[{i}]") for i, item in enumerate(fields.take("commands", list))),
         report_interval_s=fields.take_number("report_interval_s"),
         log_quota_bytes=fields.take("log_quota_bytes", int),
+        openings=tuple(
+            _read_opening(item, f"openings[{i}]") for i, item in enumerate(fields.take_list_if_there("openings"))
+        ),
+        forwards=tuple(
+            _read_forward(item, f"forwards[{i}]") for i, item in enumerate(fields.take_list_if_there("forwards"))
+        ),
     )
     fields.finish()
     return desired
@@ -173,6 +213,75 @@ def _read_attempt(value: object, where: str) -> DesiredAttempt:
     return attempt
 
 
+def _read_opening(value: object, where: str) -> DesiredOpening:
+    fields = Fields(value, where)
+    first, last = _ports(fields.take("ports", list), f"{where}.ports")
+    ends_at = fields.take_optional("ends_at", str)
+    opening = DesiredOpening(
+        opening_id=fields.take("id", int),
+        lease_id=fields.take_optional("lease", int),
+        protocol=fields.take_choice("protocol", PROTOCOLS),
+        first_port=first,
+        last_port=last,
+        source=_network(fields.take("source", str), f"{where}.source"),
+        ends_at=parse_time(ends_at, f"{where}.ends_at") if ends_at is not None else None,
+    )
+    fields.finish()
+    if opening.lease_id is not None and opening.ends_at is None:
+        raise ProtocolError(f"{where}.ends_at: what a lease opens has an end")
+    return opening
+
+
+def _read_forward(value: object, where: str) -> DesiredForward:
+    fields = Fields(value, where)
+    forward = DesiredForward(
+        forward_id=fields.take("id", int),
+        lease_id=fields.take("lease", int),
+        protocol=fields.take_choice("protocol", PROTOCOLS),
+        public_port=_port(fields.take("public_port", int), f"{where}.public_port"),
+        source=_network(fields.take("source", str), f"{where}.source"),
+        target_address=_address(fields.take("target_address", str), f"{where}.target_address"),
+        target_port=_port(fields.take("target_port", int), f"{where}.target_port"),
+        ends_at=parse_time(fields.take("ends_at", str), f"{where}.ends_at"),
+    )
+    fields.finish()
+    if forward.source.version != forward.target_address.version:
+        raise ProtocolError(f"{where}.target_address: {forward.target_address} is not of the family of its source")
+    return forward
+
+
+def _ports(value: list[object], where: str) -> tuple[int, int]:
+    if len(value) != 2:
+        raise ProtocolError(f"{where}: not the first and the last port")
+    first, last = (_port(each, where) for each in value)
+    if first > last:
+        raise ProtocolError(f"{where}: {first} comes after {last}")
+    return first, last
+
+
+def _port(value: object, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= 65535:
+        raise ProtocolError(f"{where}: {value!r} is not a port")
+    return value
+
+
+def _network(text: str, where: str) -> Network:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ProtocolError(f"{where}: {error}") from error
+    if str(network) != text:
+        raise ProtocolError(f"{where}: {text!r} is not written as {network}")
+    return network
+
+
+def _address(text: str, where: str) -> Address:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError as error:
+        raise ProtocolError(f"{where}: {error}") from error
+
+
 def _strings(value: list[object] | None, where: str) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -220,6 +329,10 @@ class Fields:
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise ProtocolError(f"{self._where}.{name}: {type(value).__name__} where {wanted.__name__} is expected")
         return value
+
+    def take_list_if_there(self, name: str) -> list[Any]:
+        """A list that peers of before do not send."""
+        return self.take(name, list) if name in self._left else []
 
     def take_optional(self, name: str, wanted: type[T]) -> T | None:
         if name in self._left and self._left[name] is None:

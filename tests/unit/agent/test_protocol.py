@@ -62,6 +62,28 @@ DESIRED: dict[str, Any] = {
         }
     ],
     "commands": COMMANDS,
+    "openings": [
+        {
+            "id": 12,
+            "lease": 17,
+            "protocol": "tcp",
+            "ports": [8888, 8890],
+            "source": "203.0.113.0/24",
+            "ends_at": "2026-05-01T10:00:00Z",
+        }
+    ],
+    "forwards": [
+        {
+            "id": 5,
+            "lease": 17,
+            "protocol": "udp",
+            "public_port": 20017,
+            "source": "::/0",
+            "target_address": "2001:db8::17",
+            "target_port": 22,
+            "ends_at": "2026-05-01T10:00:00Z",
+        }
+    ],
     "report_interval_s": 15,
     "log_quota_bytes": 1000,
 }
@@ -91,6 +113,8 @@ def test_the_agent_knows_every_field_and_command_of_the_schema() -> None:
         ("desired", DESIRED),
         ("desired_lease", DESIRED["leases"][0]),
         ("desired_attempt", DESIRED["attempts"][0]),
+        ("desired_opening", DESIRED["openings"][0]),
+        ("desired_forward", DESIRED["forwards"][0]),
     ):
         assert set(definitions[name]["properties"]) == set(example)
 
@@ -111,7 +135,8 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("path", paths(DESIRED), ids=lambda path: ".".join(map(str, path)))
 def test_a_field_that_is_missing_misspelt_or_of_another_kind_is_refused_by_name(path: tuple[Any, ...]) -> None:
     *parents, name = path
-    for spoil in (_remove, _misspell, _replace):
+    may_be_absent = path in (("openings",), ("forwards",))  # portals of before do not send them
+    for spoil in (_misspell, _replace) if may_be_absent else (_remove, _misspell, _replace):
         value = copy.deepcopy(DESIRED)
         holder = value
         for part in parents:
@@ -172,6 +197,54 @@ def test_a_key_with_options_or_a_second_line_is_refused(line: str) -> None:
     spoilt["leases"][0]["keys"][0]["line"] = line
     with pytest.raises(ProtocolError, match="not one public key"):
         read_desired(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ports", [8890, 8888]),
+        ("ports", [8888]),
+        ("ports", [0, 80]),
+        ("ports", [80, 65536]),
+        ("ports", [True, 80]),
+        ("protocol", "icmp"),
+        ("source", "203.0.113.7/24"),
+        ("source", "203.0.113.0/255.255.255.0"),
+        ("source", "203.0.113.7"),
+        ("source", "2001:DB8::/64"),
+        ("source", "0.0.0.0/0 accept"),
+        ("ends_at", None),
+    ],
+)
+def test_an_opening_that_says_two_things_is_refused(field: str, value: Any) -> None:
+    spoilt = copy.deepcopy(DESIRED)
+    spoilt["openings"][0][field] = value
+    with pytest.raises(ProtocolError, match=field):
+        read_desired(spoilt)
+
+
+def test_only_what_is_the_machines_own_may_be_open_without_an_end() -> None:
+    own = copy.deepcopy(DESIRED)
+    own["openings"][0] |= {"lease": None, "ends_at": None}
+    conforms("desired", own)
+    (opening,) = read_desired(own).openings
+    assert (opening.lease_id, opening.ends_at) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target_address", "192.0.2.1"), ("target_address", "host"), ("target_port", 0), ("public_port", 65536)],
+)
+def test_a_forward_that_leads_nowhere_is_refused(field: str, value: Any) -> None:
+    spoilt = copy.deepcopy(DESIRED)
+    spoilt["forwards"][0][field] = value
+    with pytest.raises(ProtocolError, match=field):
+        read_desired(spoilt)
+
+
+def test_a_portal_that_knows_no_openings_is_understood() -> None:
+    older = {name: value for name, value in DESIRED.items() if name not in ("openings", "forwards")}
+    assert (read_desired(older).openings, read_desired(older).forwards) == ((), ())
 
 
 def test_times_keep_their_fractions_and_are_utc() -> None:
