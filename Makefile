@@ -35,8 +35,12 @@ test: real-hosts setup $(DEVELOPMENT) ## Set up what the tests need and pass the
 test-fast: $(DEVELOPMENT) $(ASSETS) $(TEXTS) ## Unit and API tests on SQLite; needs nothing else
 	@exec $(BIN)/python -m tests.lanes fast
 
+.PHONY: test-slow
+test-slow: real-hosts setup $(DEVELOPMENT) ## What `make test` leaves out: each role's scenario, every way of dirt
+	@exec $(BIN)/python -m tests.lanes slow
+
 .PHONY: test-all
-test-all: real-hosts setup $(DEVELOPMENT) ## Everything, also what takes long
+test-all: real-hosts setup $(DEVELOPMENT) ## Both of them
 	@exec $(BIN)/python -m tests.lanes all
 
 .PHONY: check

@@ -1,7 +1,8 @@
 """Run the tests in lanes, print the minutes of each, and fail when an area is over its budget.
 
-`python -m tests.lanes fast | test | all`; `may` refuses where the last two cannot run. What a lane needs is set up here
-and ended here: packages (as root), one Docker engine, host images. A lane that cannot run is an error, never a skip.
+`python -m tests.lanes fast | test | slow | all`: `slow` is what `test` leaves out, `all` is both; `may` refuses where
+these cannot run. What a lane needs is set up here and ended here: packages (as root), one Docker engine, host images.
+A lane that cannot run is an error, never a skip.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.hosts import owner
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "molecule" / "image"
 BUDGET_MIN = {"foundation": 14.0, "portal": 6.0, "desktop": 4.0, "hosts": 9.0, "network": 2.0}
-NOT_SLOW = "not slow"
+MARKS = {"fast": "not slow", "test": "not slow", "slow": "slow", "all": ""}
 
 # Debian's package → a program that it brings; what is on the PATH already is not installed again. `a|b`: either.
 PACKAGES = {
@@ -65,6 +66,7 @@ class Lane:
     sdks: bool = False  # of all clouds: 600 MB that nothing else needs
     site: bool = False  # its hosts start from images that are built after those of the others
     dist: str = "worksteal"
+    slow: bool | None = None  # whether all of its tests are slow (True), or none (False)
 
 
 @dataclass
@@ -79,27 +81,27 @@ class Result:
 PLAIN = "not hosts and not browser and not postgresql and not gpu and not engine"
 # Its tests wait for children and deadlines a third of their time, so three share two cores.
 FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=3)
-# The longest first: four lanes run beside each other, and those with hosts mostly wait.
+# The longest first. More than three beside each other take longer: all of them wait for the same two cores.
 LANES = (
     FAST,
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
-    Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
-    Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
-    Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True),
-    Lane("site", ("tests/site",), "hosts", hosts=True, site=True),
+    Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True, slow=False),
+    Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
+    Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True, slow=True),
+    Lane("site", ("tests/site",), "hosts", hosts=True, site=True, slow=False),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("desktop", ("tests/desktop",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
-    Lane("browser", ("tests/browser",), "browser"),
-    Lane("network", ("tests/network",), PLAIN, jobs=2, sdks=True, dist="loadfile"),
+    Lane("browser", ("tests/browser",), "browser", slow=False),
+    Lane("network", ("tests/network",), PLAIN, jobs=2, sdks=True, dist="loadfile", slow=False),
 )
 # Only where there is a card to be read; elsewhere the closing lines say that it did not run.
-CARDS = Lane("gpu", ("tests/gpu",), "gpu")
+CARDS = Lane("gpu", ("tests/gpu",), "gpu", slow=False)
 # Only where Pulumi's engine is: no package brings it. Told of as the one for cards is.
-ENGINE = Lane("network-engine", ("tests/network",), "engine", sdks=True)
-BESIDE_EACH_OTHER = 4
+ENGINE = Lane("network-engine", ("tests/network",), "engine", sdks=True, slow=False)
+BESIDE_EACH_OTHER = 3
 
 
 def main(argv: list[str]) -> int:
@@ -107,9 +109,9 @@ def main(argv: list[str]) -> int:
     if what == "fast":
         began = time.monotonic()
         with TemporaryDirectory() as scratch:
-            return report([run(FAST, NOT_SLOW, Path(scratch), shown=True)], began)
-    if what not in ("test", "all", "may"):
-        print("usage: python -m tests.lanes fast | test | all | may", file=sys.stderr)
+            return report([run(FAST, MARKS["fast"], Path(scratch), shown=True)], began)
+    if what not in (*MARKS, "may"):
+        print(f"usage: python -m tests.lanes {' | '.join(MARKS)} | may", file=sys.stderr)
         return 2
     refuse_without_hosts()
     if what == "may":
@@ -117,31 +119,33 @@ def main(argv: list[str]) -> int:
     install_packages()
     with docker_engine(), TemporaryDirectory() as scratch:
         began = time.monotonic()
-        results = run_all(NOT_SLOW if what == "test" else "", Path(scratch))
+        results = run_all(what, Path(scratch))
     return report(results, began, budget=what == "test", without_cards=why_without_cards())
 
 
-def run_all(also: str, scratch: Path) -> list[Result]:
-    """Every lane, in the order of the table, four at a time; the images are built meanwhile."""
+def run_all(what: str, scratch: Path) -> list[Result]:
+    """Every lane with tests of this kind, in the order of the table; the images are built meanwhile."""
     with ThreadPoolExecutor(BESIDE_EACH_OTHER + 3) as pool:
         images = pool.submit(build_images)
         images_of_site = pool.submit(build_images, "site", after=images)
         sdks = pool.submit(install_sdks)
         places = Semaphore(BESIDE_EACH_OTHER)
         waiting = []
-        for lane in lanes_of_this_machine():
+        for lane in lanes_of_this_machine(what):
             places.acquire()
             if lane.hosts:
                 images.result()
             ready = sdks if lane.sdks else images_of_site if lane.site else images
-            running = pool.submit(run, lane, also, scratch, ready=ready)
+            running = pool.submit(run, lane, MARKS[what], scratch, ready=ready)
             running.add_done_callback(lambda _done: places.release())
             waiting.append(running)
         return [running.result() for running in waiting]
 
 
-def lanes_of_this_machine() -> tuple[Lane, ...]:
-    return (*LANES, *(() if why_without_cards() else (CARDS,)), *(() if why_without_engine() else (ENGINE,)))
+def lanes_of_this_machine(what: str) -> list[Lane]:
+    lanes = (*LANES, *(() if why_without_cards() else (CARDS,)), *(() if why_without_engine() else (ENGINE,)))
+    left_out = {"test": True, "slow": False}.get(what)
+    return [lane for lane in lanes if lane.slow is None or lane.slow is not left_out]
 
 
 def install_sdks() -> None:

@@ -40,7 +40,7 @@ from tests.support.portal import ROOT, Portal, running
 from tests.support.runs import START
 from tests.support.waiting import until
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AUTHORIZED_KEYS = "/home/installer/.ssh/authorized_keys"
 BY_HAND = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f put there by hand"

@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = sorted(path.parent.name for path in (ROOT / "molecule").glob("*/molecule.yml"))
-WHOLE = "gpu_hosts"  # all roles by the playbook itself; the single ones are what a developer of one role runs
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1500)]
 
@@ -25,22 +24,15 @@ def test_every_role_is_tried_by_a_scenario() -> None:
     assert [role for role in roles if not re.search(rf"\b(role|name): {role}\b", told)] == []
 
 
-@pytest.mark.parametrize(
-    ("scenario", "suites"),
-    [
-        # The rental converges both suites every time, without asking for a second run.
-        pytest.param(WHOLE, "trixie", marks=pytest.mark.xdist_group(WHOLE)),
-        # Those of one scenario use the same hosts: one after the other.
-        *(
-            pytest.param(name, "bookworm trixie", marks=[pytest.mark.slow, pytest.mark.xdist_group(name)])
-            for name in SCENARIOS
-        ),
-    ],
-)
-def test_a_scenario_passes(scenario: str, suites: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_scenario_passes(scenario: str, tmp_path: Path) -> None:
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
     environ.update(
-        ANSIBLE_HOME=str(ROOT / ".ansible"), XDG_CACHE_HOME=cache_home(), NO_COLOR="1", MOLECULE_SUITES=suites
+        ANSIBLE_HOME=str(ROOT / ".ansible"),
+        XDG_CACHE_HOME=cache_home(),
+        NO_COLOR="1",
+        MOLECULE_SUITES="bookworm trixie",
     )
     output = tmp_path / "output.txt"
     with output.open("wb") as file:

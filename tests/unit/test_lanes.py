@@ -51,7 +51,13 @@ def test_a_machine_without_pulumis_engine_is_told_of(
     lanes.report([Result(FAST, 0.1, 0, {"tests": 3})] * 2, time.monotonic())
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("network-engine")]
     assert told == ([] if there else ["network-engine         –  did not run: `pulumi` is not on the PATH"])
-    assert (lanes.ENGINE in lanes.lanes_of_this_machine()) == there
+    assert (lanes.ENGINE in lanes.lanes_of_this_machine("test")) == there
+
+
+def test_what_is_left_out_and_what_is_not_are_all_lanes_together() -> None:
+    test, slow, both = (lanes.lanes_of_this_machine(what) for what in ("test", "slow", "all"))
+    assert [lane for lane in both if lane in test or lane in slow] == both
+    assert {lane.name for lane in both if lane not in test} == {"operations"}
 
 
 def test_no_other_lane_runs_what_needs_a_card() -> None:
