@@ -26,7 +26,7 @@ from portal.db import atomic, connection, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid
 from portal.models import TABLES, NamedLock, Table
 from portal.models.base import UtcDateTimeField
-from portal.services import frozen, sessions
+from portal.services import frozen, network, sessions
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -84,10 +84,11 @@ def restore(file: Path, *, force: bool = False) -> dict[str, int]:
 def settle(reason: str) -> int:
     """The rows are those of an earlier time: what was decided since must neither come to life again nor be overruled.
 
-    Every sign-in ends, and no host is told anything before it has spoken. Part of the transaction that restores, or
-    one of its own after another restored; returns how many hosts that are.
+    Every sign-in ends, no host is told anything before it has spoken, and no stack before an operator has compared.
+    Part of the transaction that restores, or one of its own after another restored; returns how many hosts that are.
     """
     sessions.end_everybodys("restored")
+    network.freeze(reason)
     return frozen.freeze_all(reason)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ import limits
 MIN_SECRET_BYTES = 32
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UNIX_SOCKET = "unix"  # among TRUSTED_PROXIES: who connects to the socket file has no address
+ENVIRONMENT = re.compile(r"[a-z][a-z0-9-]{0,31}")  # as the export's schema has it
 SAMPLES = ("changeme", "change-me", "secret", "example", "password", "sample")
 
 
@@ -60,6 +62,9 @@ class Settings:
     alertmanager_user: str | None = None
     alertmanager_password: str = field(default="", repr=False)
     monitoring_silent_s: float = 360.0  # the Watchdog comes, or is fetched, every minute
+    network_environment: str = "production"  # of which the export is; a stack of another one refuses it
+    network_webhook_url: str | None = None  # the pipeline that is called when the network changes; without: it asks
+    network_webhook_secret: str = field(default="", repr=False)
     metrics_allow: str = ""  # addresses and networks that read /metrics without a token
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
@@ -142,6 +147,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         raise SettingsError(f"HOST_CA_FILE: there is no file {settings.host_ca_file}; name one in PEM, or `system`")
     _check_proxies(settings)
     _check_monitoring(settings)
+    _check_network(settings)
     return settings
 
 
@@ -222,6 +228,28 @@ def _check_monitoring(settings: Settings) -> None:
         networks(settings.metrics_allow)
     except ValueError as error:
         raise SettingsError(f"METRICS_ALLOW: {error}; write addresses or networks with commas between them") from None
+
+
+def _check_network(settings: Settings) -> None:
+    if not ENVIRONMENT.fullmatch(settings.network_environment):
+        raise SettingsError(
+            f"NETWORK_ENVIRONMENT: {settings.network_environment!r} is no word such as production: a-z, 0-9 and '-', "
+            "a letter first, at most 32"
+        )
+    if settings.network_webhook_url is None:
+        return
+    parts = urlsplit(settings.network_webhook_url)
+    is_plain = parts.scheme == "http" and parts.hostname in LOOPBACK
+    if (parts.scheme != "https" and not is_plain) or not parts.hostname or "@" in parts.netloc or parts.fragment:
+        raise SettingsError(  # a token may be part of it, so it is not repeated
+            "NETWORK_WEBHOOK_URL: is not an address such as https://ci.example.org/hooks/network; "
+            "plain http is for loopback"
+        )
+    if len(settings.network_webhook_secret) < MIN_SECRET_BYTES:
+        raise SettingsError(
+            f"NETWORK_WEBHOOK_SECRET: shorter than {MIN_SECRET_BYTES} characters; make one with `openssl rand -hex 32` "
+            "and give the same to the pipeline, which checks the signature with it"
+        )
 
 
 def networks(text: str, *, but: str | None = None) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:

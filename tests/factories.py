@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal.db import utcnow
 from portal.models import Grant, Lease, Machine, Membership, Tenant, User
-from portal.models.states import GRANT_KINDS
+from portal.models.states import GRANTS_OF_EVERY_LEASE
 from portal.services import actors, passwords
 from portal.services.actors import Actor
 
@@ -62,7 +62,7 @@ def make_lease(machine: Machine, tenant: Tenant, **fields: Any) -> Lease:
     now = utcnow()
     given = {"state": "active", "starts_at": now, "ends_at": now + timedelta(hours=1), "activated_at": now}
     lease = Lease.create(machine=machine, tenant=tenant, **{**given, **fields})
-    for kind in GRANT_KINDS:
+    for kind in GRANTS_OF_EVERY_LEASE:
         Grant.create(lease=lease, kind=kind, desired="open")
     return lease
 

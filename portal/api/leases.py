@@ -44,6 +44,11 @@ class GrantOut(Schema):
     desired_at = ma.fields.AwareDateTime()
     observed = ma.fields.String(required=True)
     observed_at = ma.fields.AwareDateTime(allow_none=True)
+    waits_since = ma.fields.AwareDateTime(
+        allow_none=True, metadata={"description": "Waiting since then for the host, or for a stack to be applied"}
+    )
+    written_off_at = ma.fields.AwareDateTime(allow_none=True)
+    written_off_reason = ma.fields.String(allow_none=True)
     detail = ma.fields.Raw()
 
 
@@ -141,6 +146,15 @@ def end(body: dict[str, Any], lease_id: int) -> LeaseView:
 def write_off(body: dict[str, Any], lease_id: int) -> LeaseView:
     """The host will not answer any more: end the lease unobserved"""
     return _shown(leases.write_off(leases.get(lease_id), by=actor(), **body))
+
+
+@bp.post("/<int:lease_id>/grants/<string:kind>/write-off")
+@requires(*STAFF)
+@bp.arguments(EndIn)
+@bp.response(200, LeaseOut)
+def write_off_grant(body: dict[str, Any], lease_id: int, kind: str) -> LeaseView:
+    """An agent or a stack will not say any more that this is closed: the lease waits for it no longer"""
+    return _shown(leases.write_off_grant(leases.get(lease_id), kind, by=actor(), **body))
 
 
 def _shown(lease: Any) -> LeaseView:

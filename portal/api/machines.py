@@ -9,12 +9,24 @@ import marshmallow as ma
 from portal.api.blueprint import Blueprint, Schema
 from portal.api.guard import actor, requires
 from portal.api.leases import LeaseOut, ReasonPart, ReclaimOut
+from portal.api.openings import WishIn
 from portal.api.paging import PageArgs, page_of, page_schema
 from portal.db import utcnow
 from portal.integrations import host_keys
 from portal.models import Run
 from portal.models.states import MACHINE
-from portal.services import agents, config, frozen, leases, machines, overviews, provisioning, retirement, tenants
+from portal.services import (
+    agents,
+    config,
+    frozen,
+    leases,
+    machines,
+    network_openings,
+    overviews,
+    provisioning,
+    retirement,
+    tenants,
+)
 from portal.services.actors import STAFF
 from portal.services.overviews import LeaseView, MachineView
 
@@ -229,6 +241,7 @@ class AllocateIn(Schema):
     retain_s = ma.fields.Integer(strict=True, metadata={"description": "How long data is kept after the end"})
     root = ma.fields.Boolean(load_default=False)
     remark = ma.fields.String(allow_none=True, validate=ma.validate.Length(max=4000))
+    openings = ma.fields.List(ma.fields.Nested(WishIn), load_default=list, validate=ma.validate.Length(max=100))
 
 
 @bp.post("/<int:machine_id>/allocate")
@@ -239,6 +252,7 @@ def allocate(body: dict[str, Any], machine_id: int) -> LeaseView:
     """Lease the machine to a tenant; 409 lists everything that stands in the way"""
     machine, tenant = machines.get(machine_id), tenants.get(body.pop("tenant_id"))
     body.setdefault("retain_s", config.current().default_retain_s)
+    body["openings"] = network_openings.checked(body["openings"])
     lease = leases.allocate(machine, to=tenant, by=actor(), **body)
     return overviews.of_lease(lease, utcnow())
 

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "create-token": ("portal.cli.create_token", "make the token of a program such as Prometheus and print it"),
     "reset-password": ("portal.cli.reset_password", "give somebody a new one-time password and end their sign-ins"),
     "verify-report": ("portal.cli.verify_report", "check a reclaim report with the public key alone"),
+    "export-network": ("portal.cli.export_network", "print the export of the network for the stacks in pulumi/"),
     "backup": ("portal.cli.backup", "write the whole database to a file"),
     "restore": ("portal.cli.restore", "fill an empty database from such a file"),
     "freeze": ("portal.cli.freeze", "say that the database was restored by other means than restore"),

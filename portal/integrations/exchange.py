@@ -33,11 +33,12 @@ def exchange(
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=deadline_s)
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     with contextlib.closing(connection), _deadline(deadline_s) as (expired, cut):
         try:
             connection.connect()
             cut.append(connection.sock)
-            connection.request(method, parts.path, body, dict(headers))
+            connection.request(method, target, body, dict(headers))
             response = connection.getresponse()
             answer = response.read(MAX_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:

@@ -14,6 +14,8 @@ from portal.models.machines import (
     Machine,
     MachineReport,
 )
+from portal.models.network import AppliedNetwork, DnsRecord, Forward, NetworkExport, NetworkState, Opening
+from portal.models.network_places import DnsZone, SecurityGroup
 from portal.models.people import (
     ApiToken,
     Membership,
@@ -29,10 +31,11 @@ from portal.models.trail import AuditEntry, Event, NamedLock, Setting
 
 TABLES: tuple[type[Table], ...] = (
     User, Tenant, Membership, SshKey, RefreshFamily, ApiToken, SignInFailure,
-    Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
+    DnsZone, SecurityGroup, Machine, Gpu, MachineReport, EnrollToken, AgentCredential, Command, Baseline, JournalRecord,
     Lease, Grant, Reclaim, Run, RunHost, RunEvent, Task, Attempt, LogRange,
     AuditEntry, Event, Setting, NamedLock, Alert, AlertSilence, AlertRule,
     LoginKey, Drift,
+    Opening, Forward, DnsRecord, NetworkState, NetworkExport, AppliedNetwork,
 )  # fmt: skip
 
 __all__ = [
@@ -42,13 +45,17 @@ __all__ = [
     "AlertRule",
     "AlertSilence",
     "ApiToken",
+    "AppliedNetwork",
     "Attempt",
     "AuditEntry",
     "Baseline",
     "Command",
+    "DnsRecord",
+    "DnsZone",
     "Drift",
     "EnrollToken",
     "Event",
+    "Forward",
     "Gpu",
     "Grant",
     "JournalRecord",
@@ -59,11 +66,15 @@ __all__ = [
     "MachineReport",
     "Membership",
     "NamedLock",
+    "NetworkExport",
+    "NetworkState",
+    "Opening",
     "Reclaim",
     "RefreshFamily",
     "Run",
     "RunEvent",
     "RunHost",
+    "SecurityGroup",
     "Setting",
     "SignInFailure",
     "SshKey",

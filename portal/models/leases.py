@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import peewee as pw
 
 from portal.db import utcnow
@@ -61,7 +63,18 @@ class Grant(Table):
     observed = pw.CharField(8, default="unknown", constraints=[one_of("observed", GRANT_STATES)])
     desired_at = UtcDateTimeField(default=utcnow)
     observed_at = UtcDateTimeField(null=True)
-    detail = JsonField(default=dict)  # keys: the fingerprints the host has
+    detail = JsonField(default=dict)  # keys: the fingerprints the host has; else its parts
+    generation = pw.IntegerField(null=True)  # of the network, when this was wanted: what a stack must have applied
+    written_off_at = UtcDateTimeField(null=True)  # an operator waits for it no longer
+    written_off_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
+    written_off_by_id: int | None
+    written_off_reason = pw.TextField(null=True)
+
+    @property
+    def waits_since(self) -> datetime | None:
+        """Since when it waits for an agent or a stack; None while it is as wanted, or nobody waits."""
+        is_settled = self.observed == self.desired or self.written_off_at is not None
+        return None if is_settled else self.desired_at
 
     class Meta:
         indexes = ((("lease", "kind"), True),)

@@ -6,6 +6,7 @@ import peewee as pw
 
 from portal.db import utcnow
 from portal.models.base import JsonField, Table, UtcDateTimeField, one_of
+from portal.models.network_places import SecurityGroup
 from portal.models.people import User
 from portal.models.states import COMMAND, MACHINE
 
@@ -49,6 +50,17 @@ class Machine(Table):
     leases_above = pw.IntegerField(default=0)  # ids of new leases: the host may know those up to here from a lost past
     facts = JsonField(null=True)
     created_at = UtcDateTimeField(default=utcnow)
+    # Deferred: in a backup the gateway may come after those behind it.
+    gateway = pw.ForeignKeyField("self", null=True, on_delete="RESTRICT", deferrable="INITIALLY DEFERRED")
+    gateway_id: int | None
+    security_group = pw.ForeignKeyField(SecurityGroup, null=True, on_delete="RESTRICT")  # in front of it, in a cloud
+    security_group_id: int | None
+    forward_ports = pw.CharField(11, null=True)  # "20000-20999": it is a gateway, and leased to nobody
+    hears_openings = pw.BooleanField(default=False)  # its agent reports openings, so it may be told of them
+
+    @property
+    def is_gateway(self) -> bool:
+        return self.forward_ports is not None
 
 
 Machine.add_index(

@@ -12,18 +12,33 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import peewee
 from cryptography import x509
 
 from portal.db import utcnow
-from portal.models import Alert, ApiToken, Lease, Machine, MachineReport, Run, RunHost, User
+from portal.models import (
+    Alert,
+    ApiToken,
+    AppliedNetwork,
+    Grant,
+    Lease,
+    Machine,
+    MachineReport,
+    Opening,
+    Run,
+    RunHost,
+    User,
+)
 from portal.models.states import ALERT_OPEN
-from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines
+from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines, network
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice, fingerprint_of
 from portal.services.health import Health, Problem
 
 MONITORING_FORGOTTEN = timedelta(days=1)  # a Prometheus that was taken away is not missed for ever
 LEASE_ENDING = timedelta(hours=24)
+STILL_OPEN = timedelta(minutes=15)  # a host is told within a second; a pipeline takes its minutes
+NOT_APPLIED = timedelta(hours=1)
 RUN_REMEMBERED = timedelta(hours=24)
 CERTIFICATE_ENDING = timedelta(days=14)
 TOKEN_ENDING = timedelta(days=7)
@@ -42,6 +57,10 @@ NAMES = {
     "MachineQuarantined": "critical",
     "RunFailed": "warning",
     "LeaseEnding": "info",
+    "GrantStillOpen": "critical",
+    "OpeningStuck": "warning",
+    "NetworkNotApplied": "warning",
+    "NetworkFrozen": "critical",
     "CertificateExpiring": "warning",
     "TokenExpiring": "warning",
 }
@@ -133,6 +152,8 @@ def conditions(now: datetime, since: datetime) -> Iterator[Condition]:
     yield from _reclaims(fleet)
     yield from _runs(now)
     yield from _leases(now)
+    yield from _still_open(now)
+    yield from _network(now)
     yield from _certificates(now)
     yield from _tokens(now)
 
@@ -255,6 +276,72 @@ def _leases(now: datetime) -> Iterator[Condition]:
             f"Lease {lease.id} of {lease.machine.name} ends at {lease.ends_at:%Y-%m-%d %H:%M} UTC.",
             "Ask the customer whether it is to be extended; its data is wiped after the retention.",
             {"host": lease.machine.name, "lease": str(lease.id)},
+        )
+
+
+def grants_still_open() -> peewee.ModelSelect[Grant]:
+    """What ended leases have open still, part by part, as far as nobody has written it off."""
+    return (
+        Grant.select(Grant, Lease, Machine)
+        .join(Lease)
+        .join(Machine)
+        .where(
+            Lease.state == "ending",
+            Grant.desired == "closed",
+            Grant.observed != "closed",
+            Grant.written_off_at.is_null(),
+        )
+        .order_by(Grant.id)
+    )
+
+
+def openings_stuck(now: datetime) -> peewee.ModelSelect[Opening]:
+    """What a host cannot open, and what it has open though nobody wants it any more."""
+    is_failed = Opening.closed_at.is_null() & (Opening.observed == "failed")
+    is_left = (Opening.closed_at <= now - STILL_OPEN) & (Opening.observed << ("open", "failed"))
+    of_machine = Opening.select(Opening, Machine).join(Machine).where(Machine.state != "retired")
+    return of_machine.where(is_failed | (Opening.lease.is_null() & is_left)).order_by(Opening.id)
+
+
+def _still_open(now: datetime) -> Iterator[Condition]:
+    for grant in grants_still_open().where(Grant.desired_at <= now - STILL_OPEN):
+        lease = grant.lease
+        yield Condition(
+            "GrantStillOpen",
+            f"Lease {lease.id} of {lease.machine.name} has ended, and its {grant.kind} is not seen closed since "
+            f"{grant.desired_at:%Y-%m-%d %H:%M} UTC.",
+            "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
+            {"host": lease.machine.name, "lease": str(lease.id), "part": grant.kind},
+        )
+    for opening in openings_stuck(now):
+        why = opening.error or "The host does not say why."
+        yield Condition(
+            "OpeningStuck",
+            f"Opening {opening.id} of {opening.machine.name} is {opening.observed} and is not wanted so: {why}",
+            "Look at the host: `remotegpu-agent doctor`.",
+            {"host": opening.machine.name, "opening": str(opening.id)},
+        )
+
+
+def network_behind_since() -> datetime | None:
+    """Since when a change waits for a stack; None where none does, or nothing was ever applied."""
+    since: datetime | None = network.state().behind_since
+    return since if since is not None and AppliedNetwork.select().exists() else None
+
+
+def _network(now: datetime) -> Iterator[Condition]:
+    why, since = network.state().frozen_reason, network_behind_since()
+    if why is not None:
+        yield Condition(
+            "NetworkFrozen",
+            f"The network is frozen: {why}",
+            "Compare what is wanted with what the stacks have applied, then thaw it. No stack gets an export before.",
+        )
+    elif since is not None and since <= now - NOT_APPLIED:
+        yield Condition(
+            "NetworkNotApplied",
+            f"A change of the network waits to be applied since {since:%Y-%m-%d %H:%M} UTC.",
+            "Look at the pipeline's last run. Names and security groups stay as they were until it has applied it.",
         )
 
 

@@ -13,7 +13,7 @@ import redis
 
 from portal.db import db, is_sqlite
 from portal.models import ApiToken, Lease, Machine
-from portal.services import alerts_own, config
+from portal.services import alerts_own, config, network
 from portal.services.monitoring_samples import Samples, labelled
 
 REDIS_TIMEOUT_S = 1.0
@@ -21,6 +21,10 @@ REDIS_TIMEOUT_S = 1.0
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_lease_end_timestamp_seconds": ("gauge", "When an active lease ends"),
     "remotegpu_run_failed": ("gauge", "1 where the newest run of a playbook on a machine has failed within a day"),
+    "remotegpu_grant_closing_timestamp_seconds": ("gauge", "Since when a part of an ended lease is to be closed"),
+    "remotegpu_opening_stuck": ("gauge", "1 where an opening is not as it is wanted on the host"),
+    "remotegpu_network_behind_timestamp_seconds": ("gauge", "Since when a change of the network waits for a stack"),
+    "remotegpu_network_frozen": ("gauge", "1 while no stack is given an export, after a restoration"),
     "remotegpu_certificate_end_timestamp_seconds": ("gauge", "When a certificate of the portal ends"),
     "remotegpu_token_end_timestamp_seconds": ("gauge", "When the API token of a program ends"),
     "remotegpu_database_connections": ("gauge", "Connections to the database server, of everybody"),
@@ -47,12 +51,25 @@ def _samples(now: datetime) -> Iterator[Sample]:
         yield "remotegpu_lease_end_timestamp_seconds", labels, lease.ends_at.timestamp()
     for (host, playbook), run in alerts_own.newest_runs(now).items():
         yield "remotegpu_run_failed", {"host": host, "playbook": playbook}, run.state != "succeeded"
+    yield from _network(now)
     for certificate, ends_at in alerts_own.certificates().items():
         yield "remotegpu_certificate_end_timestamp_seconds", {"certificate": certificate}, ends_at.timestamp()
     for token in ApiToken.select().where(ApiToken.revoked_at.is_null(), ApiToken.expires_at > now):
         yield "remotegpu_token_end_timestamp_seconds", {"token": str(token.id)}, token.expires_at.timestamp()
     yield from _database()
     yield from _redis()
+
+
+def _network(now: datetime) -> Iterator[Sample]:
+    for grant in alerts_own.grants_still_open():
+        labels = {"host": grant.lease.machine.name, "lease": str(grant.lease_id), "part": grant.kind}
+        yield "remotegpu_grant_closing_timestamp_seconds", labels, grant.desired_at.timestamp()
+    for opening in alerts_own.openings_stuck(now):
+        yield "remotegpu_opening_stuck", {"host": opening.machine.name, "opening": str(opening.id)}, 1
+    if network.state().frozen_reason is not None:
+        yield "remotegpu_network_frozen", {}, 1
+    elif (since := alerts_own.network_behind_since()) is not None:
+        yield "remotegpu_network_behind_timestamp_seconds", {}, since.timestamp()
 
 
 def _database() -> Iterator[Sample]:

@@ -29,7 +29,7 @@ class CannotAllocate(Conflict):
 
 def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
     """Everything that keeps a lease from starting on this machine now, each with a message of its own."""
-    refusals: list[Problem] = []
+    refusals: list[Problem] = [*gateway_refusals(machine)]
     if machine.state != "ready":
         refusals.append(_not_ready(machine))
     else:
@@ -65,9 +65,15 @@ def run_refusals(machine: Machine) -> Iterable[Problem]:
 
 def plan_refusals(machine: Machine) -> Iterable[Problem]:
     """For later, a machine need not be free or well now, but it must be one that is in service."""
+    yield from gateway_refusals(machine)
     if machine.state not in ("ready", "leased", "reclaiming"):
         yield _not_ready(machine)
     yield from past_refusals(machine)
+
+
+def gateway_refusals(machine: Machine) -> Iterable[Problem]:
+    if machine.is_gateway:
+        yield Problem("gateway", f"{machine.name} is a gateway for other machines and is leased to nobody.")
 
 
 def past_refusals(machine: Machine) -> Iterable[Problem]:

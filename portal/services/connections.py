@@ -1,6 +1,7 @@
 """How a customer reaches a leased machine: the command, the lines for ~/.ssh, and the key that the host must show.
 
-There is no password and no machine-wide key to tell: a lease opens to its people's own keys.
+There is no password and no machine-wide key to tell: a lease opens to its people's own keys. Behind a gateway the way
+in is the port there that was forwarded to this machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from portal.errors import Conflict
 from portal.models import Lease, User
-from portal.services import machines, tenants
+from portal.services import machines, network_forwards, tenants
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,27 @@ def of(lease: Lease, *, user: User) -> Connection:
     machine = lease.machine
     if lease.state != "active" or lease.login is None or machine.host_key is None:
         raise Conflict(f"The lease is {lease.state}; one can connect while it is active.", code="lease_not_active")
-    host, key_type = machine.public_address or machine.address, machine.host_key.split()[0]
+    host, port = _way_in(lease)
+    key_type = machine.host_key.split()[0]
     return Connection(
         login=lease.login,
         host=host,
-        port=machine.ssh_port,
-        command=_command(host, machine.ssh_port, lease.login, key_type),
-        ssh_config=_config(machine.name, host, machine.ssh_port, lease.login),
+        port=port,
+        command=_command(host, port, lease.login, key_type),
+        ssh_config=_config(machine.name, host, port, lease.login),
         host_key_type=key_type,
         host_key_fingerprint=machines.fingerprint(machine.host_key),
-        known_hosts_line=f"{_known_name(host, machine.ssh_port)} {machine.host_key}",
+        known_hosts_line=f"{_known_name(host, port)} {machine.host_key}",
     )
+
+
+def _way_in(lease: Lease) -> tuple[str, int]:
+    """The public address and port, of the gateway where there is one."""
+    machine = lease.machine
+    forward = network_forwards.find_ssh(lease)
+    if forward is not None:
+        return forward.gateway.public_address or forward.gateway.address, forward.public_port
+    return machine.public_address or machine.address, machine.ssh_port
 
 
 def _command(host: str, port: int, login: str, key_type: str) -> str:

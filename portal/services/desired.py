@@ -1,6 +1,6 @@
 """The desired state: everything that the agent of one machine shall make true, whole, as the protocol writes it.
 
-Read only, from what leases, keys, tasks and commands say. When it changes, whoever changed it calls
+Read only, from what leases, keys, tasks, commands, openings and forwards say. When it changes, whoever changed it calls
 `events.desired_changed`; how it reaches the host is in sync.py.
 """
 
@@ -13,22 +13,28 @@ from portal.db import utcnow
 from portal.integrations.protocol import format_time
 from portal.models import Lease, Machine
 from portal.models.states import LEASE_OPEN
-from portal.services import commands, config, keys, reclaims, tasks
+from portal.services import commands, config, keys, network_forwards, network_openings, reclaims, tasks
 
 
 def desired_of(machine: Machine, *, now: datetime | None = None) -> dict[str, Any]:
     """What the host shall be like now. Read the machine before: the generation is the one of the row in hand."""
-    settings = config.current()
+    settings, now = config.current(), now or utcnow()
     return {
         "machine_id": machine.id,
         "epoch": machine.epoch,
         "generation": machine.generation,
-        "leases": [_lease(lease, now or utcnow()) for lease in _open_leases(machine)],
+        "leases": [_lease(lease, now) for lease in _open_leases(machine)],
         "attempts": tasks.to_send(machine),
         "commands": commands.to_send(machine),
         "report_interval_s": settings.report_interval_s,
         "log_quota_bytes": settings.log_quota_bytes,
+        **(_holes(machine, now) if machine.hears_openings else {}),
     }
+
+
+def _holes(machine: Machine, now: datetime) -> dict[str, Any]:
+    """An agent that does not report them would refuse the whole state over a field that it does not know."""
+    return {"openings": network_openings.to_send(machine, now), "forwards": network_forwards.to_send(machine, now)}
 
 
 def _open_leases(machine: Machine) -> list[Lease]:

@@ -19,7 +19,7 @@ from portal.services import agents, config, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM
 
 SCHEMA = 1
-GROUP = "gpu_hosts"
+GPU_HOSTS, GATEWAYS = "gpu_hosts", "gateways"
 SECRET_FIELDS = ("password", "become_password")
 SECRET_VARS = ("remotegpu_enroll_token",)
 
@@ -83,7 +83,7 @@ def _host(machine: Machine, *, is_leased: bool, operator_keys: list[str]) -> dic
         "port": machine.ssh_port,
         "user": machine.ssh_user,
         "host_keys": [machine.host_key],
-        "groups": [GROUP],
+        "groups": [GATEWAYS if machine.is_gateway else GPU_HOSTS],
         "vars": values,
         "password": None,
         "become_password": None,

@@ -1,9 +1,9 @@
 """Leases: who has which machine, until when.
 
 A lease's life is told here in order: allocate, activate, extend, end, observed closed, ended; and beside it: continue
-one whose data is still retained, take the machine back, write a lease off. What stands in the way of one is in
-availability.py, what it opens in grants.py, how the machine gets clean in reclaims.py. Here is no HTTP and no host:
-callers pass who, why, and where it matters the time.
+one whose data is still retained, take the machine back, write a lease or one of its grants off. What stands in the way
+of one is in availability.py, what it opens in grants.py and network_switch.py, how the machine gets clean in
+reclaims.py. Here is no HTTP and no host: callers pass who, why, and where it matters the time.
 
 Every change takes the machine's row first (`machines.lock`): what was checked stays true until the commit, and no two
 transactions wait for each other.
@@ -21,10 +21,25 @@ from portal.db import atomic, db, is_sqlite, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK_LIVE
-from portal.services import audit, availability, batch, events, grants, machines, reclaims, tasks, tenants
+from portal.services import (
+    audit,
+    availability,
+    batch,
+    events,
+    grants,
+    machines,
+    network_forwards,
+    network_openings,
+    network_switch,
+    reclaims,
+    tasks,
+    tenants,
+)
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.availability import CannotAllocate
 from portal.services.health import Problem
+from portal.services.network_applied import View
+from portal.services.network_openings import Wish
 from portal.services.transitions import WrongState, move
 
 LAST_UID = 59999  # beyond it begin those that Debian and systemd give away by themselves
@@ -88,14 +103,18 @@ def allocate(
     retain_s: int,
     root: bool = False,
     remark: str | None = None,
+    openings: Sequence[Wish] = (),
     by: Actor,
 ) -> Lease:
     """Lease the machine to a tenant, from now or from `starts_at` on.
 
-    After the end its data is kept for `retain_s`, then wiped. Raises Invalid, or CannotAllocate with every reason.
+    Its keys, its `openings`, its name and, behind a gateway, its port there open in one transaction. After the end its
+    data is kept for `retain_s`, then wiped. Raises Invalid, or CannotAllocate with every reason.
     """
     now = utcnow()
     _check_times(starts_at, until, retain_s, now)
+    if openings and starts_at is not None:
+        raise Invalid({"openings": ["Open ports once the lease is active; this one begins later."]})
     probe_key = reclaims.new_probe_key()
     try:
         with atomic():
@@ -112,7 +131,7 @@ def allocate(
             fields = {"tenant": to, "retain_s": retain_s, "root": root, "remark": remark, "probe_key": probe_key}
             lease = _write(machine, uid=uid, starts_at=starts_at or now, ends_at=until, by=by, **fields)
             if starts_at is None:
-                _activate(lease, machine, by=by)
+                _activate(lease, machine, by=by, openings=openings)
     except peewee.IntegrityError:
         # The partial unique index has the last word, whatever the checks above believed.
         raise CannotAllocate([Problem("leased", f"{machine.name} was leased to somebody at this moment.")]) from None
@@ -171,16 +190,17 @@ def _take_uid(machine: Machine) -> int:
 # Activate
 
 
-def _activate(lease: Lease, machine: Machine, *, by: Actor) -> None:
+def _activate(lease: Lease, machine: Machine, *, by: Actor, openings: Sequence[Wish] = ()) -> None:
     """Inside the transaction that holds the machine's row and has checked it."""
     move(machine, leave="ready", enter="leased")
-    _open(lease, by=by)
+    _open(lease, machine, by=by, openings=openings)
 
 
-def _open(lease: Lease, *, by: Actor) -> None:
+def _open(lease: Lease, machine: Machine, *, by: Actor, openings: Sequence[Wish] = ()) -> None:
     move(lease, leave="scheduled", enter="active", activated_at=utcnow())
     grants.open_all(lease)
     events.desired_changed(lease.machine_id)
+    network_switch.open_all(lease, machine, openings, by=by)
     _tell("lease.active", lease, by=by)
 
 
@@ -248,6 +268,7 @@ def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
         lease.ends_at = until
         if lease.state == "active":
             events.desired_changed(machine.id)
+            network_switch.moved(lease)
         _tell("lease.extended", lease, by=by, before=before, until=until)
     return lease
 
@@ -278,7 +299,7 @@ def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now
         probe_key=reclaims.new_probe_key(),
         by=by,
     )
-    _open(following, by=by)
+    _open(following, machine, by=by)
     return following
 
 
@@ -307,6 +328,7 @@ def _close(lease: Lease, *, by: Actor, reason: str, force: bool = False, where: 
     grants.want_all_closed(lease)
     tasks.end_all_of(lease, reason=reason)
     events.desired_changed(lease.machine_id)
+    network_switch.close_all(lease, by=by)
     _tell("lease.ending", lease, by=by, reason=reason, force=force)
 
 
@@ -369,6 +391,9 @@ def _finish_without_tasks(lease: Lease, now: datetime) -> bool:
     with atomic():
         machines.lock(lease.machine)
         grants.observe(lease, "tasks", "closed")
+        lease = get(lease.id)
+        if lease.state != "ending" or not grants.are_all_closed(lease):
+            return False
         _finish(lease, by=SYSTEM)
     return True
 
@@ -450,10 +475,61 @@ def _never_there(lease: Lease, machine: Machine) -> None:
     with atomic():
         machines.lock(machine)
         lease = get(lease.id)
-        for kind in ("keys", "tasks"):
-            grants.observe(lease, kind, "closed", message="The host never opened it.")
-        if lease.state == "ending" and not _awaits_tasks(lease, utcnow()):
+        never = "The host never opened it."
+        grants.observe(lease, "keys", "closed", message=never)
+        grants.observe(lease, "tasks", "open" if _awaits_tasks(lease, utcnow()) else "closed", message=never)
+        if lease.state == "ending" and grants.are_all_closed(lease):
             _finish(lease, by=of_agent(machine))
+
+
+def holes_observed(machine: Machine, told: Mapping[str, Any]) -> None:
+    """Take in what the agent says of openings on its host and, of a gateway, of forwards; an older one says nothing.
+
+    Call it after `observed`: what was the last thing to be awaited ends the lease.
+    """
+    is_current = _has_applied_everything(machine)
+    news = network_openings.observe(machine, told.get("openings"), is_current=is_current)
+    if machine.is_gateway:
+        news |= network_forwards.observe(machine, told.get("forwards"), is_current=is_current)
+    for lease in Lease.select().where(Lease.id << sorted(news or {0})).order_by(Lease.id):
+        network_seen(lease, by=of_agent(machine))
+
+
+def network_seen(lease: Lease, *, views: Mapping[str, View] | None = None, by: Actor = SYSTEM) -> bool:
+    """An agent or a stack has said something of what this lease opens in the network; True when that is news."""
+    with atomic():
+        machines.lock(lease.machine)
+        lease = get(lease.id)
+        news = network_switch.refresh(lease, views)
+        if news:
+            _tell_observed(lease)
+        if lease.state == "ending" and grants.are_all_closed(lease):
+            _finish(lease, by=by)
+    return news
+
+
+def write_off_grant(lease: Lease, kind: str, *, by: Actor, reason: str) -> Lease:
+    """An agent or a stack will not say any more that this is closed: the lease waits for it no longer.
+
+    What was last seen of it stays to be read. The keys and tasks of a host that does not answer go with the whole
+    lease. Raises Invalid, NotFound, or Conflict while the grant is wanted open or was seen closed.
+    """
+    if not reason.strip():
+        raise Invalid({"reason": ["Say how you know; the trail keeps it."]})
+    with atomic():
+        machines.lock(lease.machine)
+        lease = get(lease.id)
+        grant = grants.find(lease, kind)
+        if grant is None or kind not in network_switch.KINDS:
+            raise NotFound(f"Lease {lease.id} has no such grant that can be written off.")
+        if grant.desired == "open" or grant.observed == "closed" or grant.written_off_at is not None:
+            raise Conflict("Nobody waits for this grant to be closed.", code="wrong_state")
+        grants.write_off(grant, by=by, reason=reason)
+        network_switch.write_off(lease, kind)
+        _tell("grant.written_off", lease, by=by, kind=kind, observed=grant.observed, reason=reason)
+        if lease.state == "ending" and grants.are_all_closed(lease):
+            _finish(lease, by=by)
+    return get(lease.id)
 
 
 def _finish(lease: Lease, *, by: Actor, **detail: Any) -> None:

@@ -22,7 +22,7 @@ from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations import host_keys
 from portal.models import AgentCredential, Baseline, Gpu, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, config, events, health, vault
+from portal.services import audit, config, events, health, network, network_places, vault
 from portal.services.actors import Actor
 from portal.services.machine_fields import Credential, checked
 
@@ -118,6 +118,7 @@ def register(
             machine = Machine.create(epoch=str(uuid.uuid4()), **fields)
             audit.record("machine.registered", machine, by=by, **_told(fields))
             events.write("machine.registered", machine_id=machine.id)
+            network.changed()
     except peewee.IntegrityError:
         raise _taken(fields) from None
     return machine
@@ -212,6 +213,7 @@ def edit(machine: Machine, *, by: Actor, **changes: Any) -> Machine:
             Machine.update(**changed).where(Machine.id == machine.id).execute()
             audit.record("machine.edited", machine, by=by, **_told(changed))
             events.write("machine.edited", machine_id=machine.id)
+            network_places.edited(get(machine.id), changed)
     except peewee.IntegrityError:
         raise _taken(fields, machine) from None
     return get(machine.id)

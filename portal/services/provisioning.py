@@ -26,7 +26,7 @@ READY_DEADLINE = timedelta(minutes=15)  # from a successful run to the baseline;
 
 
 def provision(machine: Machine, *, by: Actor) -> Run:
-    """Queue the run that makes it a GPU host. From quarantined only after a re-image, from leased never."""
+    """Queue the run that makes it a GPU host, or a gateway. From quarantined only after a re-image, from leased never."""
     with atomic():
         machine = machines.lock(machine)
         if machine.host_key is None:
@@ -38,7 +38,8 @@ def provision(machine: Machine, *, by: Actor) -> Run:
                 "The machine is quarantined. Reclaim it again, or install it anew and say so.", code="not_reimaged"
             )
         move(machine, leave=["registered", "failed", "ready", "quarantined"], enter="provisioning")
-        run = runs.queue("gpu_hosts", [machine], purpose="provision", by=by)
+        playbook = "gateways" if machine.is_gateway else "gpu_hosts"
+        run = runs.queue(playbook, [machine], purpose="provision", by=by)
         audit.record("machine.provisioning", machine, by=by, run_id=run.id)
         events.write("machine.provisioning", machine_id=machine.id, run_id=run.id)
     return run

@@ -11,10 +11,22 @@ from collections.abc import Mapping
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.models import Gpu, Lease, Machine, MachineReport, RunHost
-from portal.services import agents, audit, commands, events, frozen, machines
+from portal.services import (
+    agents,
+    audit,
+    commands,
+    events,
+    frozen,
+    machines,
+    network,
+    network_machines,
+    network_openings,
+)
 from portal.services.actors import Actor
 from portal.services.machine_fields import checked
 from portal.services.transitions import move
+
+NOWHERE = dict.fromkeys(network_machines.FIELDS)  # behind no gateway and no group, and no gateway itself
 
 
 def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[str, str] | None = None) -> Machine:
@@ -36,6 +48,7 @@ def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[st
         commands.cancel_all(machine, "thaw", by=by, reason="The host was installed anew.")
         agents.end_credentials(machine, by=by)
         MachineReport.delete().where(MachineReport.machine == machine).execute()
+        network_openings.forget_seen(machine)
         audit.record("machine.reimaged", machine, by=by, reason=reason)
         events.write("machine.reimaged", machine_id=machine.id)
     return machine
@@ -48,8 +61,11 @@ def retire(machine: Machine, *, by: Actor, reason: str) -> Machine:
         planned = Lease.select().where(Lease.machine == machine, Lease.state == "scheduled").first()
         if planned is not None:
             raise Conflict(f"Lease {planned.id} is scheduled on this machine; end it first.", code="has_leases")
+        network_machines.refuse_gateway_in_use(machine)
         move(machine, leave=["failed", "ready", "quarantined"], enter="retired", state_reason=reason)
-        Machine.update(first_contact=None).where(Machine.id == machine.id).execute()
+        Machine.update(first_contact=None, **NOWHERE).where(Machine.id == machine.id).execute()
+        network_openings.close_of_machine(machine, by=by)
+        network.changed()
         Gpu.delete().where(Gpu.machine == machine).execute()  # the cards may go into another machine
         agents.end_credentials(machine, by=by)
         audit.record("machine.retired", machine, by=by, reason=reason)
@@ -65,6 +81,8 @@ def delete(machine: Machine, *, by: Actor) -> None:
             raise Conflict("The machine has been leased; retire it, its history is kept.", code="has_leases")
         if RunHost.select().where(RunHost.machine == machine).exists():
             raise Conflict("The machine has runs in its history; retire it instead.", code="has_runs")
+        network_machines.refuse_gateway_in_use(machine)
+        network.changed()
         audit.record("machine.deleted", machine, by=by, name=machine.name, address=machine.address)
         events.write("machine.deleted", machine_id=machine.id)
         Machine.delete().where(Machine.id == machine.id).execute()

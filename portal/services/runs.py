@@ -61,9 +61,13 @@ ROLES = frozenset(
         *("nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter", "desktop_vnc", "desktop_xrdp"),
     )
 )
+ROLES_OF_GATEWAYS = frozenset(
+    ("base", "ssh_hardening", "unattended_upgrades", "firewall", "gateway", "node_exporter", "gpu_agent")
+)
 PLAYBOOKS = MappingProxyType(
     {
         "gpu_hosts": Playbook("gpu_hosts", disrupts=True, repeatable=True, tags=ROLES),
+        "gateways": Playbook("gateways", disrupts=False, repeatable=True, tags=ROLES_OF_GATEWAYS),
         "verify": Playbook("verify", disrupts=False, repeatable=True),
         "site": Playbook("site", disrupts=True, repeatable=False, tags=ROLES),
         "upgrade_agent": Playbook("upgrade_agent", disrupts=False, repeatable=True),

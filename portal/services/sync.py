@@ -28,6 +28,7 @@ from portal.services import (
     audit,
     commands,
     desired,
+    events,
     frozen,
     heartbeats,
     leases,
@@ -63,6 +64,7 @@ class Known:
     is_thawing: bool
     has_said_so: bool  # the last report that is kept says `frozen`
     leases: Any = None
+    holes: Any = None
     gpu_uuids: list[str] | None = None
     facts: Any = field(default=None)
 
@@ -253,7 +255,13 @@ def _is_news(told: Message, known: Known) -> bool:
         return True
     if told["facts"] is not None and told["facts"] != known.facts:
         return True
-    return bool(told["leases"] != known.leases or _uuids(told) not in (None, known.gpu_uuids))
+    is_same = told["leases"] == known.leases and _holes(told) == known.holes
+    return not is_same or _uuids(told) not in (None, known.gpu_uuids)
+
+
+def _holes(told: Message) -> tuple[Any, Any]:
+    """What it says of openings and forwards; None: it is older than they are."""
+    return told.get("openings"), told.get("forwards")
 
 
 def _uuids(told: Message) -> list[str] | None:
@@ -299,10 +307,13 @@ def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> 
     if told["command_results"]:
         _known.drop(machine_id)  # one of them may have ended the freeze
     leases.observed(machine, told["leases"])
+    _note_hears(machine, told)
+    leases.holes_observed(machine, told)
     _take_hardware(machine, told, known)
     if not (told["attempts"] or told["command_results"]):
         # Taken in, and the same again is no news, until an event of this machine drops what is remembered.
         known.leases, known.applied_generation = told["leases"], machine.applied_generation
+        known.holes = _holes(told)
     return acks
 
 
@@ -353,6 +364,16 @@ def _note_applied(machine: Machine, request: Message, told: Message) -> None:
     if request["epoch"] == machine.epoch and applied != machine.applied_generation:
         _write(machine, applied_generation=applied)
         machine.applied_generation = applied
+
+
+def _note_hears(machine: Machine, told: Message) -> None:
+    """Whether it may be told of openings: it reports them, so it knows the field. What waited for that is sent now."""
+    hears = "openings" in told
+    if hears != machine.hears_openings:
+        with db.atomic():
+            Machine.update(hears_openings=hears).where(Machine.id == machine.id).execute()
+            events.desired_changed(machine.id)
+        machine.hears_openings = hears
 
 
 def _write(machine: Machine, **columns: Any) -> None:

@@ -23,6 +23,7 @@ PREFIX = "rgt_"
 SCOPES = {
     "alerts": "deliver alerts as Alertmanager does",
     "inventory": "read the machines as the inventory plugin does",
+    "network": "read the network's export and tell what was applied, as a pipeline does",
     "prometheus": "read targets, rules and metrics as Prometheus does",
     "read": "read lists and details",
     "admin": "change machines, leases and runs",

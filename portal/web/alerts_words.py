@@ -93,6 +93,23 @@ SENTENCES = (
     pgettext("refusal", "Read the run's output, mend what it names, and run it again."),
     pgettext("refusal", "Lease %(lease)s of %(host)s ends within %(value)s."),
     pgettext("refusal", "Ask the customer whether it is to be extended; its data is wiped after the retention."),
+    pgettext("refusal", "Lease %(lease)s of %(host)s has ended, and its %(part)s is not seen closed."),
+    pgettext(
+        "refusal",
+        "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
+    ),
+    pgettext("refusal", "Opening %(opening)s of %(host)s is not as it is wanted."),
+    pgettext("refusal", "Look at the host: `remotegpu-agent doctor`."),
+    pgettext("refusal", "A change of the network waits to be applied for more than an hour."),
+    pgettext(
+        "refusal",
+        "Look at the pipeline's last run. Names and security groups stay as they were until it has applied it.",
+    ),
+    pgettext("refusal", "The network is frozen since the portal was restored."),
+    pgettext(
+        "refusal",
+        "Compare what is wanted with what the stacks have applied, then thaw it. No stack gets an export before.",
+    ),
     pgettext("refusal", "The portal does not answer Prometheus."),
     pgettext("refusal", "Look at the portal's units and their log. Leases end on their hosts all the same."),
     pgettext("refusal", "%(value)s %% of the portal's answers are errors of its own."),

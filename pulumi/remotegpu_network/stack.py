@@ -27,7 +27,7 @@ def run(folder: Path) -> None:
     for note in found.notes:
         pulumi.warn(note)
     made = clouds.declare(found.resources)
-    pulumi.export("network", told_of(wanted, found))
+    pulumi.export("network", told_of(wanted, found, told))
     pulumi.export("groups", {name: each.id for name, each in made.items()})
 
 
@@ -38,9 +38,13 @@ def _export(file: Path) -> bytes:
         raise guard.Refused(f"The export {file} cannot be read ({error.strerror}). Nothing was changed.") from None
 
 
-def told_of(wanted: Document, found: Desired) -> dict[str, Any]:
-    """What was applied, in numbers: CI posts it to the portal, and the next run's guard reads it."""
+def told_of(wanted: Document, found: Desired, told: settings.Settings) -> dict[str, Any]:
+    """What was applied, in numbers: CI posts it to the portal, and the next run's guard reads it.
+
+    `clouds` says of which part of the export that is true: the portal opens and closes leases' grants by it.
+    """
     return {
+        "clouds": sorted(told.clouds),
         "environment": wanted.environment,
         "generation": wanted.generation,
         "checksum": wanted.checksum,

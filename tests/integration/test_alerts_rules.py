@@ -63,7 +63,7 @@ def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
 def test_nothing_is_told_of_a_machine_in_maintenance() -> None:
     of_machines = [rule for rule in rules().values() if "host" in rule["expr"] and "xid" not in rule["expr"]]
     told_all_the_same = {rule["alert"] for rule in of_machines if "remotegpu_machine_maintenance" not in rule["expr"]}
-    assert told_all_the_same == {"MachineQuarantined", "RunFailed", "LeaseEnding"}
+    assert told_all_the_same == {"MachineQuarantined", "RunFailed", "LeaseEnding", "GrantStillOpen", "OpeningStuck"}
 
 
 def test_what_the_portal_raises_by_itself_is_delivered_as_a_rule_with_the_same_severity() -> None:

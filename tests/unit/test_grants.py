@@ -8,7 +8,7 @@ import pytest
 
 from portal.db import atomic, utcnow
 from portal.models import Grant, Lease, Tenant
-from portal.models.states import GRANT_KINDS
+from portal.models.states import GRANTS_OF_EVERY_LEASE
 from portal.services import grants
 from tests.factories import make_machine
 
@@ -22,9 +22,9 @@ def lease(database: Any, tenant: Tenant) -> Lease:
     return lease
 
 
-def test_a_lease_opens_each_kind_once_and_nothing_is_known_of_it_yet(lease: Lease) -> None:
+def test_a_lease_opens_what_every_lease_does_and_nothing_is_known_of_it_yet(lease: Lease) -> None:
     rows = grants.of_lease(lease)
-    assert [grant.kind for grant in rows] == list(GRANT_KINDS)
+    assert [grant.kind for grant in rows] == list(GRANTS_OF_EVERY_LEASE)
     assert {(grant.desired, grant.observed, grant.observed_at) for grant in rows} == {("open", "unknown", None)}
 
 

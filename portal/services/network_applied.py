@@ -1,0 +1,231 @@
+"""What the stacks have applied, as CI tells it: one row for each word, and the view of each cloud that follows.
+
+A stack posts its outputs after every apply; the document is known by its checksum, since the portal has written it
+(network_export.py). What that means for the leases is in network_posts.py. Nothing here speaks to a cloud: what
+somebody changed there by hand, only the stack's own drift check sees.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import peewee
+
+from portal.db import atomic, utcnow
+from portal.errors import Conflict, Invalid, NotFound
+from portal.models import AppliedNetwork, NetworkExport
+from portal.models.states import DNS_CLOUDS
+from portal.services import audit, config, events, network, network_export
+from portal.services.actors import Actor
+
+STACK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
+MOST_BYTES = 256 * 1024  # of the outputs of one stack
+MOST_AHEAD = 1_000_000  # generations that a restored portal may be behind a stack
+KEEP_COUNT = 500  # words of one stack
+
+
+# Take in
+
+
+def note(
+    stack: str,
+    outputs: Mapping[str, Any],
+    *,
+    by: Actor,
+    outcome: str = "applied",
+    reason: str | None = None,
+    now: datetime | None = None,
+) -> tuple[AppliedNetwork, bool]:
+    """Write down what a stack says, and whether that is news: the same word said again changes nothing.
+
+    Raises Invalid, or Conflict for an apply that came after a later one: its pipeline was overtaken.
+    """
+    told = _checked(stack, outputs, outcome)
+    with atomic():
+        network.hold()
+        before = newest(stack)
+        if before is not None and _is_same(before, told, outcome):
+            return before, False
+        if before is not None and told["generation"] < before.generation:
+            raise Conflict(
+                f"{stack} has applied generation {before.generation} already; {told['generation']} came late.",
+                code="stale_apply",
+            )
+        export = network_export.find(told["checksum"]) if outcome == "applied" else None
+        row = AppliedNetwork.create(
+            stack=stack,
+            outputs=dict(outputs),
+            outcome=outcome,
+            reason=reason,
+            export=export,
+            at=now or utcnow(),
+            posted_by=by.user,
+            **told,
+        )
+        network.catch_up(told["generation"])
+        if outcome == "applied":
+            current = network.state().generation
+            is_everything = all(each.generation == current for each in newest_of_each())
+            network.applied(is_everything=is_everything, at=row.at)
+        audit.record(
+            f"network.{outcome}", row, by=by, stack=stack, generation=told["generation"], is_known=export is not None,
+            reason=reason,
+        )  # fmt: skip
+        events.write("network.applied", resource_id=row.id)
+    return row, True
+
+
+def _is_same(before: AppliedNetwork, told: Mapping[str, Any], outcome: str) -> bool:
+    said = (before.outcome, before.generation, before.checksum, sorted(before.clouds))
+    return said == (outcome, told["generation"], told["checksum"], sorted(told["clouds"]))
+
+
+def _checked(stack: str, outputs: Mapping[str, Any], outcome: str) -> dict[str, Any]:
+    """The columns of what a stack said."""
+    faults: dict[str, list[str]] = {}
+    if not STACK.fullmatch(stack):
+        faults["stack"] = ["Name the stack: letters, digits, '.', '_' and '-'."]
+    if len(json.dumps(outputs, ensure_ascii=False).encode()) > MOST_BYTES:
+        faults["body"] = [f"The outputs of a stack are at most {MOST_BYTES} bytes."]
+    said = outputs.get("network") or {}
+    if outcome == "applied" and not CHECKSUM.fullmatch(str(said.get("checksum") or "")):
+        faults["network.checksum"] = ["Post the outputs of the stack as `pulumi stack output --json` prints them."]
+    ours = config.current().network_environment
+    if said.get("environment", ours) != ours:
+        faults["network.environment"] = [f"This portal is of {ours}. Post to the portal that wrote the export."]
+    if int(said.get("generation") or 0) > network.state().generation + MOST_AHEAD:
+        faults["network.generation"] = ["No export of this portal can have had this generation."]
+    unknown = sorted(set(said.get("clouds") or ()) - set(DNS_CLOUDS))
+    if unknown:
+        faults["network.clouds"] = [f"Choose from {', '.join(DNS_CLOUDS)}."]
+    if faults:
+        raise Invalid(faults)
+    return {
+        "environment": ours,
+        "clouds": sorted(set(said.get("clouds") or ())),
+        "generation": int(said.get("generation") or 0),
+        "checksum": said.get("checksum"),
+        "counts": said.get("counts") or {},
+    }
+
+
+# Look
+
+
+def newest(stack: str) -> AppliedNetwork | None:
+    """What it has applied last."""
+    of_stack = AppliedNetwork.select().where(AppliedNetwork.stack == stack, AppliedNetwork.outcome == "applied")
+    row: AppliedNetwork | None = of_stack.order_by(AppliedNetwork.id.desc()).first()
+    return row
+
+
+def newest_document(stack: str) -> bytes:
+    """What this stack has applied last, for its next guard and plan. Raises NotFound where it is not known."""
+    row = newest(stack)
+    if row is None:
+        raise NotFound(f"{stack} has never told what it applied.")
+    export: NetworkExport | None = NetworkExport.get_or_none(NetworkExport.id == row.export_id)
+    if export is None:
+        raise NotFound(f"{stack} has applied a document that is not kept: a step between two exports, or an old one.")
+    return network_export.text_of(export)
+
+
+def newest_of_each() -> list[AppliedNetwork]:
+    """The last apply of every stack, by its name."""
+    last = (
+        AppliedNetwork.select(peewee.fn.MAX(AppliedNetwork.id))
+        .where(AppliedNetwork.outcome == "applied", AppliedNetwork.environment == config.current().network_environment)
+        .group_by(AppliedNetwork.stack)
+    )
+    return list(AppliedNetwork.select().where(AppliedNetwork.id << last).order_by(AppliedNetwork.stack))
+
+
+def search(*, stack: str | None = None) -> peewee.ModelSelect[AppliedNetwork]:
+    """What was told, newest first."""
+    rows = AppliedNetwork.select().order_by(AppliedNetwork.id.desc())
+    return rows if stack is None else rows.where(AppliedNetwork.stack == stack)
+
+
+# The view of each cloud
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a document says, by what is asked of it: (kind, cloud, lease's key) → keys, (kind, cloud) → key and row."""
+
+    of_leases: Mapping[tuple[str, str, str], frozenset[str]]
+    rows: Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a cloud was last brought to, and by which stack. `contents` None: a document that is not known."""
+
+    cloud: str
+    stack: str
+    generation: int
+    at: datetime
+    contents: Contents | None
+
+    def keys_of(self, kind: str, lease_key: str) -> frozenset[str] | None:
+        if self.contents is None:
+            return None
+        return self.contents.of_leases.get((kind, self.cloud, lease_key), frozenset())
+
+
+def views() -> dict[str, View]:
+    """Cloud → what the stack that has it applied last."""
+    found: dict[str, View] = {}
+    for row in sorted(newest_of_each(), key=lambda each: each.id):
+        contents = None if row.export_id is None else _contents(row.checksum)
+        for cloud in row.clouds:
+            found[cloud] = View(cloud, row.stack, row.generation, row.at, contents)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _contents(checksum: str) -> Contents:
+    """What has this checksum never changes, so it is read once."""
+    return contents_of(network_export.content_of(NetworkExport.get(NetworkExport.checksum == checksum)))
+
+
+def contents_of(document: Mapping[str, Any]) -> Contents:
+    of_leases: dict[tuple[str, str, str], set[str]] = {}
+    rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for kind, cloud, row in _placed(document):
+        rows.setdefault((kind, cloud), {})[row["key"]] = row
+        if row["lease"] is not None:
+            of_leases.setdefault((kind, cloud, row["lease"]), set()).add(row["key"])
+    return Contents({place: frozenset(keys) for place, keys in of_leases.items()}, rows)
+
+
+def _placed(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Every name and opening with the grant that it stands for and its cloud."""
+    for kind, entries, place, places in (
+        ("name", "names", "zone", "zones"),
+        ("security_group", "openings", "group", "groups"),
+    ):
+        clouds = {each["key"]: each["cloud"] for each in document[places]}
+        for row in document[entries]:
+            yield kind, clouds[row[place]], row
+
+
+def prune() -> int:
+    """Forget old words of each stack; returns how many."""
+    gone = 0
+    for row in AppliedNetwork.select(AppliedNetwork.stack).distinct():
+        stack = row.stack
+        kept = AppliedNetwork.select(AppliedNetwork.id).where(AppliedNetwork.stack == stack)
+        ids: Sequence[int] = [row.id for row in kept.order_by(AppliedNetwork.id.desc()).limit(KEEP_COUNT)]
+        last = newest(stack)
+        old = (AppliedNetwork.stack == stack) & AppliedNetwork.id.not_in([*ids, last.id if last else 0])
+        with atomic():
+            gone += int(AppliedNetwork.delete().where(old).execute())
+    return gone

@@ -1,0 +1,213 @@
+"""Zones and security groups: where in the clouds names and openings are written down.
+
+What stands in a zone is in network_names.py; which machine stands behind a group in network_machines.py. Valid is what
+the stacks take (integrations/network_format.py). Nothing here speaks to a cloud.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import peewee
+
+from portal.db import atomic
+from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations.network_format import names
+from portal.models import DnsRecord, DnsZone, Machine, SecurityGroup, Table
+from portal.models.states import DNS_CLOUDS, GROUP_CLOUDS
+from portal.services import audit, network, texts
+from portal.services.actors import Actor
+
+ZONE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+REGION = re.compile(r"[a-z0-9-]{1,40}")
+VPC = re.compile(r"[A-Za-z0-9-]{1,64}")
+GROUP_ID = re.compile(r"sg-[A-Za-z0-9]{1,60}")
+TTL = (30, 86400)
+
+
+# Zones
+
+
+def get_zone(zone_id: int) -> DnsZone:
+    zone: DnsZone | None = DnsZone.get_or_none(DnsZone.id == zone_id)
+    if zone is None:
+        raise NotFound(f"There is no zone {zone_id}.")
+    return zone
+
+
+def list_zones() -> peewee.ModelSelect[DnsZone]:
+    return DnsZone.select().order_by(DnsZone.name, DnsZone.cloud)
+
+
+def create_zone(*, name: str, cloud: str, by: Actor, **fields: Any) -> DnsZone:
+    """Raises Invalid, or Conflict where this zone, or another of the same service, is there already."""
+    columns = _checked_zone({"name": name, "cloud": cloud, **fields})
+    try:
+        with atomic():
+            zone = DnsZone.create(created_by=by.user, **columns)
+            audit.record("zone.created", zone, by=by, fields=columns)
+            network.changed()
+    except peewee.IntegrityError:
+        raise _zone_taken(columns) from None
+    return zone
+
+
+def edit_zone(zone: DnsZone, *, by: Actor, **changes: Any) -> DnsZone:
+    """Its name and cloud stay: another zone is another row. Raises Invalid and Conflict as `create_zone` does."""
+    columns = _checked_zone(changes)
+    try:
+        with atomic():
+            network.hold()
+            zone = get_zone(zone.id)
+            news = {name: value for name, value in columns.items() if getattr(zone, name) != value}
+            if not news:
+                return zone
+            DnsZone.update(**news).where(DnsZone.id == zone.id).execute()
+            audit.record("zone.edited", zone, by=by, fields=news)
+            network.changed()
+    except peewee.IntegrityError:
+        raise _zone_taken(columns) from None
+    return get_zone(zone.id)
+
+
+def delete_zone(zone: DnsZone, *, by: Actor) -> None:
+    """Only an empty one: deleting a zone never takes names along."""
+    with atomic():
+        network.hold()
+        zone = get_zone(zone.id)
+        held = DnsRecord.select().where(DnsRecord.zone == zone, DnsRecord.removed_at.is_null()).count()
+        if held or zone.serves_machines or zone.serves_leases:
+            raise Conflict(
+                f"The zone {zone.name} still holds names. Remove its records and let it serve nothing first.",
+                code="zone_in_use",
+            )
+        DnsRecord.delete().where(DnsRecord.zone == zone).execute()  # removed ones; the trail keeps their history
+        audit.record("zone.deleted", zone, by=by, name=zone.name, cloud=zone.cloud)
+        DnsZone.delete().where(DnsZone.id == zone.id).execute()
+        network.changed()
+
+
+def _checked_zone(given: Mapping[str, Any]) -> dict[str, Any]:
+    columns, faults = dict(given), dict[str, list[str]]()
+    if "name" in columns:
+        try:
+            columns["name"] = names.canonical(str(columns["name"]).strip())
+            if columns["name"].startswith(names.WILDCARD):
+                faults["name"] = ["A zone has no wildcard in its name."]
+        except names.BadName as error:
+            faults["name"] = [f"{error}"]
+    if "cloud" in columns and columns["cloud"] not in DNS_CLOUDS:
+        faults["cloud"] = [f"Choose from {', '.join(DNS_CLOUDS)}."]
+    if columns.get("external_id") and not ZONE_ID.fullmatch(columns["external_id"]):
+        faults["external_id"] = ["Use the provider's id of the zone: letters, digits, '_' and '-'."]
+    if faults_of_ttl := ttl_faults(columns.get("ttl_s")):
+        faults["ttl_s"] = faults_of_ttl
+    if faults:
+        raise Invalid(faults)
+    if "external_id" in columns:
+        columns["external_id"] = columns["external_id"] or None
+    return columns
+
+
+def ttl_faults(ttl_s: int | None) -> list[str]:
+    is_right = ttl_s is None or TTL[0] <= ttl_s <= TTL[1]
+    return [] if is_right else [f"Use {TTL[0]} to {TTL[1]} seconds, or none for what the provider does by itself."]
+
+
+def _zone_taken(columns: Mapping[str, Any]) -> Conflict:
+    same = DnsZone.get_or_none(DnsZone.name == columns.get("name"), DnsZone.cloud == columns.get("cloud"))
+    if same is not None:
+        return Conflict(f"There is a zone {same.name} in {same.cloud} already.", code="zone_exists", zone_id=same.id)
+    return Conflict(
+        "Another zone serves them already. At most one zone holds the names of machines, and one those of leases.",
+        code="zone_serves",
+    )
+
+
+# Security groups
+
+
+def get_group(group_id: int) -> SecurityGroup:
+    group: SecurityGroup | None = SecurityGroup.get_or_none(SecurityGroup.id == group_id)
+    if group is None:
+        raise NotFound(f"There is no security group {group_id}.")
+    return group
+
+
+def list_groups() -> peewee.ModelSelect[SecurityGroup]:
+    return SecurityGroup.select().order_by(SecurityGroup.name, SecurityGroup.id)
+
+
+def create_group(*, by: Actor, **fields: Any) -> SecurityGroup:
+    """Raises Invalid, or Conflict where this cloud and region have one of this name."""
+    columns = _checked_group(fields)
+    try:
+        with atomic():
+            group = SecurityGroup.create(created_by=by.user, **columns)
+            audit.record("security_group.created", group, by=by, fields=columns)
+            network.changed()
+    except peewee.IntegrityError:
+        raise _group_taken(columns) from None
+    return group
+
+
+def edit_group(group: SecurityGroup, *, by: Actor, **changes: Any) -> SecurityGroup:
+    columns = _checked_group(changes)
+    try:
+        with atomic():
+            network.hold()
+            group = get_group(group.id)
+            news = {name: value for name, value in columns.items() if getattr(group, name) != value}
+            if not news:
+                return group
+            SecurityGroup.update(**news).where(SecurityGroup.id == group.id).execute()
+            audit.record("security_group.edited", group, by=by, fields=news)
+            network.changed()
+    except peewee.IntegrityError:
+        raise _group_taken(columns) from None
+    return get_group(group.id)
+
+
+def delete_group(group: SecurityGroup, *, by: Actor) -> None:
+    with atomic():
+        network.hold()
+        group = get_group(group.id)
+        behind = Machine.select().where(Machine.security_group == group).count()
+        if behind:
+            raise Conflict(
+                f"{behind} machines stand behind {group.name}. Give them another group, or none, first.",
+                code="group_in_use",
+            )
+        audit.record("security_group.deleted", group, by=by, name=group.name, cloud=group.cloud)
+        SecurityGroup.delete().where(SecurityGroup.id == group.id).execute()
+        network.changed()
+
+
+def _checked_group(given: Mapping[str, Any]) -> dict[str, Any]:
+    columns, faults = dict(given), dict[str, list[str]]()
+    if "name" in columns and (found := texts.faults_of_line(columns["name"], 200)):
+        faults["name"] = found
+    if "cloud" in columns and columns["cloud"] not in GROUP_CLOUDS:
+        faults["cloud"] = [f"Choose from {', '.join(GROUP_CLOUDS)}."]
+    if "region" in columns and not REGION.fullmatch(columns["region"]):
+        faults["region"] = ["Write the region as the cloud does, such as eu-central-1."]
+    if columns.get("vpc") and not VPC.fullmatch(columns["vpc"]):
+        faults["vpc"] = ["Use the cloud's id of the network, such as vpc-0a1b2c."]
+    if columns.get("external_id") and not GROUP_ID.fullmatch(columns["external_id"]):
+        faults["external_id"] = ["Use the cloud's id of the group, such as sg-0a1b2c."]
+    if faults:
+        raise Invalid(faults)
+    return columns | {name: columns[name] or None for name in ("vpc", "external_id") if name in columns}
+
+
+def _group_taken(columns: Mapping[str, Any]) -> Conflict:
+    return Conflict(
+        f"There is a security group {columns.get('name')} in this cloud and region already.", code="group_exists"
+    )
+
+
+def by_id(table: type[Table]) -> dict[int, Any]:
+    """All rows of a small table, for those who go through many that refer to it."""
+    return {row.id: row for row in table.select()}
