@@ -28,6 +28,7 @@ class GpuProbe:
     """Samples on demand, read at any time."""
 
     def __init__(self, argv: Sequence[str], *, deadline_s: float = PROBE_DEADLINE_S) -> None:
+        """`argv` starts the child; without one nobody is asked, where no GPU is looked for."""
         self._argv = list(argv)
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -42,6 +43,8 @@ class GpuProbe:
         self._buffer = b""
 
     def start(self) -> None:
+        if not self._argv:
+            return
         self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
         self._thread.start()
 
@@ -49,11 +52,13 @@ class GpuProbe:
         """Want a new sample; wait for it no longer than this."""
         self._fresh.clear()
         self._wanted.set()
-        if wait_s:
+        if wait_s and self._thread is not None:
             self._fresh.wait(wait_s)
 
     def report(self) -> dict[str, Any]:
         """The last sample as the protocol's `gpu_report`, marked stale when a newer one is overdue."""
+        if not self._argv:
+            return _unknown("no_library", "this host is a gateway: no GPU is looked for")
         with self._lock:
             sample, asked_at = self._sample, self._asked_at
         overdue_s = time.monotonic() - asked_at if asked_at is not None else 0.0

@@ -24,6 +24,7 @@ from remotegpu_agent.commands import Commands, Operations
 from remotegpu_agent.config import Config
 from remotegpu_agent.credential import Credential, enroll
 from remotegpu_agent.files import find_json, write_json
+from remotegpu_agent.forwards import Forwards, is_gateway
 from remotegpu_agent.gpu import GpuProbe
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import CannotOpen, Entry, Leases, end_survives_reboot
@@ -93,7 +94,8 @@ class Agent:
         self.leases = Leases(config, self.journal, self.tasks.stop_lease)
         operations = Operations(self.credential, self.state, self.leases, self.tasks, self.journal)
         self.commands = Commands(config.state_dir / "commands", operations, on_result=self._tell)
-        self.gpu = GpuProbe([config.program, "nvml-child"])
+        self.forwards = Forwards(config.state_dir, self.journal)
+        self.gpu = GpuProbe([] if is_gateway() else [config.program, "nvml-child"])
         self._stopping = threading.Event()
         self._wanted = threading.Event()  # the reconciler has something to do
         self._telling = threading.Event()  # the reporter has something to say
@@ -289,8 +291,8 @@ class Agent:
 
     def _pause_s(self) -> float:
         """Until the next look; a lease's end is not slept over."""
-        ends = (entry.ends_at for entry in self.leases.entries() if not entry.is_closed)
-        soonest_s = min(((end - now()).total_seconds() for end in ends), default=LOOK_AGAIN_S)
+        ends = [entry.ends_at for entry in self.leases.entries() if not entry.is_closed]
+        soonest_s = min(((end - now()).total_seconds() for end in [*ends, *self.forwards.ends()]), default=LOOK_AGAIN_S)
         return min(LOOK_AGAIN_S, max(0.02, soonest_s))
 
     def reconcile(self) -> bool:
@@ -299,12 +301,18 @@ class Agent:
         host = self._look(held)
         steps = plan(held.desired, host, at=now(), frozen=held.frozen is not None, render_keys=self.leases.render_keys)
         failed = self._apply(steps)
+        failed = not self._settle_forwards(held) or failed
         if held.desired is not None and not held.frozen:
             self.commands.consider(held.desired)
         self._describe(held, self._look(held) if steps else host)
         if not failed:
             self._applied_generation = held.generation
         return not failed and not self._look_for_lost()
+
+    def _settle_forwards(self, held: Held) -> bool:
+        """On a gateway. Where nothing is ordered now, what was lasts until its end. False: something resisted."""
+        wanted = held.desired.forwards if held.desired is not None and not held.frozen else None
+        return self.forwards.settle(wanted)
 
     def _look_for_lost(self) -> bool:
         """After the steps and not every time: a Stop must not wait for systemd to tell of every other task."""
@@ -437,7 +445,9 @@ class Agent:
         results = (("result", result["command_id"]) for result in self.commands.results(self.state.held.epoch))
         records = (record["id"] for record in self.journal.pending())
         leases = (repr(lease | {"processes": None}) for lease in self._observed)
-        return frozenset((*self.tasks.news(), *results, *records, *leases, ("applied", self._applied_generation)))
+        forwards = (repr(forward) for forward in self.forwards.report())
+        applied = ("applied", self._applied_generation)
+        return frozenset((*self.tasks.news(), *results, *records, *leases, *forwards, applied))
 
     def _report(self, *, is_full: bool) -> dict[str, Any]:
         if is_full:
@@ -459,6 +469,7 @@ class Agent:
             "applied_generation": self._applied_generation,
             "attempts": self.tasks.reports(),
             "logs": ranges,
+            **({"forwards": forwards} if (forwards := self.forwards.report()) or is_gateway() else {}),
             "command_results": self.commands.results(held.epoch),
             # Only where there is something to say: a portal that was rolled back does not know it.
             **({"command_at_work": at_work} if is_full and (at_work := self.commands.at_work(held.epoch)) else {}),

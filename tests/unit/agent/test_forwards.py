@@ -1,0 +1,103 @@
+"""What a gateway's agent decides: pure, without a kernel. tests/gateway shows it in one."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from remotegpu_agent.forwards import Changes, Seen, plan, way_of
+from remotegpu_agent.protocol import DesiredForward
+
+NOW = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
+END = NOW + timedelta(hours=2)
+NETWORKS = [ipaddress.ip_network("10.0.0.0/24"), ipaddress.ip_network("fd00:5::/64")]
+REST = Changes()
+
+
+def forward(forward_id: int = 5, **changes: Any) -> DesiredForward:
+    given: dict[str, Any] = {
+        "lease_id": 7,
+        "protocol": "tcp",
+        "public_port": 20017,
+        "source": "203.0.113.0/24",
+        "target_address": "10.0.0.17",
+        "target_port": 22,
+        "ends_at": END,
+        **changes,
+    }
+    given["source"] = ipaddress.ip_network(given["source"])
+    given["target_address"] = ipaddress.ip_address(given["target_address"])
+    return DesiredForward(forward_id=forward_id, **given)
+
+
+def seen(*forwards: DesiredForward, off_s: float = 0) -> Seen:
+    there = {way_of(each): each.ends_at + timedelta(seconds=off_s) for each in forwards}
+    return Seen(there, dict(there))
+
+
+def decide(wanted: list[DesiredForward], there: Seen, known: list[DesiredForward] | None = None) -> Changes:
+    return plan(wanted, {way_of(each) for each in known or []}, there, NETWORKS, at=NOW)
+
+
+def test_what_is_wanted_and_there_is_left_alone() -> None:
+    five, six = forward(), forward(6, public_port=20018, source="::/0", target_address="fd00:5::17")
+    assert decide([five, six], seen(five, six), [five, six]) == REST
+    assert decide([five], seen(five, off_s=-1), [five]) == REST, "nft tells in whole seconds"
+    assert decide([], Seen()) == REST
+
+
+def test_what_is_missing_is_opened_and_what_nobody_wants_is_closed() -> None:
+    five, six = forward(), forward(6, public_port=20018)
+    assert decide([five], Seen()) == Changes(to_open=(five,))
+    assert decide([], seen(five), [five]) == Changes(to_close=(way_of(five),))
+    assert decide([six], seen(five)) == Changes(to_close=(way_of(five),), to_open=(six,)), "somebody else's, too"
+
+
+def test_after_the_rules_were_flushed_it_is_made_again_until_the_same_end() -> None:
+    five = forward()
+    assert decide([five], Seen(), [five]) == Changes(to_open=(five,))
+
+
+def test_one_that_is_in_one_place_only_is_made_whole() -> None:
+    five = forward()
+    whole = seen(five)
+    for half in (Seen(led=whole.led), Seen(passed=whole.passed)):
+        assert decide([five], half, [five]) == Changes(to_open=(five,))
+
+
+def test_another_end_is_taken_over_and_no_end_is_none() -> None:
+    five, later = forward(), forward(ends_at=END + timedelta(hours=1))
+    assert decide([later], seen(five), [five]) == Changes(to_open=(later,))
+    endless = Seen(dict.fromkeys(seen(five).led), dict.fromkeys(seen(five).led))
+    assert decide([five], endless, [five]) == Changes(to_open=(five,))
+
+
+def test_what_has_ended_is_closed_though_the_kernel_has_let_it_go() -> None:
+    """Its connections are to be forgotten as well."""
+    over = forward(ends_at=NOW)
+    assert decide([over], Seen(), [over]) == Changes(to_close=(way_of(over),))
+    assert decide([over], Seen()) == REST
+
+
+def test_the_next_lease_gets_the_port_after_the_one_before_has_lost_it() -> None:
+    before, after = forward(), forward(9, target_address="10.0.0.18")
+    assert decide([after], seen(before), [before]) == Changes(to_close=(way_of(before),), to_open=(after,))
+    elsewhere = forward(source="198.51.100.0/24")
+    assert decide([elsewhere], seen(before), [before]) == Changes(to_close=(way_of(before),), to_open=(elsewhere,))
+
+
+def test_a_target_outside_the_gateways_networks_is_refused() -> None:
+    five, astray = forward(), forward(6, public_port=20018, target_address="192.0.2.1")
+    changes = decide([five, astray], seen(astray))
+    assert changes.to_open == (five,)
+    assert changes.to_close == (way_of(astray),), "and closed, if it was open"
+    assert changes.refused == {6: "192.0.2.1 is in none of this gateway's networks"}
+
+
+def test_a_port_serves_one() -> None:
+    five, six = forward(), forward(6, source="0.0.0.0/0")
+    changes = decide([six, five], Seen())
+    assert changes.to_open == (five,)
+    assert changes.refused == {6: "port 20017/tcp is forward 5's"}
+    assert decide([five, forward(6, protocol="udp")], Seen()).refused == {}
