@@ -72,7 +72,7 @@ def of(
         *_frozen(machine, report),
         *_agent_version(report),
         *_clock(report, limits),
-        *_gpus(expected, report.gpu),
+        *(() if machine.is_gateway else _gpus(expected, report.gpu)),
         *_disks(report.metrics, limits),
     )
     return Health("offline" if silent else "online", report.received_at, problems)

@@ -44,6 +44,13 @@ def test_a_shell_with_a_token_reads_the_machines(read: Callable[[], Any]) -> Non
     assert host["vars"]["remotegpu_lease_active"] is False
 
 
+def test_a_gateway_is_in_a_group_of_its_own(read: Callable[[], Any]) -> None:
+    """What makes GPU hosts leaves it alone."""
+    make_machine("gateway-1", public_address="gateway.example.org", forward_ports="20000-20999")
+    (host,) = read().json["hosts"]
+    assert host["groups"] == ["gateways"]
+
+
 def test_no_secret_is_in_it(read: Callable[[], Any]) -> None:
     make_machine("gpu-1", first_contact=vault.encrypt(f'{{"password": "{SECRET}", "become_password": "{SECRET}"}}'))
     answer = read()

@@ -12,7 +12,7 @@ import pytest
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AgentCredential, AuditEntry, Baseline, Command, Lease, Machine, Run, Tenant, User
-from portal.services import frozen, heartbeats, leases, machines, provisioning, retirement, runs
+from portal.services import frozen, heartbeats, leases, machines, network_machines, provisioning, retirement, runs
 from portal.services.actors import SYSTEM
 from portal.services.heartbeats import Heartbeat
 from portal.services.transitions import WrongState
@@ -265,6 +265,19 @@ def test_provisioning_needs_a_confirmed_host_key(staff: Any) -> None:
     answer = staff.post(f"/admin/machines/{machine.id}/provision")
     assert (answer.status_code, answer.json["code"]) == (409, "host_key_not_confirmed")
     assert machines.get(machine.id).state == "registered"
+
+
+def test_a_gateway_is_made_by_its_own_playbook_and_ready_without_gpus(staff: Any) -> None:
+    host = Host(confirm(register("gateway-1", public_address="203.0.113.1")), gpus=0)
+    network_machines.place(host.machine, by=SYSTEM, forward_ports="20000-20999")
+    run = runs.get_run(staff.post(f"/admin/machines/{host.id}/provision").json["id"])
+    assert run.playbook == "gateways"
+    host.enrol()
+    rental.finish_run(run)
+    host.answers("baseline", rental.baseline())
+    host.report(gpu=rental.gpu_report([], state="no_library"))
+    told = staff.get(f"/admin/machines/{host.id}").json
+    assert (told["state"], told["is_healthy"], told["problems"]) == ("ready", True, [])
 
 
 def test_a_bare_machine_becomes_ready(staff: Any) -> None:

@@ -18,10 +18,15 @@ UUIDS = ("GPU-a", "GPU-b")
 
 
 def of(
-    *, age_s: float = 5, expected: tuple[str, ...] = UUIDS, frozen_reason: str | None = None, **report: Any
+    *,
+    age_s: float = 5,
+    expected: tuple[str, ...] = UUIDS,
+    frozen_reason: str | None = None,
+    forward_ports: str | None = None,
+    **report: Any,
 ) -> Health:
     """The health of a machine whose last report is `age_s` old and as good as can be, but for what is given."""
-    machine = Machine(name="gpu-1", frozen_reason=frozen_reason)
+    machine = Machine(name="gpu-1", frozen_reason=frozen_reason, forward_ports=forward_ports)
     values = {
         "received_at": NOW - timedelta(seconds=age_s),
         "clock_offset_s": 0.2,
@@ -118,6 +123,14 @@ def test_nvml_that_does_not_answer_is_told_with_its_own_words(state: str) -> Non
 
 def test_no_gpu_data_at_all_is_not_healthy() -> None:
     assert codes(of(gpu=None)) == ["gpu_report"]
+
+
+def test_of_a_gateway_nobody_expects_gpus_and_everything_else() -> None:
+    gateway = {"forward_ports": "20000-20999", "expected": ()}
+    without = gpu_report([], state="no_library")
+    assert of(**gateway, gpu=without).is_healthy
+    assert of(**gateway, gpu=None).is_healthy
+    assert codes(of(**gateway, gpu=without, clock_offset_s=60.0)) == ["clock"]
 
 
 def test_a_full_disk_is_told_and_a_small_one_beside_it_is_not() -> None:
