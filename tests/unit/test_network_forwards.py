@@ -1,0 +1,215 @@
+"""The pool of ports: each is given to one lease at a time, whoever comes at once, and again when it was seen closed."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import peewee
+import pytest
+
+from portal.db import atomic, connection, utcnow
+from portal.errors import Conflict, Invalid
+from portal.integrations import protocol
+from portal.models import Forward, Lease, Machine, Tenant
+from portal.services import desired, leases, machines, network_forwards, network_machines
+from portal.services.actors import SYSTEM
+from portal.services.network_forwards import NoPortLeft
+from tests.factories import make_lease, make_machine, make_tenant
+from tests.support.network import reports, seen
+from tests.support.rental import Host
+
+POOL = 8
+
+
+@pytest.fixture
+def gateway(database: Any) -> Host:
+    ports = f"20000-{20000 + POOL - 1}"
+    return Host(make_machine("way-in", public_address="198.51.100.1", forward_ports=ports, hears_openings=True))
+
+
+def behind(gateway: Host, tenant: Tenant, **fields: Any) -> Lease:
+    """An active lease of a machine behind it."""
+    number = Machine.select().count()
+    given = {"address": f"10.0.0.{number}", "ssh_port": 22, "state": "leased", "gateway": gateway.id, **fields}
+    lease = make_lease(make_machine(**given), tenant)
+    lease.login = f"lease{lease.id}"
+    lease.save()
+    return lease
+
+
+def take(lease: Lease, before: Lease | None = None) -> Forward:
+    with atomic():
+        machine = machines.lock(lease.machine)
+        return network_forwards.take(lease, machine, target_port=machine.ssh_port, before=before)
+
+
+def close(gateway: Host, lease: Lease) -> None:
+    """Wanted no longer, and seen closed."""
+    with atomic():
+        network_forwards.close_all(lease, utcnow())
+    reports(gateway, forwards=[])
+
+
+def test_many_who_come_at_once_get_a_port_each_and_the_rest_is_refused(
+    gateway: Host, tenant: Tenant, database_url: str
+) -> None:
+    wanted = [behind(gateway, tenant) for _ in range(POOL + 3)]
+    barrier, ports, refused = threading.Barrier(len(wanted)), list[int](), list[Exception]()
+
+    def come(lease: Lease) -> None:
+        barrier.wait(30)
+        with connection():
+            try:
+                ports.append(take(lease).public_port)
+            except NoPortLeft as refusal:
+                refused.append(refusal)
+
+    threads = [threading.Thread(target=come, args=(lease,)) for lease in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(ports) == list(range(20000, 20000 + POOL))
+    assert len(refused) == 3
+    held = Forward.select().where(Forward.released_at.is_null())
+    assert sorted(each.public_port for each in held) == sorted(ports)
+
+
+def test_the_database_refuses_a_second_holder_whatever_the_code_believes(gateway: Host, tenant: Tenant) -> None:
+    first = take(behind(gateway, tenant))
+    other = behind(gateway, tenant)
+    with pytest.raises(peewee.IntegrityError), atomic():
+        Forward.create(
+            gateway=gateway.id, machine=other.machine, lease=other, protocol="tcp", public_port=first.public_port,
+            source="0.0.0.0/0", target_port=22,
+        )  # fmt: skip
+
+
+def test_a_port_is_given_again_only_when_it_was_seen_closed_and_as_late_as_can_be(
+    gateway: Host, tenant: Tenant
+) -> None:
+    held = [behind(gateway, tenant) for _ in range(POOL)]
+    forwards = [take(lease) for lease in held]
+    reports(gateway, forwards=seen(*forwards))
+    with atomic():
+        network_forwards.close_all(held[2], utcnow())
+    reports(gateway, forwards=seen(*forwards))  # still there
+    with pytest.raises(NoPortLeft):
+        take(behind(gateway, tenant))
+    reports(gateway, forwards=seen(*(each for each in forwards if each.id != forwards[2].id)))
+    assert take(behind(gateway, tenant)).public_port == 20002
+    for lease in (held[0], held[1]):
+        close(gateway, lease)
+    assert [take(behind(gateway, tenant)).public_port for _ in range(2)] == [20000, 20001]
+
+
+def test_a_port_that_was_just_released_is_not_the_next_to_be_given_away(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    assert take(lease).public_port == 20000
+    close(gateway, lease)
+    assert take(behind(gateway, tenant)).public_port == 20001
+
+
+def test_a_lease_that_continues_another_gets_its_port_back_unless_it_is_taken(gateway: Host, tenant: Tenant) -> None:
+    first = behind(gateway, tenant)
+    port = take(first).public_port
+    close(gateway, first)
+    assert take(behind(gateway, tenant), before=first).public_port == port
+    assert take(behind(gateway, tenant), before=first).public_port != port
+
+
+def test_a_gateway_is_told_of_its_own_forwards_in_the_words_of_the_protocol(gateway: Host, tenant: Tenant) -> None:
+    lease, other = behind(gateway, tenant), Host(make_machine(forward_ports="1024-1025", hears_openings=True))
+    forward = take(lease)
+    told = protocol.check(desired.desired_of(gateway.machine), "desired")["forwards"]
+    assert told == [
+        {
+            "id": forward.id,
+            "lease": lease.id,
+            "protocol": "tcp",
+            "public_port": 20000,
+            "source": "0.0.0.0/0",
+            "target_address": lease.machine.address,
+            "target_port": 22,
+            "ends_at": protocol.format_time(lease.ends_at),
+        }
+    ]
+    assert desired.desired_of(other.machine)["forwards"] == []
+    assert desired.desired_of(machines.get(lease.machine_id)).get("forwards", []) == []
+
+
+def test_a_machine_of_ipv6_is_open_to_everybody_of_ipv6(gateway: Host, tenant: Tenant) -> None:
+    assert take(behind(gateway, tenant, address="2001:db8::7")).source == "::/0"
+
+
+def test_a_machine_that_moves_is_reached_at_its_new_address(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    take(lease)
+    generation = gateway.machine.generation
+    machines.edit(lease.machine, address="10.9.9.9", by=SYSTEM)
+    assert gateway.machine.generation > generation
+    assert network_forwards.to_send(gateway.machine, utcnow())[0]["target_address"] == "10.9.9.9"
+    with pytest.raises(Invalid) as refused:
+        machines.edit(lease.machine, address="gpu.example.org", by=SYSTEM)
+    assert list(refused.value.fields) == ["address"]
+
+
+def test_a_forward_that_the_gateway_cannot_make_says_why(gateway: Host, tenant: Tenant) -> None:
+    forward = take(behind(gateway, tenant))
+    reports(gateway, forwards=seen(forward, state="failed", error="in none of this gateway's networks"))
+    kept = Forward.get_by_id(forward.id)
+    assert (kept.observed, kept.error, kept.released_at) == ("failed", "in none of this gateway's networks", None)
+
+
+def test_another_machine_cannot_speak_for_the_gateway(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    forward = take(lease)
+    with atomic():
+        network_forwards.close_all(lease, utcnow())
+    other = Host(make_machine(forward_ports="1024-1025", public_address="192.0.2.9"))
+    reports(other, forwards=seen(forward, state="closed"))
+    leases.holes_observed(machines.get(lease.machine_id), {"openings": [], "forwards": seen(forward, state="closed")})
+    assert Forward.get_by_id(forward.id).released_at is None
+
+
+# What makes a gateway
+
+
+@pytest.mark.parametrize("pool", ["20000", "20000-", "20999-20000", "80-90", "20000-70000", "a-b", "20000-20999 "])
+def test_a_pool_is_a_range_above_the_gateways_own_services(database: Any, pool: str) -> None:
+    machine = make_machine(public_address="198.51.100.1")
+    with pytest.raises(Invalid) as refused:
+        network_machines.place(machine, forward_ports=pool, by=SYSTEM)
+    assert list(refused.value.fields) == ["forward_ports"]
+
+
+def test_what_stands_behind_what_must_be_able_to(database: Any) -> None:
+    plain = make_machine(address="192.0.2.1")
+    gateway = make_machine(address="10.0.0.1", public_address="198.51.100.1", forward_ports="20000-20999")
+    faults = [
+        (plain, {"forward_ports": "20000-20999"}, "forward_ports"),  # without a public address
+        (plain, {"gateway_id": make_machine().id}, "gateway_id"),
+        (plain, {"gateway_id": 2147483000}, "gateway_id"),
+        (gateway, {"gateway_id": gateway.id}, "gateway_id"),
+        (make_machine(address="2001:db8::1"), {"gateway_id": gateway.id}, "gateway_id"),
+        (make_machine(address="gpu.example.org"), {"gateway_id": gateway.id}, "gateway_id"),
+        (plain, {"security_group_id": 2147483000}, "security_group_id"),
+    ]
+    for machine, given, field in faults:
+        with pytest.raises(Invalid) as refused:
+            network_machines.place(machine, by=SYSTEM, **given)
+        assert list(refused.value.fields) == [field], given
+    network_machines.place(plain, gateway_id=gateway.id, by=SYSTEM)
+    with pytest.raises(Conflict) as in_use:
+        network_machines.place(gateway, forward_ports=None, by=SYSTEM)
+    assert in_use.value.code == "gateway_in_use"
+    with pytest.raises(Invalid) as needed:
+        machines.edit(gateway, public_address=None, by=SYSTEM)
+    assert list(needed.value.fields) == ["public_address"]
+
+
+def test_a_machine_does_not_move_while_it_is_leased(gateway: Host) -> None:
+    lease = behind(gateway, make_tenant())
+    with pytest.raises(Conflict, match=f"Lease {lease.id} has"):
+        network_machines.place(machines.get(lease.machine_id), gateway_id=None, by=SYSTEM)

@@ -1,0 +1,100 @@
+"""The migrations make the schema that the models say, and what was there before is there afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+from playhouse.migrations import Runner
+
+from portal import db
+from portal.db import utcnow
+from portal.migrate import MIGRATIONS, migrate
+from portal.models import TABLES, Grant, Machine, NetworkState
+from tests import postgresql
+from tests.conftest import close_database
+
+BEFORE = "0003_operations"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Databases without a table, one after the other."""
+    made: list[Any] = []
+
+    def make(name: str) -> Any:
+        for each in made:
+            close_database(each)
+        if request.param == "sqlite":
+            url = f"sqlite:///{tmp_path / name}.db"
+        else:
+            server = request.getfixturevalue("postgresql_server")
+            postgresql.execute(server, f"CREATE DATABASE {name}_{id(tmp_path)}")
+            url = f"{server}/{name}_{id(tmp_path)}"
+        made.append(db.connect(url))
+        return made[-1]
+
+    yield make
+    for each in made:
+        close_database(each)
+
+
+def shape(database: Any) -> dict[str, Any]:
+    """Every table of the models as the database has it: columns, indexes, references."""
+    found: dict[str, Any] = {}
+    for table in TABLES:
+        name = table._meta.table_name
+        found[name] = {
+            "columns": sorted((each.name, each.null, each.primary_key) for each in database.get_columns(name)),
+            "indexes": sorted((each.name, tuple(each.columns), each.unique) for each in database.get_indexes(name)),
+            "references": sorted((each.column, each.dest_table) for each in database.get_foreign_keys(name)),
+        }
+    return found
+
+
+def test_the_migrations_make_the_schema_of_the_models(empty: Any) -> None:
+    database = empty("migrated")
+    migrate()
+    migrated = shape(database)
+    database = empty("modelled")
+    database.create_tables(TABLES)
+    assert migrated == shape(database)
+
+
+def test_what_was_there_before_is_there_afterwards_and_the_new_kinds_are_taken(empty: Any) -> None:
+    database = empty("old")
+    Runner(database, directory=str(MIGRATIONS), table_name="schema_migration").up(target=BEFORE)
+    no, now = (0 if db.is_sqlite() else False), utcnow().isoformat(sep=" ")
+    insert(
+        "machine", id=7, name="gpu-7", address="192.0.2.7", ssh_port=22, ssh_user="root", state="leased",
+        state_changed_at=now, labels="{}", epoch="e", generation=4, needs_reimage=no, next_uid=20000, leases_above=0,
+        created_at=now,
+    )  # fmt: skip
+    insert("tenant", id=3, name="Acme", created_at=now)
+    insert(
+        "lease", id=9, machine_id=7, tenant_id=3, state="active", starts_at=now, ends_at=now, retain_s=0, root=no,
+        created_at=now, end_forced=no,
+    )  # fmt: skip
+    told = '{"fingerprints":[]}'
+    insert("grant", id=5, lease_id=9, kind="keys", desired="open", observed="open", desired_at=now, detail=told)
+    assert migrate() == ["0004_network"]
+    assert migrate() == []
+    grant, machine = Grant.get_by_id(5), Machine.get_by_id(7)
+    assert (grant.lease_id, grant.kind, grant.observed, grant.detail) == (9, "keys", "open", {"fingerprints": []})
+    assert (machine.generation, machine.gateway_id, machine.hears_openings) == (4, None, False)
+    assert NetworkState.get().generation == 0
+    Grant.create(lease=9, kind="firewall", desired="open")
+    with pytest.raises(peewee.IntegrityError), db.atomic():
+        Grant.create(lease=9, kind="firewall", desired="open")
+    with pytest.raises(peewee.IntegrityError), db.atomic():
+        Grant.create(lease=9, kind="nonsense", desired="open")
+
+
+def insert(table: str, **values: Any) -> None:
+    """A row of a schema that no model describes any more."""
+    mark = "?" if db.is_sqlite() else "%s"
+    columns, marks = ", ".join(values), ", ".join([mark] * len(values))
+    sql = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'  # noqa: S608 - names of our own
+    db.db.execute_sql(sql, tuple(values.values()))

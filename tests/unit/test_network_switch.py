@@ -1,0 +1,371 @@
+"""One switch for each lease: name, openings, forward and group open and close with its keys, and wait to be seen."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from portal.db import utcnow
+from portal.errors import Conflict, Invalid, NotFound
+from portal.models import AuditEntry, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Tenant, User
+from portal.services import (
+    alerts_own,
+    connections,
+    grants,
+    leases,
+    network,
+    network_export,
+    network_forwards,
+    network_names,
+    network_openings,
+    network_posts,
+    network_requests,
+    network_switch,
+    retirement,
+)
+from portal.services.actors import SYSTEM
+from portal.services.availability import CannotAllocate
+from tests.factories import actor_of
+from tests.support.network import applied, export, group, outputs, place, reports, seen, state_of, states_of, wish, zone
+from tests.support.rental import Host, allocate, ready_host, reclaim_of
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def names(database: Any) -> DnsZone:
+    return zone(serves_leases=True)
+
+
+@pytest.fixture
+def host(names: DnsZone) -> Host:
+    """Behind a gateway and a security group, with an agent that knows openings."""
+    ways_in = ready_host("way-in", address="192.0.2.254", public_address="198.51.100.1")
+    place(ways_in, forward_ports="20000-20002")
+    host = ready_host("gpu-1", address="10.0.0.17")
+    place(host, gateway_id=ways_in.id, security_group_id=group().id)
+    Machine.update(hears_openings=True).execute()
+    return host
+
+
+@pytest.fixture
+def gateway(host: Host) -> Host:
+    return Host(Machine.get(Machine.name == "way-in"))
+
+
+@pytest.fixture
+def lease(host: Host, tenant: Tenant) -> Lease:
+    """With an opening; nothing of it was seen yet."""
+    return allocate(host, tenant, openings=[wish()], retain_s=3600)
+
+
+def everything_seen(host: Host, gateway: Host, lease: Lease) -> None:
+    """Host, gateway and pipeline have done what is wanted now, and say so."""
+    is_open = leases.get(lease.id).state == "active"
+    host.sees(lease, "open" if is_open else "closed")
+    reports(host, openings=seen(*network_openings.wanted_of(host.machine, lease)))
+    wanted = [each for each in network_forwards.of_lease(lease) if each.closed_at is None]
+    reports(gateway, forwards=seen(*wanted))
+    applied(clouds=("cloudflare", "aws"))
+
+
+# Open together
+
+
+def test_name_opening_forward_and_keys_open_in_one_transaction(host: Host, gateway: Host, lease: Lease) -> None:
+    assert states_of(lease) == {
+        "keys": ("open", "unknown"),
+        "tasks": ("open", "unknown"),
+        "firewall": ("open", "unknown"),
+        "forward": ("open", "unknown"),
+        "security_group": ("open", "closed"),
+        "name": ("open", "closed"),
+    }
+    (forward,) = network_forwards.to_send(gateway.machine, utcnow())
+    assert (forward["public_port"], forward["target_address"], forward["target_port"], forward["lease"]) == (
+        20000, "10.0.0.17", host.machine.ssh_port, lease.host_id,
+    )  # fmt: skip
+    document = export()
+    (name,) = document["names"]
+    assert (name["key"], name["name"], name["type"], name["values"]) == (
+        f"l{lease.id}.address", f"lease{lease.id}.gpu.example.org", "A", ["198.51.100.1"],
+    )  # fmt: skip
+    (opening,) = document["openings"]
+    assert (opening["lease"], opening["machine"], opening["ports"]) == (f"l{lease.id}", f"m{host.id}", [8888, 8888])
+
+
+def test_a_lease_has_only_the_grants_of_what_it_opens(database: Any, tenant: Tenant) -> None:
+    assert set(states_of(allocate(ready_host("plain"), tenant))) == {"keys", "tasks"}
+
+
+def test_an_allocation_that_fails_at_its_last_step_leaves_nothing_open(
+    host: Host, gateway: Host, tenant: Tenant
+) -> None:
+    for port in range(20000, 20003):  # somebody else has them all
+        other = ready_host(f"other-{port}", address=f"10.0.1.{port - 20000 + 1}")
+        place(other, gateway_id=gateway.id)
+        allocate(other, tenant)
+    before, generation = network_openings.search().count(), network.state().generation
+    with pytest.raises(Conflict, match="no port left in 20000-20002"):
+        allocate(host, tenant, openings=[wish()])
+    assert (host.state, network_openings.search().count(), network.state().generation) == ("ready", before, generation)
+    assert Lease.select().where(Lease.machine == host.id).count() == 0
+
+
+def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Lease) -> None:
+    (opening,) = network_openings.wanted_of(host.machine, lease)
+    reports(host, openings=seen(opening))
+    assert state_of(lease, "firewall") == ("open", "open")
+    reports(gateway, forwards=seen(*network_forwards.of_lease(lease)))
+    assert state_of(lease, "forward") == ("open", "open")
+    applied(clouds=("cloudflare",))
+    assert (state_of(lease, "name"), state_of(lease, "security_group")) == (("open", "open"), ("open", "closed"))
+    applied(clouds=("aws",), stack="production-aws")
+    assert state_of(lease, "security_group") == ("open", "open")
+    assert grants.get(lease, "name").waits_since is None
+
+
+def test_a_grant_waits_since_it_was_wanted_and_says_what_is_missing(host: Host, lease: Lease) -> None:
+    applied(clouds=("cloudflare", "aws"))
+    since = utcnow()
+    network_requests.open_port(host.machine, wish(9999), by=SYSTEM, lease=lease)
+    grant = grants.get(lease, "security_group")
+    assert (grant.desired, grant.observed) == ("open", "unknown"), "one of the two is there"
+    assert grant.waits_since >= since
+    assert grant.detail["missing"] == [grant.detail["parts"][1]]
+    applied(clouds=("cloudflare", "aws"))
+    assert grants.get(lease, "security_group").waits_since is None
+
+
+def test_an_opening_that_is_asked_for_later_makes_its_grant(host: Host, tenant: Tenant) -> None:
+    lease = allocate(host, tenant)
+    assert state_of(lease, "firewall") is None
+    opening = network_requests.open_port(host.machine, wish(), by=SYSTEM, lease=lease)
+    assert state_of(lease, "firewall") == ("open", "unknown")
+    reports(host, openings=seen(opening))
+    network_requests.close_port(opening, by=SYSTEM)
+    assert state_of(lease, "firewall") == ("closed", "open")
+    reports(host)
+    assert state_of(lease, "firewall") == ("closed", "closed")
+
+
+def test_the_connection_names_the_gateways_address_and_port(host: Host, lease: Lease, customer: User) -> None:
+    way = connections.of(leases.get(lease.id), user=customer)
+    assert (way.host, way.port) == ("198.51.100.1", 20000)
+    assert way.command == f"ssh -p 20000 lease{lease.id}@198.51.100.1"
+    assert "Port 20000" in way.ssh_config
+    assert way.known_hosts_line.startswith("[198.51.100.1]:20000 ssh-ed25519 ")
+
+
+# Close together
+
+
+def test_the_end_closes_all_in_one_and_the_lease_has_ended_when_all_was_seen(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    everything_seen(host, gateway, lease)
+    assert set(states_of(lease).values()) == {("open", "open")}
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert {desired for desired, _ in states_of(lease).values()} == {"closed"}
+    assert (export()["names"], export()["openings"]) == ([], [])
+    assert network_forwards.to_send(gateway.machine, utcnow()) == []
+
+    def still_open() -> list[str]:
+        assert leases.get(lease.id).state == "ending"
+        return [kind for kind, (_, seen_as) in states_of(lease).items() if seen_as != "closed"]
+
+    host.sees(lease, "closed")
+    assert still_open() == ["firewall", "forward", "security_group", "name"]
+    reports(host)
+    assert still_open() == ["forward", "security_group", "name"]
+    reports(gateway)
+    assert still_open() == ["security_group", "name"]
+    applied(clouds=("cloudflare",))
+    assert still_open() == ["security_group"]
+    applied(clouds=("aws",), stack="production-aws")
+    assert leases.get(lease.id).state == "ended"
+    assert reclaim_of(lease).state == "waiting"
+
+
+def test_a_lease_that_no_stack_was_ever_given_waits_for_none(host: Host, gateway: Host, lease: Lease) -> None:
+    leases.end(lease, by=SYSTEM, reason="a mistake")
+    assert NetworkExport.select().count() == 0
+    assert (state_of(lease, "name"), state_of(lease, "security_group")) == (("closed", "closed"), ("closed", "closed"))
+    host.sees(lease, "closed")
+    reports(host)
+    reports(gateway)
+    assert leases.get(lease.id).state == "ended"
+
+
+def test_an_apply_that_is_still_under_way_cannot_bring_a_closed_name_back_unnoticed(host: Host, lease: Lease) -> None:
+    """The pipeline has read the export with the name; the lease ends before it has applied it."""
+    under_way = export()
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert state_of(lease, "name") == ("closed", "unknown"), "somebody may be applying it at this moment"
+    applied(under_way, clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("closed", "open")
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("closed", "closed")
+
+
+def test_an_apply_that_comes_after_a_later_one_is_refused_and_changes_nothing(host: Host, lease: Lease) -> None:
+    with_name = export()
+    leases.end(lease, by=SYSTEM, reason="done")
+    applied(clouds=("cloudflare", "aws"))
+    with pytest.raises(Conflict) as refused:
+        applied(with_name, clouds=("cloudflare", "aws"))
+    assert refused.value.code == "stale_apply"
+    assert state_of(lease, "name") == ("closed", "closed")
+
+
+def test_a_step_between_two_exports_says_nothing_about_leases(host: Host, lease: Lease) -> None:
+    applied(clouds=("cloudflare", "aws"))
+    step = outputs(clouds=("cloudflare", "aws"), checksum="sha256:" + "0" * 64)
+    network_posts.take("production", step, by=SYSTEM)
+    assert state_of(lease, "name") == ("open", "unknown")
+    generation = network.state().generation
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("open", "open")
+    assert network.state().generation == generation, "a step asks for no other run of the pipeline"
+
+
+# What cannot be reached
+
+
+def test_a_week_without_ci_keeps_the_lease_ending_raises_an_alert_and_can_be_written_off(
+    host: Host, gateway: Host, lease: Lease, operator: User
+) -> None:
+    everything_seen(host, gateway, lease)
+    leases.end(lease, by=SYSTEM, reason="done")
+    host.sees(lease, "closed")
+    reports(host)
+    reports(gateway)
+    assert leases.finish_silent(utcnow() + timedelta(days=7)) == 0
+    assert leases.get(lease.id).state == "ending"
+
+    def told(after: timedelta) -> list[tuple[str, str]]:
+        found = alerts_own.conditions(utcnow() + after, utcnow())
+        return [(each.labels["host"], each.labels["part"]) for each in found if each.name == "GrantStillOpen"]
+
+    assert told(timedelta(minutes=14)) == []
+    assert told(timedelta(minutes=16)) == [("gpu-1", "security_group"), ("gpu-1", "name")]
+    who = actor_of(operator)
+    with pytest.raises(Invalid):
+        leases.write_off_grant(lease, "name", by=who, reason=" ")
+    leases.write_off_grant(lease, "name", by=who, reason="CI is gone; removed by hand")
+    assert told(timedelta(minutes=16)) == [("gpu-1", "security_group")]
+    assert leases.get(lease.id).state == "ending"
+    leases.write_off_grant(lease, "security_group", by=who, reason="the same")
+    assert leases.get(lease.id).state == "ended"
+    assert told(timedelta(minutes=16)) == []
+    grant = grants.get(lease, "name")
+    assert (grant.observed, grant.written_off_by_id, grant.waits_since) == ("open", operator.id, None)
+    entry = AuditEntry.get(AuditEntry.action == "grant.written_off")
+    assert (entry.actor_name, entry.detail["kind"], entry.detail["observed"]) == ("olga", "name", "open")
+
+
+@pytest.mark.parametrize("kind", ["keys", "tasks", "desktop"])
+def test_keys_and_tasks_are_written_off_with_the_whole_lease_alone(lease: Lease, kind: str) -> None:
+    leases.end(lease, by=SYSTEM, reason="done")
+    with pytest.raises(NotFound):
+        leases.write_off_grant(lease, kind, by=SYSTEM, reason="gone")
+
+
+def test_what_is_wanted_or_seen_closed_is_not_written_off(host: Host, lease: Lease) -> None:
+    with pytest.raises(Conflict):
+        leases.write_off_grant(lease, "name", by=SYSTEM, reason="gone")
+    leases.end(lease, by=SYSTEM, reason="done")
+    reports(host)
+    with pytest.raises(Conflict):
+        leases.write_off_grant(lease, "firewall", by=SYSTEM, reason="gone")
+
+
+def test_a_port_that_is_written_off_can_be_given_away_again(host: Host, gateway: Host, lease: Lease) -> None:
+    reports(gateway, forwards=seen(*network_forwards.of_lease(lease)))
+    leases.end(lease, by=SYSTEM, reason="done")
+    leases.write_off_grant(lease, "forward", by=SYSTEM, reason="the gateway has burnt down")
+    assert network_forwards.of_lease(lease) == []
+    assert Forward.get(Forward.lease == lease).released_at is not None
+
+
+# Extended, continued
+
+
+def test_a_lease_that_continues_another_has_its_name_port_and_openings_again(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    record = network_requests.want_record(
+        DnsZone.get(), lease=lease, by=SYSTEM, name="jupyter.gpu.example.org", type="A", values=["198.51.100.1"]
+    )
+    closed_before = network_requests.open_port(host.machine, wish(7777), by=SYSTEM, lease=lease)
+    network_requests.close_port(closed_before, by=SYSTEM)
+    keys = {row["key"] for row in export()["names"]}
+    everything_seen(host, gateway, lease)
+    leases.end(lease, by=SYSTEM, reason="done")
+    everything_seen(host, gateway, lease)
+    assert leases.get(lease.id).state == "ended"
+    assert export()["names"] == []
+
+    following = leases.extend(lease, until=utcnow() + 9 * HOUR, by=SYSTEM)
+    assert following.id != lease.id
+    assert {row["key"] for row in export()["names"]} == keys, "the same resources in the clouds, not others"
+    assert network_names.get(record.id).lease_id == following.id
+    assert [each.first_port for each in network_openings.wanted_of(host.machine, following)] == [8888]
+    (forward,) = network_forwards.of_lease(following)
+    assert forward.public_port == 20000, "the address that people have written down still works"
+    everything_seen(host, gateway, following)
+    assert set(states_of(following).values()) == {("open", "open")}
+    assert {desired for desired, _ in states_of(lease).values()} == {"closed"}
+
+
+def test_an_extension_reaches_the_gateway(host: Host, gateway: Host, lease: Lease) -> None:
+    generation, later = gateway.machine.generation, lease.ends_at + HOUR
+    leases.extend(lease, until=later, by=SYSTEM)
+    assert gateway.machine.generation > generation
+    (forward,) = network_forwards.to_send(gateway.machine, utcnow())
+    assert forward["ends_at"].startswith(f"{later:%Y-%m-%dT%H:%M:%S}")
+
+
+# Gateways
+
+
+def test_a_gateway_is_leased_to_nobody(gateway: Host, tenant: Tenant) -> None:
+    for given in ({}, {"starts_at": utcnow() + HOUR}):
+        with pytest.raises(CannotAllocate) as refused:
+            allocate(gateway, tenant, **given)
+        assert "gateway" in {reason.code for reason in refused.value.reasons}
+
+
+def test_a_gateway_in_use_is_neither_retired_nor_made_something_else(host: Host, gateway: Host, lease: Lease) -> None:
+    for act in (
+        lambda: place(gateway, forward_ports=None),
+        lambda: retirement.retire(gateway.machine, by=SYSTEM, reason="old"),
+        lambda: place(host, gateway_id=None),
+    ):
+        with pytest.raises(Conflict):
+            act()
+    assert gateway.machine.is_gateway
+    assert state_of(lease, "forward") == ("open", "unknown")
+
+
+def test_state_pairs_of_a_grant_are_told_as_waiting_unless_they_agree(lease: Lease) -> None:
+    for desired in ("open", "closed"):
+        for observed in ("open", "closed", "unknown"):
+            grant = Grant(desired=desired, observed=observed, desired_at=utcnow())
+            assert (grant.waits_since is None) == (desired == observed)
+            grant.written_off_at = utcnow()
+            assert grant.waits_since is None
+
+
+def test_only_leases_that_wait_or_may_change_are_looked_at_when_a_stack_tells(
+    host: Host, gateway: Host, lease: Lease, tenant: Tenant
+) -> None:
+    allocate(ready_host("plain"), tenant)
+    everything_seen(host, gateway, lease)
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert lease.id in [each.id for each in network_switch.leases_to_refresh()]
+    everything_seen(host, gateway, lease)
+    assert lease.id not in [each.id for each in network_switch.leases_to_refresh()]
+    assert not network_export.refresh(utcnow()), "every change was counted"
