@@ -105,10 +105,13 @@ def _compile_unpacked() -> None:
 def _leases(config: Any) -> Any:
     from remotegpu_agent.journal import Journal
     from remotegpu_agent.leases import Leases
+    from remotegpu_agent.openings import Openings
+    from remotegpu_agent.state import State
     from remotegpu_agent.tasks import Tasks
 
-    journal = Journal(config.state_dir / "journal.jsonl")
-    return Leases(config, journal, Tasks(config, journal).stop_lease)
+    journal, state = Journal(config.state_dir / "journal.jsonl"), State(config.state_dir / "desired.json")
+    openings = Openings(lambda: state.held, state.path)
+    return Leases(config, journal, Tasks(config, journal).stop_lease, openings)
 
 
 def _close_lease(options: argparse.Namespace) -> int:
@@ -261,6 +264,7 @@ def _clean(options: argparse.Namespace) -> int:
     from remotegpu_agent.credential import Credential
     from remotegpu_agent.journal import Journal
     from remotegpu_agent.leases import Leases
+    from remotegpu_agent.openings import Openings
     from remotegpu_agent.protocol import ProtocolError, check_args
     from remotegpu_agent.state import State
     from remotegpu_agent.tasks import Tasks
@@ -272,8 +276,8 @@ def _clean(options: argparse.Namespace) -> int:
         sys.exit(f"remotegpu-agent: {error}")
     journal = Journal(config.state_dir / "journal.jsonl")
     tasks = Tasks(config, journal)
-    leases = Leases(config, journal, tasks.stop_lease)
     credential, state = Credential(config.credential_file), State(config.state_dir / "desired.json")
+    leases = Leases(config, journal, tasks.stop_lease, Openings(lambda: state.held, state.path))
     if not credential.is_enrolled:
         sys.exit("remotegpu-agent: this host is not enrolled, so it has no lease to clean")
     # The running agent sends what is left of the logs, not this process: it cannot wait for that.

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from remotegpu_agent import forwards, nft
 from remotegpu_agent.config import CONFIG_FILE, Config, ConfigError, load
 from remotegpu_agent.files import find_json
 from remotegpu_agent.leases import GUARD_LINK, Leases, end_survives_reboot
 from remotegpu_agent.observe import docker
 from remotegpu_agent.observe.tools import ToolFailed, run
+from remotegpu_agent.openings import Openings, find_firewall
+from remotegpu_agent.protocol import now
+from remotegpu_agent.state import Held
 
 LEAST_FREE_BYTES = 2 * 1024**3
 LEAST_FREE_INODES = 10_000
@@ -45,10 +49,11 @@ def examine(path: Path = CONFIG_FILE) -> Iterator[Finding]:
     yield _portal(config)
     yield _enrolment(config)
     yield from _service(config)
-    yield _nvml(config)
+    yield _gateway() if forwards.is_gateway() else _nvml(config)
     yield from _disk(config)
     yield _docker()
     yield _sshd(config)
+    yield _firewall()
 
 
 def _authority(config: Config) -> Finding:
@@ -120,6 +125,18 @@ def _service(config: Config) -> Iterator[Finding]:
     yield Finding("lease guard", end_survives_reboot(), text)
 
 
+def _gateway() -> Finding:
+    try:
+        if not nft.is_loaded(forwards.TABLE):
+            return Finding("gateway", False, "its table is missing: systemctl reload remotegpu-gateway")
+        seen = forwards.look(at=now())
+    except ToolFailed as error:
+        return Finding("gateway", None, str(error))
+    halves = seen.led.keys() ^ seen.passed.keys()
+    text = f"{len(seen.led)} ports are forwarded"
+    return Finding("gateway", not halves, f"{text}; {len(halves)} of them lead nowhere" if halves else text)
+
+
 def _nvml(config: Config) -> Finding:
     from remotegpu_agent.gpu import GpuProbe
 
@@ -179,10 +196,24 @@ def _docker() -> Finding:
     return Finding("Docker", True, "answers")
 
 
+def _firewall() -> Finding:
+    try:
+        firewall = find_firewall()
+        if firewall is None:
+            why = "not RemoteGPU's: nothing can be opened for a lease. Run playbooks/gpu_hosts.yml for this host"
+            return Finding("firewall", None, why)
+        if not nft.is_loaded(firewall.table):
+            return Finding("firewall", False, f"the table inet {firewall.table} is gone: nft -f {firewall.rules}")
+    except ToolFailed as error:
+        return Finding("firewall", False, str(error))
+    return Finding("firewall", True, f"{firewall.backend}; openings are in the table inet {firewall.table}")
+
+
 def _sshd(config: Config) -> Finding:
     from remotegpu_agent.journal import Journal
 
-    entries = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None).entries()
+    openings = Openings(Held, config.state_dir / "desired.json")
+    entries = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings).entries()
     login = next((entry.login for entry in entries if os.path.isdir(config.home_dir / entry.login)), None)
     if login is None:
         return Finding("sshd", None, "no lease's login here to ask for")

@@ -24,6 +24,7 @@ from remotegpu_agent.files import Reserve, Table, find_text, is_full, write_atom
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.observe import docker
 from remotegpu_agent.observe.tools import ToolFailed, run
+from remotegpu_agent.openings import Openings
 from remotegpu_agent.plan import HostLease, expiry_day
 from remotegpu_agent.protocol import DesiredLease, format_time, now, parse_time
 
@@ -56,11 +57,14 @@ class Entry:
 
 
 class Leases:
-    def __init__(self, config: Config, journal: Journal, stop_tasks: Callable[[int, str], None]) -> None:
-        """`stop_tasks(lease_id, reason)` ends the lease's task units at once."""
+    def __init__(
+        self, config: Config, journal: Journal, stop_tasks: Callable[[int, str], None], openings: Openings
+    ) -> None:
+        """`stop_tasks(lease_id, reason)` ends the lease's task units at once; `openings` end with their lease."""
         self._config = config
         self._journal = journal
         self._stop_tasks = stop_tasks
+        self._openings = openings
         self._register = Table(config.state_dir / "leases.json")
         self.reserve = Reserve(config.reserve_dir)
 
@@ -72,6 +76,10 @@ class Leases:
 
     def _all_entries(self) -> list[Entry]:
         return [_entry(int(lease_id), line) for lease_id, line in self._register.read().items()]
+
+    def open_ends(self) -> dict[int, datetime]:
+        """The leases that are open here, each with its end."""
+        return {entry.lease_id: entry.ends_at for entry in self.entries() if not entry.is_closed}
 
     def find(self, lease_id: int) -> Entry | None:
         line = self._register.read().get(str(lease_id))
@@ -266,6 +274,8 @@ class Leases:
         """No new session from here on: the keys file first, since it needs no program to be started."""
         yield _attempt(lambda: self._write_keys_file(entry.login, ""))
         yield _attempt(lambda: self._expire(entry.login))
+        others = {lease_id: ends_at for lease_id, ends_at in self.open_ends().items() if lease_id != entry.lease_id}
+        yield _attempt(lambda: self._openings.settle(others))
 
     @staticmethod
     def _expire(login: str) -> None:

@@ -30,6 +30,7 @@ from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import CannotOpen, Entry, Leases, end_survives_reboot
 from remotegpu_agent.observe.docker import DockerFailed
 from remotegpu_agent.observe.tools import ToolFailed
+from remotegpu_agent.openings import Openings
 from remotegpu_agent.plan import (
     ArmEnd,
     CloseLease,
@@ -91,7 +92,8 @@ class Agent:
         self.state = State(config.state_dir / "desired.json")
         self.credential = Credential(config.credential_file)
         self.tasks = Tasks(config, self.journal)
-        self.leases = Leases(config, self.journal, self.tasks.stop_lease)
+        self.openings = Openings(lambda: self.state.held, self.state.path)
+        self.leases = Leases(config, self.journal, self.tasks.stop_lease, self.openings)
         operations = Operations(self.credential, self.state, self.leases, self.tasks, self.journal)
         self.commands = Commands(config.state_dir / "commands", operations, on_result=self._tell)
         self.forwards = Forwards(config.state_dir, self.journal)
@@ -301,6 +303,7 @@ class Agent:
         host = self._look(held)
         steps = plan(held.desired, host, at=now(), frozen=held.frozen is not None, render_keys=self.leases.render_keys)
         failed = self._apply(steps)
+        failed = not self._settle_openings(held) or failed
         failed = not self._settle_forwards(held) or failed
         if held.desired is not None and not held.frozen:
             self.commands.consider(held.desired)
@@ -308,6 +311,16 @@ class Agent:
         if not failed:
             self._applied_generation = held.generation
         return not failed and not self._look_for_lost()
+
+    def _settle_openings(self, held: Held) -> bool:
+        """After the leases, whose ends they never outlive. False: something resisted."""
+        if held.desired is None or held.frozen:
+            return True
+        try:
+            self.openings.settle(self.leases.open_ends(), clock_offset_s=self._clock_offset_s)
+        except ToolFailed:
+            return False  # said by then, and reported
+        return True
 
     def _settle_forwards(self, held: Held) -> bool:
         """On a gateway. Where nothing is ordered now, what was lasts until its end. False: something resisted."""
@@ -445,9 +458,10 @@ class Agent:
         results = (("result", result["command_id"]) for result in self.commands.results(self.state.held.epoch))
         records = (record["id"] for record in self.journal.pending())
         leases = (repr(lease | {"processes": None}) for lease in self._observed)
-        forwards = (repr(forward) for forward in self.forwards.report())
+        openings = (repr(opening) for opening in self.openings.report())
         applied = ("applied", self._applied_generation)
-        return frozenset((*self.tasks.news(), *results, *records, *leases, *forwards, applied))
+        forwards = (repr(forward) for forward in self.forwards.report())
+        return frozenset((*self.tasks.news(), *results, *records, *leases, *openings, *forwards, applied))
 
     def _report(self, *, is_full: bool) -> dict[str, Any]:
         if is_full:
@@ -470,6 +484,7 @@ class Agent:
             "attempts": self.tasks.reports(),
             "logs": ranges,
             **({"forwards": forwards} if (forwards := self.forwards.report()) or is_gateway() else {}),
+            "openings": self.openings.report(),
             "command_results": self.commands.results(held.epoch),
             # Only where there is something to say: a portal that was rolled back does not know it.
             **({"command_at_work": at_work} if is_full and (at_work := self.commands.at_work(held.epoch)) else {}),

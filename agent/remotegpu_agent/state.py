@@ -94,7 +94,7 @@ class State:
     """The held state and its file. Any thread may ask; changes are one at a time and on disk before they are seen."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._lock = threading.Lock()
         self._held = self._load()
         self._unwritten: dict[str, Any] | None = None  # what is wanted, where the disk had no room for it
@@ -136,16 +136,16 @@ class State:
 
     def _write(self, held: Held, raw: dict[str, Any] | None) -> None:
         value = {"epoch": held.epoch, "generation": held.generation, "frozen": held.frozen, "desired": raw}
-        write_json(self._path, value)
+        write_json(self.path, value)
 
     def _raw(self) -> dict[str, Any] | None:
         if self._unwritten is not None:
             return self._unwritten
-        value = find_json(self._path)
+        value = find_json(self.path)
         return value["desired"] if value else None
 
     def _load(self) -> Held:
-        value = find_json(self._path)
+        value = find_json(self.path)
         if value is None:
             return Held()
         desired = read_desired(value["desired"]) if value["desired"] is not None else None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from remotegpu_agent import baseline
+from remotegpu_agent import baseline, openings
 from remotegpu_agent.observe import accounts, firewall, mounts
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
@@ -443,17 +443,37 @@ def _firewall(asked: Asked) -> Iterator[str]:
         after = collections.Counter(firewall.plain_rules(text))
         yield from (f"table {key} has `{line}`, which is not in the baseline" for line in (after - before).elements())
         yield from (f"table {key} lacks `{line}`" for line in (before - after).elements())
-        if key == f"inet {firewall.OWN_TABLE}":
+        if key in firewall.OWN_TABLES:
             yield from _openings(run(["nft", "-s", "list", "table", *key.split(" ", 1)]) if key in now else "")
         if key not in known and not re.fullmatch(r"ip6? (filter|nat|mangle|raw|security)", key):
             yield f"table {key} is not in the baseline"  # those of iptables come empty with the first question
 
+    if "inet firewalld" in now:
+        yield from _opened_by_firewalld(run(["nft", "-s", "list", "table", "inet", "firewalld"]))
+
 
 def _openings(table: str) -> Iterator[str]:
-    """Sets of our table whose members have an end, and that still have some: no lease is left to have opened them."""
+    """Members of our sets that have an end and are not the machine's own: no lease is left to have opened them."""
+    own = openings.machines_own()
     for name, body in re.findall(r"\bset (\S+) \{(.*?)\n\t\}", table, re.DOTALL):
-        if re.search(r"flags .*\btimeout\b", body) and "elements = {" in body:
-            yield f"set {name} still has openings"
+        found = re.search(r"elements = \{(.*)\}", body, re.DOTALL)
+        if found is None or not re.search(r"flags .*\btimeout\b", body):
+            continue
+        for member in found[1].split(","):
+            key = re.split(r"\s(?:timeout|expires|comment)\b", member.strip())[0]
+            if openings.canonical(tuple(key.split(" . "))) not in own:
+                yield f"set {name} still lets in {key}"
+
+
+def _opened_by_firewalld(table: str) -> Iterator[str]:
+    """What firewalld lets in behind all other rules of our zone, and is not the machine's own."""
+    own = openings.machines_own()
+    body = re.search(rf"\n\tchain {firewall.OPENED_BY_FIREWALLD} \{{\n(.*?)\t\}}\n", table, re.DOTALL)
+    for line in (each.strip() for each in body[1].splitlines()) if body else ():
+        rule = re.match(r"(?:meta nfproto ipv([46]) )?(?:ip6? saddr (\S+) )?(tcp|udp) dport (\S+) ", line)
+        source = (rule[2] or {"6": "::/0"}.get(rule[1], "0.0.0.0/0")) if rule else ""
+        if rule is None or openings.canonical((rule[3], rule[4], source)) not in own:
+            yield f"firewalld still lets in by `{line}`"
 
 
 def _listening_ports(asked: Asked) -> Iterator[str]:

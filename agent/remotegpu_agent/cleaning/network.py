@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from remotegpu_agent import openings
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable
 from remotegpu_agent.observe import firewall, ports
@@ -24,12 +25,23 @@ def look_for_rules(scope: Scope) -> Iterator[Finding]:
             raise NotApplicable("nft is not installed on this host")
         raise ToolFailed("nft is in the baseline and is not installed any more")
     known: dict[str, Any] = (before or {"tables": {}})["tables"]
-    for key, name in firewall.filled_openings():
-        yield Finding(("flush", key, name), f"set {name} of table {key} still has openings")
+    yield from _left_open()
     for key in sorted({*known, *now["tables"]}):
         yield from _differences(key, known.get(key), now["tables"].get(key))
     if now["legacy"] != (before or {"legacy": []})["legacy"]:
         yield Finding(None, f"tables of the older iptables: {', '.join(now['legacy'])}")
+
+
+def _left_open() -> Iterator[Finding]:
+    """Openings that are not the machine's own: no lease is left that they could be of."""
+    own = openings.machines_own()
+    for table, name, key in firewall.opened():
+        if openings.canonical(key) not in own:
+            yield Finding(("close", table, (name, key)), f"set {name} of table {table} still lets in {' '.join(key)}")
+    if openings.is_firewalld_at_work():
+        for key, priorities in openings.zone_rules().items():
+            if key not in own:
+                yield Finding(("close_zone", key, priorities), f"firewalld still lets in {' '.join(key)}")
 
 
 def _differences(key: str, before: dict[str, Any] | None, now: dict[str, Any] | None) -> Iterator[Finding]:
@@ -70,16 +82,21 @@ def put_back_rules(_scope: Scope, found: list[Finding]) -> Iterator[str]:
             yield str(error)
 
 
-def _put_back(what: str, key: str, detail: str) -> Iterator[str]:
+def _put_back(what: str, key: Any, detail: Any) -> Iterator[str]:
     if what == "delete":
         run(["nft", "delete", "table", *key.split(" ", 1)])
         yield f"deleted table {key}"
     elif what == "restore":
         run(["nft", "-f", "-"], stdin=f"table {key} {{}}\ndelete table {key}\n{detail}")
         yield f"restored table {key}"
-    elif what == "flush":
-        run(["nft", "flush", "set", *key.split(" ", 1), detail])
-        yield f"closed every opening of {detail}"
+    elif what == "close":
+        name, element = detail
+        run(["nft", f"delete element {key} {name} {{ {' . '.join(element)} }}"])
+        yield f"closed {' '.join(element)}"
+    elif what == "close_zone":
+        for priority in detail:
+            openings.remove_rule(key, priority)
+        yield f"closed {' '.join(key)}"
     elif what == "item":
         yield from _delete_item(key, detail)
 

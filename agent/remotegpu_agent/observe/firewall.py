@@ -1,7 +1,8 @@
 """The ruleset of the kernel, in a form that can be compared tomorrow.
 
-Left out are handles and counters, the elements of sets whose members come and go (the openings of a lease), and what
-Docker writes for its containers: its chains, jumps to them, and rules for its bridges.
+Left out are handles and counters, what comes and goes (the openings of a lease: members of sets, and what firewalld has
+behind all other rules of our zone), and what Docker writes for its containers: its chains, jumps to them, and rules for
+its bridges.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 import re
 from typing import Any
 
+from remotegpu_agent.nft import read_key
 from remotegpu_agent.observe.tools import find_tool, read_text, run
 
-OWN_TABLE = "remotegpu"
+OWN_TABLES = ("inet remotegpu", "inet remotegpu_openings")  # with the sets that openings of leases are in
+OPENED_BY_FIREWALLD = "filter_IN_remotegpu_post"  # in the table inet firewalld: openings.py gives its rules their place
 _DOCKER_CHAIN = re.compile(r"^DOCKER(-.*)?$")
 _DOCKERS_LINE = re.compile(r"\bDOCKER|\bdocker0\b|\bbr-[0-9a-f]{12}\b|\bdocker_gwbridge\b")
 _DOCKER_BRIDGE = re.compile(r"^(docker0|br-[0-9a-f]{12}|docker_gwbridge)$")
@@ -31,11 +34,13 @@ def look_at() -> dict[str, Any] | None:
     tables: dict[str, Any] = {}
     for key, items in sorted(by_table(ruleset()).items()):
         tables[key] = {
-            "items": [normal(item) for item in items if not is_dockers(item)],
+            "items": [normal(item) for item in items if not is_dockers(item) and not _is_opening(item)],
             "rules": plain_rules(run(["nft", "-s", "-t", "list", "table", *key.split(" ", 1)])),
         }
         if not is_written_by_iptables(items):
-            tables[key]["text"] = run(["nft", "-s", "list", "table", *key.split(" ", 1)])
+            # Put back, it must not open again what was closed since: no members of our sets, no rule of an opening.
+            options = ["-s", "-t"] if key in OWN_TABLES else ["-s"]
+            tables[key]["text"] = without_openings(run(["nft", *options, "list", "table", *key.split(" ", 1)]))
     return {"tables": tables, "legacy": legacy_tables()}
 
 
@@ -63,10 +68,27 @@ def _comes_and_goes(item: dict[str, Any]) -> bool:
     return kind in ("set", "map") and bool({"timeout", "dynamic"} & set(_as_list(body.get("flags"))))
 
 
-def filled_openings() -> list[tuple[str, str]]:
-    """Table and name of each set in our own table whose members come and go, and that has some."""
+def _is_opening(item: dict[str, Any]) -> bool:
+    kind, body = next(iter(item.items()))
+    return kind == "rule" and (body["table"], body["chain"]) == ("firewalld", OPENED_BY_FIREWALLD)
+
+
+def without_openings(text: str) -> str:
+    """A table's listing without the rules by which firewalld lets in for a while."""
+    chain = re.compile(rf"(\n\tchain {OPENED_BY_FIREWALLD} {{\n).*?(\t}}\n)", re.DOTALL)
+    return chain.sub(r"\1\2", text)
+
+
+def opened() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Table, set and parts of each member that comes and goes in our own tables."""
     listed = [next(iter(item.values())) for item in ruleset() if _comes_and_goes(item)]
-    return [(f"{s['family']} {s['table']}", s["name"]) for s in listed if s["table"] == OWN_TABLE and s.get("elem")]
+    ours = [(f"{each['family']} {each['table']}", each) for each in listed]
+    return [
+        (table, each["name"], read_key(member))
+        for table, each in ours
+        if table in OWN_TABLES
+        for member in each.get("elem", [])
+    ]
 
 
 def _without_counts(value: Any) -> Any:
@@ -118,7 +140,7 @@ def plain_rules(text: str) -> list[str]:
         if opened := re.fullmatch(r"(chain|set|map) (\S+) \{", line):
             chain = opened.group(2)
         is_frame = line in ("", "}") or line.startswith(("table ", "chain ", "#")) or line.endswith("policy accept;")
-        if not is_frame and not _DOCKERS_LINE.search(f"{chain} {line}"):
+        if not is_frame and chain != OPENED_BY_FIREWALLD and not _DOCKERS_LINE.search(f"{chain} {line}"):
             found.append(f"{chain}: {line}")
     return sorted(found)
 

@@ -15,7 +15,9 @@ from remotegpu_agent.config import Config
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import Leases, expiry_stamp, parse_openssh_version
 from remotegpu_agent.observe.tools import ToolFailed
+from remotegpu_agent.openings import Openings
 from remotegpu_agent.protocol import DesiredLease, Key
+from remotegpu_agent.state import Held
 from remotegpu_agent.systemd import calendar
 
 END = datetime(2026, 7, 1, 10, 30, 0, tzinfo=timezone.utc)
@@ -64,7 +66,8 @@ def test_every_key_line_carries_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     config = Config("https://portal.example", state_dir=tmp_path)
     keys = (Key("SHA256:a", "ssh-ed25519 AAAA a"), Key("SHA256:b", "ssh-ed25519 BBBB b"))
     lease = DesiredLease(17, "lease17", 20017, True, END, keys)
-    text = Leases(config, Journal(tmp_path / "journal.jsonl"), lambda *_: None).render_keys(lease)
+    openings = Openings(Held, tmp_path / "desired.json")
+    text = Leases(config, Journal(tmp_path / "journal.jsonl"), lambda *_: None, openings).render_keys(lease)
     assert text == (
         'expiry-time="20260701102959Z" ssh-ed25519 AAAA a\nexpiry-time="20260701102959Z" ssh-ed25519 BBBB b\n'
     )
@@ -84,7 +87,8 @@ def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Leases]:
     for directory in (config.state_dir, config.keys_dir):
         directory.mkdir()
     (config.keys_dir / "lease17").write_text("ssh-ed25519 AAAA a\n")
-    there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None)
+    openings = Openings(Held, config.state_dir / "desired.json", tmp_path / "firewall.json")
+    there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings)
     there._note(DesiredLease(17, "lease17", 20017, True, END, ()), closed_at=None)
     there.reserve.keep()
     monkeypatch.setattr(leases, "stop_containers", lambda _lease_id: None)

@@ -1,0 +1,456 @@
+"""Openings: holes in this host's firewall, each for one source, a range of ports and a time.
+
+Told in order: which are due now, as pieces that do not overlap; what has to change; how each owner of a firewall is
+told. Each ends in the kernel, by a timeout of its own, with portal and agent dead. The role firewall says in
+/etc/remotegpu/firewall.json who owns the firewall and where the sets are; it writes the rules that ask them, for every
+packet of a connection that came in by one: so a piece that goes cuts what is connected. Nobody has the kernel forget
+these connections: the next packet that the host sends would begin them anew, as its own, and the answers would be let
+in (seen with Linux 6.18). Ports that lead to other machines are forwards.py's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from remotegpu_agent import nft, systemd
+from remotegpu_agent.files import find_json
+from remotegpu_agent.nft import Key
+from remotegpu_agent.observe.tools import ToolFailed, find_tool, run
+from remotegpu_agent.protocol import PROTOCOLS, DesiredOpening, Network, format_time, now
+from remotegpu_agent.state import Held, State
+
+log = logging.getLogger(__name__)
+
+TOLD = Path("/etc/remotegpu/firewall.json")
+SETS = {4: "openings", 6: "openings6"}
+ZONE = "remotegpu"
+# By these firewalld's rules of ours are told from those of others: the second while the first is being replaced.
+PRIORITIES = (32001, 32002)
+CLOCK_TOLERANCE_S = 60.0
+END_TOLERANCE = timedelta(seconds=3)  # nft tells whole seconds, and a look takes its time
+
+
+@dataclass(frozen=True)
+class Until:
+    """How long a piece is open, and for which openings."""
+
+    ends_at: datetime | None  # None: until it is closed
+    ids: tuple[int, ...]
+    is_whole: bool = True  # False: one of the places that have to let it in does not
+
+
+Pieces = Mapping[Key, Until]  # by protocol, ports, source
+
+
+# --- what is due
+
+
+def due(openings: Iterable[DesiredOpening], leases: Mapping[int, datetime], at: datetime) -> list[DesiredOpening]:
+    """Those that are to be open now; `leases` are open on this host, each with its end, which none of its openings
+    outlives.
+    """
+    found = []
+    for opening in openings:
+        if opening.lease_id is not None:
+            if opening.lease_id not in leases:
+                continue
+            lease_ends_at = leases[opening.lease_id]
+            opening = replace(opening, ends_at=min(opening.ends_at or lease_ends_at, lease_ends_at))
+        if opening.ends_at is None or opening.ends_at > at:
+            found.append(opening)
+    return found
+
+
+def pieces(openings: Iterable[DesiredOpening]) -> dict[Key, Until]:
+    """The same, cut so that no two overlap: each piece is open until the last of its openings ends."""
+    found: dict[Key, Until] = {}
+    openings = list(openings)
+    for protocol, version in itertools.product(PROTOCOLS, SETS):
+        alike = [each for each in openings if (each.protocol, each.source.version) == (protocol, version)]
+        for first, last, sources in _stretches(alike):
+            ports = str(first) if first == last else f"{first}-{last}"
+            found.update({(protocol, ports, str(source)): until for source, until in sources.items()})
+    return found
+
+
+def _stretches(openings: list[DesiredOpening]) -> Iterator[tuple[int, int, dict[Network, Until]]]:
+    """Neighbouring ports that let in the same sources."""
+    edges = sorted({each.first_port for each in openings} | {each.last_port + 1 for each in openings})
+    known: tuple[int, int, dict[Network, Until]] | None = None
+    for first, after in itertools.pairwise(edges):
+        sources = _sources([each for each in openings if each.first_port <= first and after - 1 <= each.last_port])
+        if known is not None and known[2] == sources:
+            known = (known[0], after - 1, sources)
+            continue
+        if known is not None and known[2]:
+            yield known
+        known = (first, after - 1, sources)
+    if known is not None and known[2]:
+        yield known
+
+
+def _sources(openings: list[DesiredOpening]) -> dict[Network, Until]:
+    """Networks lie within each other or apart: a wide one leaves out those within it that are open for longer."""
+    ends: dict[Network, datetime | None] = {}
+    for each in openings:
+        if each.source not in ends or _outlives(each.ends_at, ends[each.source]):
+            ends[each.source] = each.ends_at
+    found = {}
+    for source, ends_at in ends.items():
+        others = [other for other in ends if other != source]
+        if any(_is_within(source, other) and not _outlives(ends_at, ends[other]) for other in others):
+            continue
+        for part in _without(source, [each for each in others if _outlives(ends[each], ends_at)]):
+            ids = sorted(each.opening_id for each in openings if each.source.overlaps(part))
+            found[part] = Until(ends_at, tuple(ids))
+    return found
+
+
+def _outlives(one: datetime | None, other: datetime | None) -> bool:
+    return other is not None and (one is None or one > other)
+
+
+def _is_within(one: Network, other: Network) -> bool:
+    return one.subnet_of(other)  # type: ignore[arg-type]  # of one family
+
+
+def _without(source: Network, others: list[Network]) -> list[Network]:
+    rest = [source]
+    for other in (each for each in others if _is_within(each, source)):
+        rest = [part for each in rest for part in _split(each, other)]
+    return rest
+
+
+def _split(one: Network, other: Network) -> Iterable[Network]:
+    if _is_within(one, other):
+        return ()
+    return one.address_exclude(other) if _is_within(other, one) else (one,)  # type: ignore[arg-type]  # of one family
+
+
+# --- what has to change
+
+
+@dataclass(frozen=True)
+class Close:
+    key: Key
+
+
+@dataclass(frozen=True)
+class Move:
+    """It stays open, until another moment: at no time is it closed."""
+
+    key: Key
+    until: Until
+
+
+@dataclass(frozen=True)
+class Open:
+    key: Key
+    until: Until
+
+
+Step = Close | Move | Open
+
+
+def plan(wanted: Pieces, seen: Pieces) -> list[Step]:
+    """What must change. Close before open."""
+    return [
+        *(Close(key) for key in sorted(seen) if key not in wanted),
+        *(Move(key, until) for key, until in wanted.items() if key in seen and _differs(seen[key], until)),
+        *(Open(key, until) for key, until in wanted.items() if key not in seen),
+    ]
+
+
+def _differs(seen: Until, wanted: Until) -> bool:
+    if not seen.is_whole or seen.ids != wanted.ids or (seen.ends_at is None) != (wanted.ends_at is None):
+        return True
+    return bool(seen.ends_at and wanted.ends_at and abs(seen.ends_at - wanted.ends_at) > END_TOLERANCE)
+
+
+# --- who is told
+
+
+@dataclass(frozen=True)
+class Firewall:
+    """What the role has written for us."""
+
+    backend: str
+    table: str
+    rules: Path  # brings the table back
+
+
+def find_firewall(told: Path = TOLD) -> Firewall | None:
+    """Who owns this host's firewall; None where the role firewall has not been. Raises ToolFailed."""
+    try:
+        value = find_json(told)
+        if value is None:
+            return None
+        return Firewall(value["backend"], value["table"], Path(value["rules"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ToolFailed(f"{told} cannot be read ({error}): run the role firewall again") from error
+
+
+class Sets:
+    """Sets of nftables: all that has to be told where nftables, iptables or ufw own the firewall, whose rules let in
+    what these mark.
+    """
+
+    def __init__(self, firewall: Firewall) -> None:
+        self._firewall = firewall
+        self._members: dict[Key, Key] = {}  # as we write it → as nft does
+
+    def look(self, at: datetime) -> dict[Key, Until]:
+        """The pieces that are open. Raises ToolFailed."""
+        found = {}
+        self._members = {}
+        for name in SETS.values():
+            for member in nft.members(self._firewall.table, name, at=at):
+                key = canonical(member.key)
+                self._members[key] = member.key
+                found[key] = Until(member.ends_at, read_ids(member.comment))
+        return found
+
+    def carry_out(self, steps: list[Step], at: datetime) -> None:
+        """In one transaction, after a look. Raises ToolFailed."""
+        table = self._firewall.table
+        commands = [
+            nft.deleting(table, _set_of(step.key), self._members[step.key])
+            for step in steps
+            if isinstance(step, Close | Move) and step.key in self._members
+        ]
+        for step in steps:
+            if isinstance(step, Move | Open):
+                ids = " ".join(map(str, step.until.ids[:10]))
+                timeout_s = seconds_left(step.until.ends_at, at)
+                commands.append(nft.adding(table, _set_of(step.key), step.key, timeout_s=timeout_s, comment=ids))
+        nft.apply(commands)
+
+
+class Firewalld(Sets):
+    """Where firewalld owns the firewall it lets in by rules of its zone, each with a timeout. The sets mark beside it
+    what containers publish, which firewalld does not judge, and cut what is connected.
+    """
+
+    def __init__(self, firewall: Firewall) -> None:
+        super().__init__(firewall)
+        self._rules: dict[Key, set[int]] = {}
+
+    def look(self, at: datetime) -> dict[Key, Until]:
+        found = super().look(at)
+        self._rules = zone_rules()
+        half = found.keys() ^ self._rules.keys()
+        return found | {key: replace(found.get(key, Until(None, ())), is_whole=False) for key in half}
+
+    def carry_out(self, steps: list[Step], at: datetime) -> None:
+        for step in steps:
+            if isinstance(step, Close):
+                self._remove(step.key, self._rules.get(step.key, set()))
+        super().carry_out(steps, at)
+        for step in steps:
+            if isinstance(step, Move | Open):
+                self._add(step.key, step.until, at)
+
+    def _add(self, key: Key, until: Until, at: datetime) -> None:
+        """The new rule first, then the old one goes: firewalld cannot move an end."""
+        there = self._rules.get(key, set())
+        left_s = seconds_left(until.ends_at, at)
+        if left_s is not None and left_s < 1:
+            return
+        priority = next((each for each in PRIORITIES if each not in there), PRIORITIES[0])
+        if priority in there:  # somebody was cut off in the middle of this
+            self._remove(key, {priority})
+        _firewalld(f"--add-rich-rule={rule_of(key, priority)}", *([f"--timeout={int(left_s)}"] if left_s else []))
+        self._remove(key, there - {priority})
+
+    @staticmethod
+    def _remove(key: Key, priorities: Iterable[int]) -> None:
+        for priority in priorities:
+            remove_rule(key, priority)
+
+
+def owner_of(firewall: Firewall) -> Sets:
+    return (Firewalld if firewall.backend == "firewalld" else Sets)(firewall)
+
+
+def canonical(key: Key) -> Key:
+    """A member as we write it: nft leaves out the length of a single address."""
+    *parts, source = key
+    try:
+        return (*parts, str(ip_network(source)))
+    except ValueError:  # a range that is no network: not by us
+        return key
+
+
+def read_ids(comment: str) -> tuple[int, ...]:
+    """Our note at a member: the ids of its openings."""
+    return tuple(map(int, re.findall(r"\d+", comment)))
+
+
+def seconds_left(ends_at: datetime | None, at: datetime) -> float | None:
+    return None if ends_at is None else (ends_at - at).total_seconds()
+
+
+def rule_of(key: Key, priority: int) -> str:
+    """The rule of firewalld for a piece, as firewalld writes it."""
+    protocol, ports, source = key
+    family = f"ipv{ip_network(source).version}"
+    sender = "" if source.endswith("/0") else f' source address="{source}"'
+    return f'rule priority="{priority}" family="{family}"{sender} port port="{ports}" protocol="{protocol}" accept'
+
+
+_RULE = re.compile(
+    r'rule priority="(?P<priority>\d+)" family="ipv(?P<version>[46])"(?: source address="(?P<source>[^"]+)")?'
+    r' port port="(?P<ports>[\d-]+)" protocol="(?P<protocol>\w+)" accept'
+)
+
+
+def read_rules(listed: str) -> dict[Key, set[int]]:
+    """Our pieces among the rules that firewalld lists, each with the priorities that it is there under."""
+    found: dict[Key, set[int]] = {}
+    for line in listed.splitlines():
+        rule = _RULE.fullmatch(line.strip())
+        if rule is not None and int(rule["priority"]) in PRIORITIES:
+            source = rule["source"] or {"4": "0.0.0.0/0", "6": "::/0"}[rule["version"]]
+            found.setdefault(canonical((rule["protocol"], rule["ports"], source)), set()).add(int(rule["priority"]))
+    return found
+
+
+def is_firewalld_at_work() -> bool:
+    return find_tool("firewall-cmd") is not None and systemd.alive(["firewalld.service"]) != set()
+
+
+def zone_rules() -> dict[Key, set[int]]:
+    """What firewalld lets in for us. Raises ToolFailed, also where firewalld is not at work."""
+    return read_rules(_firewalld("--list-rich-rules"))
+
+
+def remove_rule(key: Key, priority: int) -> None:
+    """Raises ToolFailed."""
+    _firewalld(f"--remove-rich-rule={rule_of(key, priority)}")
+
+
+def _firewalld(*words: str) -> str:
+    return run(["firewall-cmd", f"--zone={ZONE}", *words])
+
+
+def _set_of(key: Key) -> str:
+    return SETS[6 if ":" in key[-1] else 4]
+
+
+# --- at work
+
+STATE_FILE = Path("/var/lib/remotegpu-agent/desired.json")
+
+
+def machines_own(state_file: Path = STATE_FILE) -> frozenset[Key]:
+    """What may be open while nobody has leased the machine."""
+    desired = State(state_file).held.desired
+    return frozenset(pieces(due(desired.openings if desired else (), {}, now())))
+
+
+class Openings:
+    """The openings of this host. Any thread may ask; one at a time changes."""
+
+    def __init__(self, held: Callable[[], Held], state_file: Path, told: Path = TOLD) -> None:
+        self._held = held
+        self._state_file = state_file
+        self._told = told
+        self._lock = threading.Lock()
+        self._seen: Pieces = {}
+        self._wanted: Pieces = {}
+        self._trouble: str | None = None
+
+    def settle(self, leases: Mapping[int, datetime], *, clock_offset_s: float | None = None) -> None:
+        """Make the firewall let in what is due and nothing else; `leases` are open here, each with its end.
+
+        Raises ToolFailed when something resisted.
+        """
+        with self._lock:
+            trouble = self._doubt(clock_offset_s)
+            try:
+                trouble = self._settle(leases, doubt=trouble)
+            except ToolFailed as error:
+                trouble = str(error)
+                raise
+            finally:
+                if trouble and trouble != self._trouble:
+                    log.error("openings: %s", trouble)
+                self._trouble = trouble
+
+    def _settle(self, leases: Mapping[int, datetime], *, doubt: str | None) -> str | None:
+        desired = self._held().desired
+        at = now()
+        self._wanted = pieces(due(desired.openings if desired else (), leases, at))
+        firewall = find_firewall(self._told)
+        if firewall is None:
+            self._seen = {}
+            return "this host has no firewall of RemoteGPU's: run the role firewall" if self._wanted else None
+        if not nft.is_loaded(firewall.table):
+            if not self._wanted:
+                self._seen = {}
+                return doubt
+            log.warning("openings: the table inet %s was gone and is loaded again", firewall.table)
+            nft.load(firewall.rules)
+        owner = owner_of(firewall)
+        self._seen = owner.look(at)
+        steps = [step for step in plan(self._wanted, self._seen) if not doubt or isinstance(step, Close)]
+        if steps:
+            for step in steps:
+                log.info("openings: %s", describe(step))
+            owner.carry_out(steps, at)
+            self._seen = owner.look(now())
+        return doubt
+
+    def _doubt(self, offset_s: float | None) -> str | None:
+        """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late."""
+        if offset_s is not None and abs(offset_s) > CLOCK_TOLERANCE_S:
+            return f"nothing is opened: this host's clock is {abs(offset_s):.0f} s off the portal's: mend its time"
+        try:
+            written_at = datetime.fromtimestamp(self._state_file.stat().st_mtime, timezone.utc)
+        except FileNotFoundError:
+            return None
+        if now() < written_at - timedelta(seconds=CLOCK_TOLERANCE_S):
+            spoke_at = format_time(written_at)
+            return f"nothing is opened: this host's clock is behind {spoke_at}, when the portal has spoken"
+        return None
+
+    def report(self) -> list[dict[str, Any]]:
+        """What is seen on the host, as `observed_hole`; what is open without being wanted is told too."""
+        with self._lock:
+            desired = self._held().desired
+            named = [opening.opening_id for opening in desired.openings] if desired else []
+            alive = {each for until in self._seen.values() for each in until.ids}
+            return [
+                {"id": each, "state": self._state(each), "error": self._trouble_of(each)}
+                for each in [*named, *sorted(alive - set(named))]
+            ]
+
+    def _state(self, opening_id: int) -> str:
+        due_pieces = [key for key, until in self._wanted.items() if opening_id in until.ids]
+        if due_pieces and all(key in self._seen and self._seen[key].is_whole for key in due_pieces):
+            return "open"
+        if any(opening_id in until.ids for until in self._seen.values()):
+            return "failed" if due_pieces else "open"
+        return "failed" if due_pieces and self._trouble else "closed"
+
+    def _trouble_of(self, opening_id: int) -> str | None:
+        return (self._trouble or "it is open in part")[:400] if self._state(opening_id) == "failed" else None
+
+
+def describe(step: Step) -> str:
+    """For the log."""
+    protocol, ports, source = step.key
+    where = f"{protocol} {ports} from {source}"
+    if isinstance(step, Close):
+        return f"close {where}"
+    end = f"until {format_time(step.until.ends_at)}" if step.until.ends_at else "until it is closed"
+    return f"{'keep' if isinstance(step, Move) else 'open'} {where} {end}"

@@ -1,0 +1,377 @@
+"""Openings decided: what is due, in pieces that never overlap; what must change; what nft and firewalld tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remotegpu_agent import nft
+from remotegpu_agent.nft import Key
+from remotegpu_agent.observe.tools import ToolFailed
+from remotegpu_agent.openings import Close, Firewall, Move, Open, Openings, Sets, Until, due, pieces, plan
+from remotegpu_agent.protocol import Desired, DesiredOpening, now
+from remotegpu_agent.state import Held
+
+NOW = datetime(2026, 5, 1, 10, 0, tzinfo=timezone.utc)
+HOUR = timedelta(hours=1)
+RECORDED = Path(__file__).with_name("recorded")  # by nft 1.0.6, firewalld 2.3
+FIREWALL = Firewall("nftables", "remotegpu", Path("/etc/remotegpu/firewall.nft"))
+WEB = ("tcp", "8888", "203.0.113.0/24")
+
+
+def opening(
+    opening_id: int = 12,
+    *,
+    lease: int | None = 7,
+    protocol: str = "tcp",
+    ports: tuple[int, int] = (8888, 8888),
+    source: str = "203.0.113.0/24",
+    ends_at: datetime | None = NOW + HOUR,
+) -> DesiredOpening:
+    return DesiredOpening(opening_id, lease, protocol, *ports, ip_network(source), ends_at)
+
+
+# --- what is due
+
+
+def test_an_opening_is_due_while_its_lease_is_open_on_this_host_and_no_longer_than_it() -> None:
+    (found,) = due([opening()], {7: NOW + HOUR / 2}, NOW)
+    assert found.ends_at == NOW + HOUR / 2
+    assert due([opening()], {}, NOW) == []
+    assert due([opening()], {8: NOW + HOUR}, NOW) == []
+    assert due([opening(ends_at=NOW)], {7: NOW + HOUR}, NOW) == []
+    assert due([opening()], {7: NOW}, NOW) == []
+
+
+def test_what_is_the_machines_own_is_due_without_any_lease_and_without_an_end() -> None:
+    own = opening(lease=None, ends_at=None)
+    assert due([own], {}, NOW) == [own]
+    assert due([opening(lease=None, ends_at=NOW)], {}, NOW) == []
+
+
+# --- pieces that do not overlap
+
+
+def test_the_same_hole_twice_is_one_that_lasts_as_long_as_the_last_of_them() -> None:
+    assert pieces([opening(1), opening(2, ends_at=NOW + 2 * HOUR)]) == {WEB: Until(NOW + 2 * HOUR, (1, 2))}
+
+
+def test_a_network_within_another_is_cut_out_of_it_only_if_it_is_open_for_longer() -> None:
+    wide = opening(1, source="203.0.112.0/22", ends_at=NOW + HOUR)
+    assert pieces([wide, opening(2, ends_at=NOW + HOUR)]) == {
+        ("tcp", "8888", "203.0.112.0/22"): Until(NOW + HOUR, (1, 2))
+    }
+    assert pieces([wide, opening(2, ends_at=None, lease=None)]) == {
+        ("tcp", "8888", "203.0.112.0/24"): Until(NOW + HOUR, (1,)),
+        ("tcp", "8888", "203.0.114.0/23"): Until(NOW + HOUR, (1,)),
+        ("tcp", "8888", "203.0.113.0/24"): Until(None, (1, 2)),
+    }
+
+
+def test_ranges_of_ports_that_overlap_are_cut_where_the_other_begins_and_ends() -> None:
+    long, short = opening(1, ports=(8000, 9000)), opening(2, ports=(8500, 9500), source="203.0.113.7/32", ends_at=None)
+    assert pieces([long, short]).keys() >= {
+        ("tcp", "8000-8499", "203.0.113.0/24"),
+        ("tcp", "8500-9000", "203.0.113.7/32"),
+        ("tcp", "9001-9500", "203.0.113.7/32"),
+    }
+
+
+def test_neighbouring_ports_with_the_same_word_are_one_piece() -> None:
+    assert list(pieces([opening(1, ports=(80, 89)), opening(1, ports=(90, 99))])) == [("tcp", "80-99", WEB[2])]
+
+
+def test_families_and_protocols_have_nothing_to_do_with_each_other() -> None:
+    every = [opening(1, source="0.0.0.0/0"), opening(2, source="::/0"), opening(3, protocol="udp", source="0.0.0.0/0")]
+    assert {key: until.ids for key, until in pieces(every).items()} == {
+        ("tcp", "8888", "0.0.0.0/0"): (1,),
+        ("tcp", "8888", "::/0"): (2,),
+        ("udp", "8888", "0.0.0.0/0"): (3,),
+    }
+
+
+ENDS = st.sampled_from([None, *(NOW + hours * HOUR for hours in (1, 2, 3))])
+SOURCES = st.builds(
+    lambda bits, length: ip_network((bits >> (8 - length) << (8 - length), 24 + length)),
+    st.integers(0, 255),
+    st.integers(0, 8),
+)
+PORTS = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda both: (min(both), max(both)))
+MANY = st.lists(st.tuples(PORTS, SOURCES, ENDS), max_size=6).map(
+    lambda found: [
+        DesiredOpening(number, None, "tcp", *ports, source, end) for number, (ports, source, end) in enumerate(found, 1)
+    ]
+)
+
+
+def lets_in(key: Key, port: int, source: Any) -> bool:
+    first, _, last = key[1].partition("-")
+    return int(first) <= port <= int(last or first) and source in ip_network(key[2])
+
+
+@given(MANY, st.integers(1, 6), st.integers(0, 255))
+def test_who_is_let_in_and_how_long_is_as_the_openings_say(wanted: list[DesiredOpening], port: int, host: int) -> None:
+    """The last end of those that let him in; and by one piece alone, or the kernel would refuse them."""
+    source = ip_address(host)
+    letting = [each for each in wanted if each.first_port <= port <= each.last_port and source in each.source]
+    found = [until for key, until in pieces(wanted).items() if lets_in(key, port, source)]
+    assert len(found) == bool(letting)
+    if letting:
+        ends = [each.ends_at for each in letting]
+        assert found[0].ends_at == (None if None in ends else max(end for end in ends if end))
+        assert set(found[0].ids) >= {each.opening_id for each in letting}
+
+
+@given(MANY)
+def test_every_opening_is_in_some_piece_by_its_id(wanted: list[DesiredOpening]) -> None:
+    assert {each for until in pieces(wanted).values() for each in until.ids} == {each.opening_id for each in wanted}
+
+
+# --- what has to change
+
+
+def test_rest_is_an_empty_plan_and_a_second_more_or_less_is_rest() -> None:
+    assert plan({WEB: Until(NOW, (1,))}, {WEB: Until(NOW - timedelta(seconds=1), (1,))}) == []
+
+
+def test_what_is_not_wanted_is_closed_before_anything_is_opened() -> None:
+    other = ("udp", "53", "::/0")
+    until = Until(NOW + HOUR, (1,))
+    assert plan({WEB: until}, {other: until}) == [Close(other), Open(WEB, until)]
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Until(NOW + 2 * HOUR, (1,)),
+        Until(NOW, (1,)),
+        Until(None, (1,)),
+        Until(NOW + HOUR, (2,)),
+        Until(NOW + HOUR, (1,), is_whole=False),
+    ],
+)
+def test_what_is_open_until_another_moment_is_moved_and_never_closed(seen: Until) -> None:
+    wanted = Until(NOW + HOUR, (1,))
+    assert plan({WEB: wanted}, {WEB: seen}) == [Move(WEB, wanted)]
+
+
+# --- what nft and firewalld tell, and are told
+
+
+def listed(name: str) -> str:
+    return (RECORDED / name).read_text()
+
+
+def test_the_members_of_a_set_are_read_as_nft_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nft, "run", lambda argv, **_: listed(f"nft-set-{argv[-1]}.json"))
+    assert Sets(FIREWALL).look(NOW) == {
+        ("tcp", "8888-8890", "203.0.113.0/24"): Until(NOW + timedelta(seconds=3599), (12, 13)),
+        ("tcp", "22", "198.51.100.7/32"): Until(None, (15,)),
+        ("udp", "53", "0.0.0.0/0"): Until(NOW + timedelta(seconds=1), (14,)),
+        ("tcp", "8888", "::/0"): Until(NOW + timedelta(seconds=863999), (16,)),
+        ("tcp", "9000-9001", "2001:db8::1/128"): Until(NOW + timedelta(seconds=3599), (17,)),
+    }
+
+
+def test_one_transaction_takes_out_what_goes_and_what_moves_before_it_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def run(argv: list[str], *, stdin: str = "") -> str:
+        told.append(stdin)
+        return listed(f"nft-set-{argv[-1]}.json") if "-j" in argv else ""
+
+    monkeypatch.setattr(nft, "run", run)
+    owner = Sets(FIREWALL)
+    owner.look(NOW)
+    steps = [
+        Close(("tcp", "22", "198.51.100.7/32")),
+        Move(("tcp", "8888-8890", "203.0.113.0/24"), Until(NOW + 2 * HOUR, (12, 13))),
+        Open(("udp", "5000", "::/0"), Until(None, (18,))),
+    ]
+    owner.carry_out(steps, NOW)
+    assert told[-1].splitlines() == [
+        "delete element inet remotegpu openings { tcp . 22 . 198.51.100.7 }",
+        "delete element inet remotegpu openings { tcp . 8888-8890 . 203.0.113.0/24 }",
+        'add element inet remotegpu openings { tcp . 8888-8890 . 203.0.113.0/24 timeout 7200000ms comment "12 13" }',
+        'add element inet remotegpu openings6 { udp . 5000 . ::/0 comment "18" }',
+    ]
+
+
+# --- at work
+
+
+class Kernel:
+    """What nft would do with our commands, told and answered in its own words."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, dict[str, tuple[float | None, str]]] = {"openings": {}, "openings6": {}}
+        self.is_loaded = True
+        self.loaded: list[str] = []
+        self.refuses: str | None = None
+        self.transactions = 0
+
+    def run(self, argv: list[str], *, stdin: str | None = None) -> str:
+        words = argv[1:]
+        if words == ["list", "tables", "inet"]:
+            return "table inet remotegpu\n" if self.is_loaded else ""
+        if words[:2] == ["-j", "list"]:
+            return json.dumps({"nftables": [{"set": {"name": words[-1], "elem": self.listed(words[-1])}}]})
+        if words[:2] == ["-f", "-"]:
+            if self.refuses:
+                raise ToolFailed(self.refuses)
+            self.transactions += 1
+            for line in (stdin or "").splitlines():
+                self.change(*re.findall(r"(add|delete) element inet remotegpu (\w+) { (.*) }", line)[0])
+        elif words[0] == "-f":
+            self.is_loaded = True
+            self.loaded.append(words[1])
+        return ""
+
+    def change(self, what: str, name: str, element: str) -> None:
+        key = element.split(" timeout")[0].split(" comment")[0]
+        if what == "delete":
+            del self.sets[name][key]
+            return
+        assert key not in self.sets[name], "the kernel would refuse it"
+        timeout, comment = re.search(r"timeout (\d+)ms", element), re.search('comment "(.*)"', element)
+        self.sets[name][key] = (int(timeout[1]) / 1000 if timeout else None, comment[1] if comment else "")
+
+    def listed(self, name: str) -> list[Any]:
+        found = []
+        for key, (left_s, comment) in self.sets[name].items():
+            ends = {} if left_s is None else {"timeout": int(left_s), "expires": int(left_s)}
+            found.append({"elem": {"val": {"concat": key.split(" . ")}, "comment": comment, **ends}})
+        return found
+
+
+@dataclass
+class AtWork:
+    """A host of nftables; its portal wants `desired`."""
+
+    kernel: Kernel
+    state_file: Path
+    told: Path
+    desired: list[DesiredOpening] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.told.write_text('{"backend": "nftables", "table": "remotegpu", "rules": "/etc/remotegpu/firewall.nft"}')
+        self.openings = Openings(self.held, self.state_file, self.told)
+
+    def held(self) -> Held:
+        return Held("e", 1, Desired(7, "e", 1, (), (), (), 15, 1, tuple(self.desired)))
+
+    def reported(self) -> list[tuple[int, str]]:
+        return [(each["id"], each["state"]) for each in self.openings.report()]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AtWork:
+    kernel = Kernel()
+    monkeypatch.setattr(nft, "run", kernel.run)
+    return AtWork(kernel, tmp_path / "desired.json", tmp_path / "firewall.json")
+
+
+def soon(**fields: Any) -> DesiredOpening:
+    return opening(**{"ends_at": now() + HOUR, **fields})
+
+
+LEASE = {7: now() + 2 * HOUR}
+
+
+def test_what_is_due_is_opened_and_then_the_host_is_at_rest(host: AtWork) -> None:
+    host.desired = [soon(), soon(opening_id=13, source="::/0", protocol="udp")]
+    host.openings.settle(LEASE)
+    assert host.reported() == [(12, "open"), (13, "open")]
+    host.openings.settle(LEASE)
+    assert host.kernel.transactions == 1
+
+
+def test_an_opening_of_a_lease_that_is_not_open_here_stays_closed(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.openings.settle({})
+    assert host.reported() == [(12, "closed")]
+    assert host.kernel.transactions == 0
+
+
+def test_what_a_restart_of_the_firewall_dropped_is_made_again_for_the_rest_of_its_time(host: AtWork) -> None:
+    host.desired = [soon(ends_at=now() + HOUR / 4)]
+    host.openings.settle(LEASE)
+    host.kernel.sets["openings"].clear()
+    host.kernel.is_loaded = False
+    host.openings.settle(LEASE)
+    (left_s, _) = host.kernel.sets["openings"]["tcp . 8888 . 203.0.113.0/24"]
+    assert left_s is not None
+    assert 800 < left_s <= 900
+    assert host.kernel.loaded == ["/etc/remotegpu/firewall.nft"]
+
+
+def test_the_leases_end_closes_whatever_else_is_wanted(host: AtWork) -> None:
+    host.desired = [soon(), soon(opening_id=13, lease=None, ends_at=None, source="198.51.100.0/24")]
+    host.openings.settle(LEASE)
+    host.openings.settle({})
+    assert list(host.kernel.sets["openings"]) == ["tcp . 8888 . 198.51.100.0/24"]
+    assert host.reported() == [(12, "closed"), (13, "open")]
+
+
+def test_what_somebody_else_has_put_into_our_sets_is_closed(host: AtWork) -> None:
+    host.kernel.sets["openings"]["tcp . 1-65535 . 0.0.0.0/0"] = (None, "")
+    host.openings.settle(LEASE)
+    assert host.kernel.sets["openings"] == {}
+
+
+def test_what_cannot_be_closed_is_told_as_open(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.openings.settle(LEASE)
+    host.desired, host.kernel.refuses = [], "nft exited with 1: Operation not permitted"
+    with pytest.raises(ToolFailed):
+        host.openings.settle(LEASE)
+    assert host.reported() == [(12, "open")]
+
+
+def test_what_cannot_be_opened_is_told_with_the_reason(host: AtWork) -> None:
+    host.desired, host.kernel.refuses = [soon()], "nft exited with 1: Operation not permitted"
+    with pytest.raises(ToolFailed):
+        host.openings.settle(LEASE)
+    assert host.openings.report() == [{"id": 12, "state": "failed", "error": host.kernel.refuses}]
+
+
+def test_a_host_without_our_firewall_says_so_and_how_it_gets_one(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.told.unlink()
+    host.openings.settle(LEASE)
+    (reported,) = host.openings.report()
+    assert reported["state"] == "failed"
+    assert "run the role firewall" in reported["error"]
+
+
+@pytest.mark.parametrize("offset_s", [61.0, -61.0])
+def test_a_clock_that_is_off_opens_nothing_and_still_closes(host: AtWork, offset_s: float) -> None:
+    host.kernel.sets["openings"]["tcp . 9 . 0.0.0.0/0"] = (60, "9")
+    host.desired = [soon()]
+    host.openings.settle(LEASE, clock_offset_s=offset_s)
+    assert host.kernel.sets["openings"] == {}
+    (reported,) = host.openings.report()
+    assert (reported["state"], "clock" in reported["error"]) == ("failed", True)
+    host.openings.settle(LEASE, clock_offset_s=1.0)
+    assert host.reported() == [(12, "open")]
+
+
+def test_a_clock_behind_the_portals_last_word_opens_nothing(host: AtWork) -> None:
+    """After a boot without a battery, before the portal could be asked."""
+    host.state_file.touch()
+    later = (now() + HOUR).timestamp()
+    os.utime(host.state_file, (later, later))
+    host.desired = [soon()]
+    host.openings.settle(LEASE)
+    assert host.reported() == [(12, "failed")]
+    assert host.kernel.sets["openings"] == {}
