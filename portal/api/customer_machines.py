@@ -45,7 +45,9 @@ class HeldOut(Schema):
     acknowledged_ends_at = ma.fields.AwareDateTime(attribute="lease.lease.acknowledged_ends_at", allow_none=True)
     is_end_acknowledged = ma.fields.Boolean(attribute="lease.is_end_acknowledged", required=True)
     retain_s = ma.fields.Integer(attribute="lease.lease.retain_s", required=True)
-    grants = ma.fields.List(ma.fields.Nested(GrantOut(exclude=("detail",))), attribute="lease.grants", required=True)
+    grants = ma.fields.List(
+        ma.fields.Nested(GrantOut(exclude=("detail", "written_off_reason"))), attribute="lease.grants", required=True
+    )
     reachability = ma.fields.String(attribute="machine.health.reachability", required=True)
     last_seen_at = ma.fields.AwareDateTime(attribute="machine.health.last_seen_at", allow_none=True)
     problems = ma.fields.List(ma.fields.Nested(ReasonPart), attribute="machine.health.problems", required=True)

@@ -21,13 +21,14 @@ from portal.db import atomic, utcnow
 from portal.integrations.network_format import document, names
 from portal.integrations.network_format import openings as rules
 from portal.integrations.protocol import format_time
-from portal.models import AppliedNetwork, DnsZone, Lease, Machine, NetworkExport, NetworkState, Opening, SecurityGroup
+from portal.models import AppliedNetwork, DnsZone, Lease, Machine, NetworkExport, Opening, SecurityGroup
 from portal.services import config, network, network_names, network_openings
 
 LOG = logging.getLogger(__name__)
 
 KEEP = timedelta(days=2)  # a pipeline may take long between reading the export and telling what it applied
 KEEP_COUNT = 50
+TRIES = 3  # to build it while nothing changes
 Row = dict[str, Any]
 
 
@@ -168,18 +169,27 @@ def current() -> NetworkExport:
 
 
 def _write() -> NetworkExport:
+    """Built without holding anybody up, and kept if nothing has changed meanwhile; else built again, at last held."""
+    for _ in range(TRIES):
+        generation, now = network.state().generation, utcnow()
+        built = body(now)
+        with atomic():
+            network.hold()
+            if network.state().generation == generation:
+                return _keep(built, now)
     with atomic():
         network.hold()  # whatever changes from here on is of a later generation
-        row = network.state()
-        network.refuse_frozen(row)
-        kept: NetworkExport | None = NetworkExport.get_or_none(NetworkExport.generation == row.generation)
-        if kept is not None:
-            return kept
-        return _keep(row, utcnow())
+        now = utcnow()
+        return _keep(body(now), now)
 
 
-def _keep(row: NetworkState, now: datetime) -> NetworkExport:
-    built = body(now)
+def _keep(built: Body, now: datetime) -> NetworkExport:
+    """Inside the transaction that holds the network."""
+    row = network.state()
+    network.refuse_frozen(row)
+    kept: NetworkExport | None = NetworkExport.get_or_none(NetworkExport.generation == row.generation)
+    if kept is not None:
+        return kept
     sealed = document.seal({**built.rows, "generation": row.generation, "generated_at": format_time(now)})
     document.parse(sealed)  # a fault in what was let in is found here, before it stops every stack
     export: NetworkExport = NetworkExport.create(

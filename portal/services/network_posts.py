@@ -10,6 +10,8 @@ from portal.models import AppliedNetwork
 from portal.services import batch, leases, network_applied, network_switch
 from portal.services.actors import Actor
 
+AT_ONCE = 200  # leases that one request looks at
+
 
 def take(
     stack: str,
@@ -20,18 +22,19 @@ def take(
     reason: str | None = None,
     now: datetime | None = None,
 ) -> AppliedNetwork:
-    """Keep the word, then look at each lease that it may concern, each in a transaction of its own.
+    """Keep the word, then look at the leases that it may concern, each in a transaction of its own.
 
-    Saying it again changes nothing and looks again: whoever was cut off between the two is made good by a repetition.
-    Raises Invalid, and Conflict for an apply that came late.
+    Of very many the sweep does the rest, as it does if this process dies between the two. Raises Invalid, and Conflict
+    for an apply that came late.
     """
     row, _is_news = network_applied.note(stack, outputs, by=by, outcome=outcome, reason=reason, now=now)
     if outcome == "applied":
-        settle()
+        settle(at_most=AT_ONCE)
     return row
 
 
-def settle() -> int:
-    """Compare every lease that waits with what the stacks applied last; returns for how many that was news."""
+def settle(at_most: int | None = None) -> int:
+    """Compare the leases that wait with what the stacks applied last; returns for how many that was news."""
     views = network_applied.views()
-    return batch.each(network_switch.leases_to_refresh(), lambda lease: leases.network_seen(lease, views=views))
+    waiting = network_switch.leases_to_refresh(views)[:at_most]
+    return batch.each(waiting, lambda lease: leases.network_seen(lease, views=views))

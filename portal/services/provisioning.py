@@ -26,7 +26,7 @@ READY_DEADLINE = timedelta(minutes=15)  # from a successful run to the baseline;
 
 
 def provision(machine: Machine, *, by: Actor) -> Run:
-    """Queue the run that makes it a GPU host, or a gateway. From quarantined only after a re-image, from leased never."""
+    """Queue the run that makes it a GPU host or gateway: from quarantined only after a re-image, from leased never."""
     with atomic():
         machine = machines.lock(machine)
         if machine.host_key is None:

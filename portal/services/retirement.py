@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
-from portal.models import Gpu, Lease, Machine, MachineReport, RunHost
+from portal.models import Forward, Gpu, Lease, Machine, MachineReport, RunHost
 from portal.services import (
     agents,
     audit,
@@ -81,6 +81,8 @@ def delete(machine: Machine, *, by: Actor) -> None:
             raise Conflict("The machine has been leased; retire it, its history is kept.", code="has_leases")
         if RunHost.select().where(RunHost.machine == machine).exists():
             raise Conflict("The machine has runs in its history; retire it instead.", code="has_runs")
+        if Forward.select().where(Forward.gateway == machine).exists():
+            raise Conflict("The machine has forwarded ports; retire it, its history is kept.", code="has_forwards")
         network_machines.refuse_gateway_in_use(machine)
         network.changed()
         audit.record("machine.deleted", machine, by=by, name=machine.name, address=machine.address)

@@ -13,7 +13,7 @@ import peewee
 import pytest
 
 from portal import backup
-from portal.db import atomic, utcnow
+from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations.network_format import document
 from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, NetworkState, Opening, Tenant
@@ -166,6 +166,36 @@ def test_a_change_that_nobody_counted_is_found_and_counted_once(database: Any) -
     assert len(export()["names"]) == 1
     assert export()["generation"] == before + 1
     assert not network_export.refresh()
+
+
+def test_a_change_while_it_is_built_is_in_the_document_or_in_the_next(
+    database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone(serves_machines=True)
+    real, built = network_export.body, list[int]()
+
+    def disturbed(now: Any) -> Any:
+        found = real(now)
+        built.append(len(found.rows["names"]))
+        if not db.in_transaction():  # else everybody waits for this one
+            make_machine()
+            changed()
+        return found
+
+    monkeypatch.setattr(network_export, "body", disturbed)
+    row = network_export.current()
+    assert built == [0, 1, 2, 3], "built anew while something changes, and at last held"
+    assert row.generation == network.state().generation
+    monkeypatch.undo()
+    assert len(export()["names"]) == 3
+
+
+def test_a_machine_that_was_never_used_is_deleted_with_all_that_it_wanted(database: Any) -> None:
+    machine = make_machine()
+    network_requests.open_port(machine, wish(), by=SYSTEM)
+    want(zone(), "a.gpu.example.org", "A", "192.0.2.1", machine=machine)
+    retirement.delete(machine, by=SYSTEM)
+    assert (Opening.select().count(), DnsRecord.select().count(), export()["names"]) == (0, 0, [])
 
 
 def test_documents_that_a_stack_has_applied_are_kept_longer_than_others(

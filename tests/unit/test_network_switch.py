@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations.network_format import document
 from portal.models import AuditEntry, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Tenant, User
 from portal.services import (
     alerts_own,
@@ -16,6 +19,7 @@ from portal.services import (
     grants,
     leases,
     network,
+    network_applied,
     network_export,
     network_forwards,
     network_names,
@@ -360,12 +364,48 @@ def test_state_pairs_of_a_grant_are_told_as_waiting_unless_they_agree(lease: Lea
 
 
 def test_only_leases_that_wait_or_may_change_are_looked_at_when_a_stack_tells(
-    host: Host, gateway: Host, lease: Lease, tenant: Tenant
+    host: Host, gateway: Host, lease: Lease
 ) -> None:
-    allocate(ready_host("plain"), tenant)
+    def waiting() -> list[int]:
+        return [each.id for each in network_switch.leases_to_refresh(network_applied.views())]
+
+    assert lease.id in waiting()
     everything_seen(host, gateway, lease)
+    assert waiting() == []
     leases.end(lease, by=SYSTEM, reason="done")
-    assert lease.id in [each.id for each in network_switch.leases_to_refresh()]
+    assert lease.id in waiting()
     everything_seen(host, gateway, lease)
-    assert lease.id not in [each.id for each in network_switch.leases_to_refresh()]
+    assert waiting() == []
     assert not network_export.refresh(utcnow()), "every change was counted"
+
+
+def test_a_name_that_an_apply_took_away_by_mistake_is_not_shown_as_open(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    everything_seen(host, gateway, lease)
+    assert state_of(lease, "name") == ("open", "open")
+    row = network_export.current()
+    content = network_export.content_of(row)
+    without = document.seal(
+        {**{name: content[name] for name in network_export.body_fields()}, "names": [], **moved(row)}
+    )
+    NetworkExport.create(
+        generation=without["generation"], checksum=without["checksum"], counts=without["counts"],
+        document=zlib.compress(json.dumps(without).encode()),
+    )  # fmt: skip
+    applied(without, clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("open", "closed")
+    assert grants.get(lease, "name").waits_since is not None
+
+
+def moved(row: NetworkExport) -> dict[str, Any]:
+    """Of the next generation."""
+    return {"generation": row.generation + 1, "generated_at": "2026-01-01T00:00:00Z"}
+
+
+def test_a_sweep_settles_what_a_process_that_died_has_left(host: Host, lease: Lease) -> None:
+    network_applied.note("production", outputs(clouds=("cloudflare", "aws")), by=SYSTEM)
+    assert state_of(lease, "name") == ("open", "closed")
+    assert network_posts.settle() == 1
+    assert state_of(lease, "name") == ("open", "open")
+    assert network_posts.settle() == 0
