@@ -89,6 +89,27 @@ def test_portal_and_agent_share_nothing_but_the_protocol() -> None:
     assert wrong == []
 
 
+def test_one_module_of_the_portal_knows_the_stacks_rules_and_they_know_neither_portal_nor_engine() -> None:
+    """One meaning of valid: the portal reads names, records and openings by the code of the stacks."""
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for file in python_files("portal")
+        for name, _ in imports_of(file)
+        if name.split(".")[0] == "remotegpu_network"
+    }
+    assert users == {"portal/integrations/network_format.py"}
+    package = ROOT / "pulumi" / "remotegpu_network"
+    strangers = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in (
+            package / f"{name}.py" for name in ("desired", "document", "names", "openings", "records", "settings")
+        )
+        for name, line in imports_of(file)
+        if name.split(".")[0] in ("portal", "pulumi") or name.startswith("remotegpu_network.clouds")
+    ]
+    assert strangers == []
+
+
 def test_the_product_imports_no_test() -> None:
     wrong = [
         f"{file.relative_to(ROOT)}:{line} imports {name}"

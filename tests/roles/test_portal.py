@@ -228,6 +228,7 @@ def test_the_archive_is_the_same_for_the_same_tree_and_holds_what_runs() -> None
         "playbooks/gpu_hosts.yml",
         "inventory/plugins/portal.py",
         "agent/protocol/protocol.schema.json",
+        "pulumi/remotegpu_network/network.schema.json",
         "ansible.cfg",
         "requirements.txt",
         "build/remotegpu-agent.pyz",
@@ -235,6 +236,21 @@ def test_the_archive_is_the_same_for_the_same_tree_and_holds_what_runs() -> None
     assert not [name for name in members if name.startswith(("tests/", "instance/", ".git")) or "__pycache__" in name]
     assert {(member.uid, member.gid, member.mtime) for member in members.values()} == {(0, 0, 315532800)}
     assert not [member.name for member in members.values() if member.mode & 0o022]
+
+
+@pytest.mark.slow  # it needs what `make setup` builds
+def test_what_the_archive_holds_reads_the_network_by_the_rules_of_the_stacks(tmp_path: Path) -> None:
+    built()
+    with tarfile.open(ROOT / "build" / "remotegpu-portal.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    program = (
+        "from portal.integrations.network_format import PACKAGE, document, names; import remotegpu_network;"
+        "print(PACKAGE, remotegpu_network.__file__, names.canonical('Größe.example'), document.VERSION)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    package, file, name, version = told.stdout.split()
+    assert Path(file).parent == Path(package) == tmp_path / "pulumi" / "remotegpu_network"
+    assert (name, version) == ("xn--gre-6ka8i.example", "1")
 
 
 def built() -> str:
