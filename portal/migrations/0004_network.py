@@ -164,6 +164,7 @@ class Opening(Table):
 
 
 Opening.add_index(Opening.machine, Opening.closed_at, name="openings_of_machine")
+Opening.add_index(Opening.ends_at, where=Opening.closed_at.is_null(), name="openings_due")
 
 
 class Forward(Table):

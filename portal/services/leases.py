@@ -508,6 +508,17 @@ def network_seen(lease: Lease, *, views: Mapping[str, View] | None = None, by: A
     return news
 
 
+def names_changed(lease: Lease) -> bool:
+    """Another zone serves leases: an active one has a name from now on, or none any more; True when that is news."""
+    with atomic():
+        machines.lock(lease.machine)
+        lease = get(lease.id)
+        before = [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
+        if lease.state == "active":
+            network_switch.follow(lease)
+        return before != [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
+
+
 def write_off_grant(lease: Lease, kind: str, *, by: Actor, reason: str) -> Lease:
     """An agent or a stack will not say any more that this is closed: the lease waits for it no longer.
 

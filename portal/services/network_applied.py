@@ -97,6 +97,8 @@ def _checked(stack: str, outputs: Mapping[str, Any], outcome: str) -> dict[str, 
     said = outputs.get("network") or {}
     if outcome == "applied" and not CHECKSUM.fullmatch(str(said.get("checksum") or "")):
         faults["network.checksum"] = ["Post the outputs of the stack as `pulumi stack output --json` prints them."]
+    if outcome == "applied" and not said.get("clouds"):
+        faults["network.clouds"] = ["A stack tells of which clouds it is; this one is older than that. Update pulumi/."]
     ours = config.current().network_environment
     if said.get("environment", ours) != ours:
         faults["network.environment"] = [f"This portal is of {ours}. Post to the portal that wrote the export."]
@@ -124,6 +126,12 @@ def newest(stack: str) -> AppliedNetwork | None:
     of_stack = AppliedNetwork.select().where(AppliedNetwork.stack == stack, AppliedNetwork.outcome == "applied")
     row: AppliedNetwork | None = of_stack.order_by(AppliedNetwork.id.desc()).first()
     return row
+
+
+def newest_id() -> int:
+    """Of all words of all stacks; 0 where none was ever told."""
+    found: int | None = AppliedNetwork.select(peewee.fn.MAX(AppliedNetwork.id)).scalar()
+    return found or 0
 
 
 def newest_document(stack: str) -> bytes:

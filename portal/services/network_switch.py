@@ -62,7 +62,8 @@ def close_all(lease: Lease, *, by: Actor) -> None:
     network_openings.close_all(lease, now, by=by)
     network_forwards.close_all(lease, now)
     network_names.close_all(lease, by=by)
-    if any(grants.find(lease, kind) is not None for kind in GRANTS_BY_STACKS):
+    is_known = any(grants.find(lease, kind) is not None for kind in GRANTS_BY_STACKS)
+    if is_known or network_names.find_zone(of="leases") is not None:
         network.changed()
     follow(lease)
 

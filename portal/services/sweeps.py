@@ -86,7 +86,7 @@ def all_sweeps() -> tuple[Sweep, ...]:
         Sweep("seals.seal", seals.seal),
         Sweep("runs.sweep", runs.sweep, every_s=60),
         Sweep("login_keys.forget_previous", login_keys.forget_previous, every_s=60),
-        Sweep("network_posts.settle", network_posts.settle, every_s=10),
+        Sweep("network_posts.sweep", network_posts.sweep, every_s=10),
         Sweep("network_webhook.start", network_webhook.start),
         Sweep("network_export.refresh", network_export.refresh, every_s=600),
         Sweep("network_export.prune", network_export.prune, every_s=3600),

@@ -409,6 +409,7 @@ def test_what_a_stack_says_again_is_no_news(database: Any) -> None:
         ("production", {"checksum": "x"}, "network.checksum"),
         ("production", {"environment": "staging"}, "network.environment"),
         ("production", {"clouds": ["gcp"]}, "network.clouds"),
+        ("production", {"clouds": []}, "network.clouds"),
         ("production", {"generation": 2_000_000}, "network.generation"),
         ("production", {"resources": {"x" * 300_000: 1}}, "body"),
     ],

@@ -27,6 +27,7 @@ from portal.services import (
     network_posts,
     network_requests,
     network_switch,
+    network_zones,
     retirement,
 )
 from portal.services.actors import SYSTEM
@@ -36,6 +37,13 @@ from tests.support.network import applied, export, group, outputs, place, report
 from tests.support.rental import Host, allocate, ready_host, reclaim_of
 
 HOUR = timedelta(hours=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has looked at nothing yet."""
+    monkeypatch.setattr(network_posts, "_settled", None)
+    monkeypatch.setattr(network_posts, "_served", None)
 
 
 @pytest.fixture
@@ -406,6 +414,32 @@ def moved(row: NetworkExport) -> dict[str, Any]:
 def test_a_sweep_settles_what_a_process_that_died_has_left(host: Host, lease: Lease) -> None:
     network_applied.note("production", outputs(clouds=("cloudflare", "aws")), by=SYSTEM)
     assert state_of(lease, "name") == ("open", "closed")
-    assert network_posts.settle() == 1
+    assert network_posts.sweep() == 1
     assert state_of(lease, "name") == ("open", "open")
-    assert network_posts.settle() == 0
+    assert network_posts.sweep() == 0
+
+
+def test_a_zone_that_begins_or_ceases_to_serve_leases_is_followed_by_those_that_run(
+    database: Any, tenant: Tenant
+) -> None:
+    holds, lease = zone(), allocate(ready_host("gpu-1"), tenant)
+    network_posts.sweep()
+    assert state_of(lease, "name") is None
+    network_zones.edit_zone(holds, serves_leases=True, by=SYSTEM)
+    assert network_posts.sweep() == 1
+    assert state_of(lease, "name") == ("open", "closed")
+    applied()
+    assert state_of(lease, "name") == ("open", "open")
+    network_zones.edit_zone(holds, serves_leases=False, by=SYSTEM)
+    assert network_posts.sweep() == 1
+    assert state_of(lease, "name") == ("closed", "open")
+    applied()
+    assert state_of(lease, "name") == ("closed", "closed")
+
+
+def test_a_lease_that_ends_before_it_was_looked_at_takes_its_name_along(database: Any, tenant: Tenant) -> None:
+    lease = allocate(ready_host("gpu-1"), tenant)
+    zone(serves_leases=True)
+    assert len(export()["names"]) == 1
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert export()["names"] == []
