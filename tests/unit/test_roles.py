@@ -208,6 +208,7 @@ def test_the_ruleset_opens_ssh_and_what_is_said(allow: list[dict[str, Any]], exp
     variables = {
         "firewall_allow": allow,
         "firewall_container_interfaces": ["docker0"],
+        "firewall_gateway": False,
         "firewall_log": False,
         "ansible_managed": "managed",
         "__firewall_ssh": [22, 2222],

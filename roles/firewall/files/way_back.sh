@@ -6,12 +6,13 @@ set -u
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 before=/run/remotegpu-firewall.before
 program=/usr/local/sbin/remotegpu-firewall
-units='ufw firewalld nftables remotegpu-firewall remotegpu-firewall-docker'
+units='ufw firewalld nftables remotegpu-firewall remotegpu-firewall-docker remotegpu-gateway'
+forwarding='net.ipv4.ip_forward net.ipv6.conf.all.forwarding'
 
 files() {
-    for path in /etc/remotegpu/firewall.* "$program" /etc/ufw /etc/default/ufw /etc/firewalld \
-        /etc/systemd/system/remotegpu-firewall*.service /etc/systemd/system/nftables.service \
-        /etc/systemd/system/nftables.service.d/remotegpu.conf /etc/systemd/system/netfilter-persistent.service.d/remotegpu.conf; do
+    for path in /etc/remotegpu/firewall.* /etc/remotegpu/gateway.* /etc/sysctl.d/60-remotegpu-gateway.conf "$program" /etc/ufw /etc/default/ufw /etc/firewalld \
+        /etc/systemd/system/remotegpu-firewall*.service /etc/systemd/system/remotegpu-gateway.service /etc/systemd/system/nftables.service \
+        /etc/systemd/system/nftables.service.d/remotegpu*.conf /etc/systemd/system/netfilter-persistent.service.d/remotegpu.conf; do
         if [ -e "$path" ] || [ -L "$path" ]; then echo "$path"; fi
     done
 }
@@ -32,7 +33,8 @@ keep() {
     tar -cpPf files.tar --files-from names
     sums_of_units >units
     for unit in $units; do echo "$unit $(systemctl is-enabled "$unit.service" 2>/dev/null || true)"; done >enabled
-    nft list table inet remotegpu >table 2>/dev/null || rm -f table
+    for table in remotegpu remotegpu_gateway; do nft list table inet $table >$table.nft 2>/dev/null || rm -f $table.nft; done
+    for name in $forwarding; do sysctl "$name" 2>/dev/null || true; done >forwarding
     if [ -e /etc/firewalld ]; then
         for family in iptables ip6tables; do "$family-save" >"$family" 2>/dev/null || rm -f "$family"; done
     fi
@@ -61,10 +63,11 @@ leave_the_new() {
     if ufw_is_on && ! [ -e ufw ]; then ufw disable; fi
     if chains_are_there && ! [ -e chains ]; then "$program" unload; fi
     command -v nft >/dev/null || return 0
-    {
-        printf 'table inet remotegpu {\n}\ndelete table inet remotegpu\n'
-        if [ -e table ]; then cat table; fi
-    } | nft -f -
+    for table in remotegpu remotegpu_gateway; do
+        printf 'table inet %s {\n}\ndelete table inet %s\n' $table $table
+        if [ -e $table.nft ]; then cat $table.nft; fi
+    done | nft -f -
+    for name in $forwarding; do sysctl "$name" 2>/dev/null || true; done | cmp -s - forwarding || sysctl --quiet --load=forwarding
 }
 
 bring_the_files() {
