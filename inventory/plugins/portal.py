@@ -78,6 +78,7 @@ options:
 
 SCHEMA = 1
 PATH = "/api/v1/admin/inventory"
+GROUPS = ("gpu_hosts", "gateways")  # there, even if nobody is in it: a playbook may name both
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
 GROUP = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # Ansible gives these names a meaning of their own: tasks delegated to localhost would go to whoever is called so.
@@ -274,6 +275,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             raise AnsibleParserError(f"{path}: {error}") from error
         machines = self._checked(entries)
         write_private(known_hosts, "".join(f"{line}\n" for each in machines for line in each.known_hosts_lines))
+        for group in GROUPS:
+            self.inventory.add_group(group)
         for each in machines:
             self._add(each, known_hosts)
 
