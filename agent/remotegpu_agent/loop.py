@@ -314,12 +314,14 @@ class Agent:
 
     def _settle_openings(self, held: Held) -> bool:
         """After the leases, whose ends they never outlive. False: something resisted."""
-        if held.desired is None or held.frozen:
-            return True
         try:
-            self.openings.settle(self.leases.open_ends(), clock_offset_s=self._clock_offset_s)
-        except ToolFailed:
-            return False  # said by then, and reported
+            if held.desired is None or held.frozen:
+                self.openings.look(self.leases.open_ends())
+            else:
+                self.openings.settle(self.leases.open_ends(), clock_offset_s=self._clock_offset_s)
+        except ToolFailed as error:
+            log.warning("openings: %s", error)
+            return False
         return True
 
     def _settle_forwards(self, held: Held) -> bool:

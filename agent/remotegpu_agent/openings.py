@@ -14,6 +14,7 @@ import itertools
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -36,6 +37,7 @@ ZONE = "remotegpu"
 # By these firewalld's rules of ours are told from those of others: the second while the first is being replaced.
 PRIORITIES = (32001, 32002)
 CLOCK_TOLERANCE_S = 60.0
+REST_S = 30.0  # how long nobody looks again whose firewall is slow, if nothing new is wanted
 END_TOLERANCE = timedelta(seconds=3)  # nft tells whole seconds, and a look takes its time
 
 
@@ -176,6 +178,24 @@ def _differs(seen: Until, wanted: Until) -> bool:
     return bool(seen.ends_at and wanted.ends_at and abs(seen.ends_at - wanted.ends_at) > END_TOLERANCE)
 
 
+def covers(one: Key, other: Key) -> bool:
+    """Whether whoever is let in by the other piece is let in by this one."""
+    if one == other:
+        return True
+    if one[0] != other[0] or not (_ports(one)[0] <= _ports(other)[0] and _ports(other)[1] <= _ports(one)[1]):
+        return False
+    try:
+        wide, narrow = ip_network(one[2]), ip_network(other[2])
+    except ValueError:  # a range that is no network: not by us
+        return False
+    return wide.version == narrow.version and _is_within(narrow, wide)
+
+
+def _ports(key: Key) -> tuple[int, int]:
+    first, _, last = key[1].partition("-")
+    return int(first), int(last or first)
+
+
 # --- who is told
 
 
@@ -203,6 +223,8 @@ class Sets:
     """Sets of nftables: all that has to be told where nftables, iptables or ufw own the firewall, whose rules let in
     what these mark.
     """
+
+    is_slow = False
 
     def __init__(self, firewall: Firewall) -> None:
         self._firewall = firewall
@@ -240,6 +262,8 @@ class Firewalld(Sets):
     what containers publish, which firewalld does not judge, and cut what is connected.
     """
 
+    is_slow = True  # half a second of work for a question
+
     def __init__(self, firewall: Firewall) -> None:
         super().__init__(firewall)
         self._rules: dict[Key, set[int]] = {}
@@ -251,30 +275,37 @@ class Firewalld(Sets):
         return found | {key: replace(found.get(key, Until(None, ())), is_whole=False) for key in half}
 
     def carry_out(self, steps: list[Step], at: datetime) -> None:
-        for step in steps:
-            if isinstance(step, Close):
-                self._remove(step.key, self._rules.get(step.key, set()))
+        """Few calls, since each takes half a second. Of what stays open the new rule comes before the old one goes:
+        firewalld cannot move an end.
+        """
+        closed = [(step.key, each) for step in steps if isinstance(step, Close) for each in self._there(step.key)]
+        staying = [step for step in steps if isinstance(step, Move | Open)]
+        there = [(step.key, each) for step in staying for each in self._there(step.key)]
+        # There under both where somebody was cut off in the middle of this.
+        doubled = [
+            (key, PRIORITIES[0]) for key, each in there if each == PRIORITIES[1] and (key, PRIORITIES[0]) in there
+        ]
+        old = [each for each in there if each not in doubled]
+        remove_rules([*closed, *doubled])
         super().carry_out(steps, at)
-        for step in steps:
-            if isinstance(step, Move | Open):
-                self._add(step.key, step.until, at)
-
-    def _add(self, key: Key, until: Until, at: datetime) -> None:
-        """The new rule first, then the old one goes: firewalld cannot move an end."""
-        there = self._rules.get(key, set())
-        left_s = seconds_left(until.ends_at, at)
-        if left_s is not None and left_s < 1:
-            return
-        priority = next((each for each in PRIORITIES if each not in there), PRIORITIES[0])
-        if priority in there:  # somebody was cut off in the middle of this
-            self._remove(key, {priority})
-        _firewalld(f"--add-rich-rule={rule_of(key, priority)}", *([f"--timeout={int(left_s)}"] if left_s else []))
-        self._remove(key, there - {priority})
+        self._add(staying, old, at)
+        remove_rules(old)
 
     @staticmethod
-    def _remove(key: Key, priorities: Iterable[int]) -> None:
-        for priority in priorities:
-            remove_rule(key, priority)
+    def _add(steps: list[Move | Open], old: list[tuple[Key, int]], at: datetime) -> None:
+        """One call for all that end in the same second."""
+        by_end: dict[int | None, list[str]] = {}
+        for step in steps:
+            left_s = seconds_left(step.until.ends_at, at)
+            priority = next(each for each in PRIORITIES if (step.key, each) not in old)
+            by_end.setdefault(None if left_s is None else int(left_s), []).append(rule_of(step.key, priority))
+        for end, rules in by_end.items():
+            if end is None or end > 0:  # 0 would be without an end, to firewalld
+                timeout = [] if end is None else [f"--timeout={end}"]
+                _firewalld(*(f"--add-rich-rule={rule}" for rule in rules), *timeout)
+
+    def _there(self, key: Key) -> set[int]:
+        return self._rules.get(key, set())
 
 
 def owner_of(firewall: Firewall) -> Sets:
@@ -333,9 +364,10 @@ def zone_rules() -> dict[Key, set[int]]:
     return read_rules(_firewalld("--list-rich-rules"))
 
 
-def remove_rule(key: Key, priority: int) -> None:
-    """Raises ToolFailed."""
-    _firewalld(f"--remove-rich-rule={rule_of(key, priority)}")
+def remove_rules(rules: list[tuple[Key, int]]) -> None:
+    """Those that let in these pieces under these priorities. Raises ToolFailed."""
+    if rules:
+        _firewalld(*(f"--remove-rich-rule={rule_of(key, priority)}" for key, priority in rules))
 
 
 def _firewalld(*words: str) -> str:
@@ -365,9 +397,11 @@ class Openings:
         self._state_file = state_file
         self._told = told
         self._lock = threading.Lock()
-        self._seen: Pieces = {}
         self._wanted: Pieces = {}
+        self._seen: Pieces = {}
+        self._seen_at: float | None = None  # monotonic; None: it has to be looked at again
         self._trouble: str | None = None
+        self._report: list[dict[str, Any]] = []
 
     def settle(self, leases: Mapping[int, datetime], *, clock_offset_s: float | None = None) -> None:
         """Make the firewall let in what is due and nothing else; `leases` are open here, each with its end.
@@ -379,36 +413,68 @@ class Openings:
             try:
                 trouble = self._settle(leases, doubt=trouble)
             except ToolFailed as error:
-                trouble = str(error)
+                trouble, self._seen_at = str(error), None
                 raise
             finally:
                 if trouble and trouble != self._trouble:
                     log.error("openings: %s", trouble)
                 self._trouble = trouble
+                self._describe()
+
+    def look(self, leases: Mapping[int, datetime]) -> None:
+        """Only see what there is, and change nothing. Raises ToolFailed."""
+        with self._lock:
+            self._wanted = self._due(leases)
+            owner = self._find_owner(brings_back=False)
+            self._seen = owner.look(now()) if owner else {}
+            self._seen_at = None
+            self._describe()
 
     def _settle(self, leases: Mapping[int, datetime], *, doubt: str | None) -> str | None:
-        desired = self._held().desired
-        at = now()
-        self._wanted = pieces(due(desired.openings if desired else (), leases, at))
-        firewall = find_firewall(self._told)
-        if firewall is None:
+        wanted = self._due(leases)
+        if wanted == self._wanted and self._is_at_rest():
+            return self._trouble
+        self._wanted = wanted
+        owner = self._find_owner(brings_back=bool(wanted))
+        if owner is None:
             self._seen = {}
-            return "this host has no firewall of RemoteGPU's: run the role firewall" if self._wanted else None
-        if not nft.is_loaded(firewall.table):
-            if not self._wanted:
-                self._seen = {}
-                return doubt
-            log.warning("openings: the table inet %s was gone and is loaded again", firewall.table)
-            nft.load(firewall.rules)
-        owner = owner_of(firewall)
+            return doubt if not wanted else "this host has no firewall of RemoteGPU's: run the role firewall"
+        at = now()
         self._seen = owner.look(at)
-        steps = [step for step in plan(self._wanted, self._seen) if not doubt or isinstance(step, Close)]
+        steps = plan(wanted, self._seen)
+        if doubt:
+            steps = [step for step in steps if isinstance(step, Close) and self._is_nobodys(step.key)]
         if steps:
             for step in steps:
                 log.info("openings: %s", describe(step))
             owner.carry_out(steps, at)
             self._seen = owner.look(now())
+        self._seen_at = time.monotonic() if owner.is_slow and not doubt else None
         return doubt
+
+    def _due(self, leases: Mapping[int, datetime]) -> dict[Key, Until]:
+        desired = self._held().desired
+        return pieces(due(desired.openings if desired else (), leases, now()))
+
+    def _is_at_rest(self) -> bool:
+        return self._seen_at is not None and time.monotonic() - self._seen_at < REST_S
+
+    def _is_nobodys(self, key: Key) -> bool:
+        """Whether a piece that is open belongs to no opening that is due, however those are cut now."""
+        alive = {each for until in self._wanted.values() for each in until.ids}
+        return not alive & set(self._seen[key].ids)
+
+    def _find_owner(self, *, brings_back: bool) -> Sets | None:
+        """None where there is none, or its table is gone and nobody wants it back."""
+        firewall = find_firewall(self._told)
+        if firewall is None:
+            return None
+        if not nft.is_loaded(firewall.table):
+            if not brings_back:
+                return None
+            log.warning("openings: the table inet %s was gone and is loaded again", firewall.table)
+            nft.load(firewall.rules)
+        return owner_of(firewall)
 
     def _doubt(self, offset_s: float | None) -> str | None:
         """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late."""
@@ -424,19 +490,22 @@ class Openings:
         return None
 
     def report(self) -> list[dict[str, Any]]:
-        """What is seen on the host, as `observed_hole`; what is open without being wanted is told too."""
-        with self._lock:
-            desired = self._held().desired
-            named = [opening.opening_id for opening in desired.openings] if desired else []
-            alive = {each for until in self._seen.values() for each in until.ids}
-            return [
-                {"id": each, "state": self._state(each), "error": self._trouble_of(each)}
-                for each in [*named, *sorted(alive - set(named))]
-            ]
+        """What was seen on the host, as `observed_hole`; what is open without being wanted is told too."""
+        return self._report
+
+    def _describe(self) -> None:
+        desired = self._held().desired
+        named = [opening.opening_id for opening in desired.openings] if desired else []
+        alive = {each for until in self._seen.values() for each in until.ids}
+        self._report = [
+            {"id": each, "state": self._state(each), "error": self._trouble_of(each)}
+            for each in [*named, *sorted(alive - set(named))]
+        ]
 
     def _state(self, opening_id: int) -> str:
         due_pieces = [key for key, until in self._wanted.items() if opening_id in until.ids]
-        if due_pieces and all(key in self._seen and self._seen[key].is_whole for key in due_pieces):
+        let_in = [key for key, until in self._seen.items() if until.is_whole]
+        if due_pieces and all(any(covers(each, key) for each in let_in) for key in due_pieces):
             return "open"
         if any(opening_id in until.ids for until in self._seen.values()):
             return "failed" if due_pieces else "open"

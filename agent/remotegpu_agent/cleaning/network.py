@@ -94,8 +94,7 @@ def _put_back(what: str, key: Any, detail: Any) -> Iterator[str]:
         run(["nft", f"delete element {key} {name} {{ {' . '.join(element)} }}"])
         yield f"closed {' '.join(element)}"
     elif what == "close_zone":
-        for priority in detail:
-            openings.remove_rule(key, priority)
+        openings.remove_rules([(key, priority) for priority in detail])
         yield f"closed {' '.join(key)}"
     elif what == "item":
         yield from _delete_item(key, detail)

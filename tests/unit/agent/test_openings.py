@@ -15,10 +15,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remotegpu_agent import nft
+from remotegpu_agent import nft, openings
 from remotegpu_agent.nft import Key
 from remotegpu_agent.observe.tools import ToolFailed
-from remotegpu_agent.openings import Close, Firewall, Move, Open, Openings, Sets, Until, due, pieces, plan
+from remotegpu_agent.openings import (
+    PRIORITIES,
+    Close,
+    Firewall,
+    Firewalld,
+    Move,
+    Open,
+    Openings,
+    Sets,
+    Until,
+    covers,
+    due,
+    pieces,
+    plan,
+)
 from remotegpu_agent.protocol import Desired, DesiredOpening, now
 from remotegpu_agent.state import Held
 
@@ -165,6 +179,23 @@ def test_what_is_open_until_another_moment_is_moved_and_never_closed(seen: Until
     assert plan({WEB: wanted}, {WEB: seen}) == [Move(WEB, wanted)]
 
 
+@pytest.mark.parametrize(
+    ("one", "is_covered"),
+    [
+        (("tcp", "8888", "203.0.113.0/24"), True),
+        (("tcp", "8888", "203.0.112.0/22"), True),
+        (("tcp", "8000-9000", "0.0.0.0/0"), True),
+        (("tcp", "8888", "203.0.113.0/25"), False),
+        (("tcp", "8889-9000", "203.0.113.0/24"), False),
+        (("udp", "8888", "203.0.113.0/24"), False),
+        (("tcp", "8888", "::/0"), False),
+        (("tcp", "8888", "203.0.113.0-203.0.113.255"), False),
+    ],
+)
+def test_a_piece_is_covered_by_one_that_lets_in_no_less(one: Key, is_covered: bool) -> None:
+    assert covers(one, WEB) is is_covered
+
+
 # --- what nft and firewalld tell, and are told
 
 
@@ -205,6 +236,89 @@ def test_one_transaction_takes_out_what_goes_and_what_moves_before_it_puts_in(mo
         'add element inet remotegpu openings { tcp . 8888-8890 . 203.0.113.0/24 timeout 7200000ms comment "12 13" }',
         'add element inet remotegpu openings6 { udp . 5000 . ::/0 comment "18" }',
     ]
+
+
+FROM_EVERYBODY = ("udp", "5000-5009", "::/0")
+RULE = 'family="ipv4" source address="203.0.113.0/24" port port="8888" protocol="tcp" accept'
+RULE6 = 'family="ipv6" port port="5000-5009" protocol="udp" accept'
+
+
+@dataclass
+class Zone:
+    """The rules that firewalld lists, and what it is told beside the question for them."""
+
+    rules: list[str] = field(default_factory=list)
+    told: list[list[str]] = field(default_factory=list)
+
+    def run(self, argv: list[str]) -> str:
+        assert argv[:2] == ["firewall-cmd", "--zone=remotegpu"]
+        if argv[2:] == ["--list-rich-rules"]:
+            return "\n".join(self.rules)
+        self.told.append(argv[2:])
+        return "success"
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Zone:
+    found = Zone()
+    monkeypatch.setattr(openings, "run", found.run)
+    monkeypatch.setattr(nft, "run", Kernel().run)
+    return found
+
+
+def test_firewalld_is_told_all_that_has_one_end_in_one_call(zone: Zone) -> None:
+    owner = Firewalld(FIREWALL)
+    assert owner.look(NOW) == {}
+    until, ssh = Until(NOW + HOUR, (1,)), ("tcp", "22", WEB[2])
+    owner.carry_out([Open(WEB, until), Open(FROM_EVERYBODY, until), Open(ssh, Until(None, (2,)))], NOW)
+    assert zone.told == [
+        [f'--add-rich-rule=rule priority="32001" {each}' for each in (RULE, RULE6)] + ["--timeout=3600"],
+        ['--add-rich-rule=rule priority="32001" ' + RULE.replace("8888", "22")],
+    ]
+    zone.rules += [word.partition("=")[2] for words in zone.told for word in words if "rule" in word]
+    assert owner.look(NOW) == {WEB: until, FROM_EVERYBODY: until, ssh: Until(None, (2,))}
+
+
+def test_firewalld_gets_the_new_rule_before_the_old_one_goes(zone: Zone) -> None:
+    zone.rules += [f'rule priority="32001" {RULE}']
+    owner = Firewalld(FIREWALL)
+    assert owner.look(NOW) == {WEB: Until(None, (), is_whole=False)}
+    owner.carry_out([Move(WEB, Until(NOW + HOUR, (1,)))], NOW)
+    assert zone.told == [
+        [f'--add-rich-rule=rule priority="32002" {RULE}', "--timeout=3600"],
+        [f'--remove-rich-rule=rule priority="32001" {RULE}'],
+    ]
+
+
+def test_firewalld_that_was_left_with_both_is_left_with_one(zone: Zone) -> None:
+    zone.rules += [f'rule priority="{each}" {RULE}' for each in PRIORITIES]
+    owner = Firewalld(FIREWALL)
+    owner.look(NOW)
+    owner.carry_out([Move(WEB, Until(NOW + HOUR, (1,)))], NOW)
+    assert zone.told == [
+        [f'--remove-rich-rule=rule priority="32001" {RULE}'],
+        [f'--add-rich-rule=rule priority="32001" {RULE}', "--timeout=3600"],
+        [f'--remove-rich-rule=rule priority="32002" {RULE}'],
+    ]
+
+
+@pytest.mark.parametrize("left_s", [0.9, -5.0])
+def test_firewalld_keeps_nothing_that_is_over_within_a_second(zone: Zone, left_s: float) -> None:
+    """Without a second left it would take the rule for one without an end."""
+    owner = Firewalld(FIREWALL)
+    owner.look(NOW)
+    owner.carry_out([Open(WEB, Until(NOW + timedelta(seconds=left_s), (1,)))], NOW)
+    assert zone.told == []
+
+
+def test_rules_of_others_are_none_of_our_openings(zone: Zone) -> None:
+    zone.rules += [
+        'rule family="ipv4" source address="192.0.2.10" port port="9100" protocol="tcp" accept',
+        f'rule priority="100" {RULE}',
+        'rule priority="32001" family="ipv4" source address="192.0.2.10" service name="http" accept',
+        'rule priority="32001" family="ipv4" source address="192.0.2.10" port port="9100" protocol="tcp" drop',
+    ]
+    assert Firewalld(FIREWALL).look(NOW) == {}
 
 
 # --- at work
@@ -375,3 +489,27 @@ def test_a_clock_behind_the_portals_last_word_opens_nothing(host: AtWork) -> Non
     host.openings.settle(LEASE)
     assert host.reported() == [(12, "failed")]
     assert host.kernel.sets["openings"] == {}
+
+
+def test_a_clock_that_is_off_closes_nothing_that_is_still_due(host: AtWork) -> None:
+    """Though by now its piece would be cut in another way."""
+    host.desired = [soon(source="203.0.112.0/22")]
+    host.openings.settle(LEASE)
+    before = dict(host.kernel.sets["openings"])
+    host.desired += [soon(opening_id=13, ends_at=None, lease=None)]
+    host.openings.settle(LEASE, clock_offset_s=90.0)
+    assert host.kernel.sets["openings"] == before
+    assert host.reported() == [(12, "open"), (13, "open")]
+
+
+def test_a_look_tells_what_there_is_and_changes_nothing(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.openings.settle(LEASE)
+    host.desired = []
+    host.openings.look(LEASE)
+    assert host.reported() == [(12, "open")]
+    host.kernel.sets["openings"].clear()
+    host.desired = [soon()]
+    host.openings.look(LEASE)
+    assert host.reported() == [(12, "closed")]
+    assert host.kernel.transactions == 1
