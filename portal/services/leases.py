@@ -491,7 +491,7 @@ def holes_observed(machine: Machine, told: Mapping[str, Any]) -> None:
     news = network_openings.observe(machine, told.get("openings"), is_current=is_current)
     if machine.is_gateway:
         news |= network_forwards.observe(machine, told.get("forwards"), is_current=is_current)
-    for lease in Lease.select().where(Lease.id << sorted(news or {0})).order_by(Lease.id):
+    for lease in list(Lease.select().where(Lease.id << sorted(news or {0})).order_by(Lease.id)):
         network_seen(lease, by=of_agent(machine))
 
 

@@ -228,7 +228,7 @@ def _placed(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str
 def prune() -> int:
     """Forget old words of each stack; returns how many."""
     gone = 0
-    for row in AppliedNetwork.select(AppliedNetwork.stack).distinct():
+    for row in list(AppliedNetwork.select(AppliedNetwork.stack).distinct()):
         stack = row.stack
         kept = AppliedNetwork.select(AppliedNetwork.id).where(AppliedNetwork.stack == stack)
         ids: Sequence[int] = [row.id for row in kept.order_by(AppliedNetwork.id.desc()).limit(KEEP_COUNT)]

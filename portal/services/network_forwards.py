@@ -127,7 +127,7 @@ def observe(gateway: Machine, seen: Sequence[Mapping[str, Any]] | None, *, is_cu
     if seen is None:
         held &= Forward.observed_at.is_null()
     leases = set()
-    for forward in Forward.select().where(held):
+    for forward in list(Forward.select().where(held)):  # read to its end: a half read one keeps SQLite from writing
         entry = told.get(forward.id)
         state, error = ("closed", None) if entry is None else (entry["state"], entry["error"])
         if (entry is None and not is_current) or not _note(forward, state, error):

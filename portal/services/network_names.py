@@ -228,7 +228,7 @@ def _taken(columns: Mapping[str, Any]) -> Conflict:
 
 def close_all(lease: Lease, *, by: Actor) -> None:
     """Its records go with it, inside its transaction."""
-    for record in DnsRecord.select().where(DnsRecord.lease == lease, DnsRecord.removed_at.is_null()):
+    for record in list(DnsRecord.select().where(DnsRecord.lease == lease, DnsRecord.removed_at.is_null())):
         DnsRecord.update(removed_at=utcnow()).where(DnsRecord.id == record.id).execute()
         _tell("record.removed", record, by=by, reason="The lease ends.", name=record.name)
 
@@ -237,7 +237,7 @@ def carry_over(before: Lease, lease: Lease) -> None:
     """A lease that continues another keeps the records that one had until its end, under their keys."""
     if before.ending_at is None:
         return
-    for record in DnsRecord.select().where(DnsRecord.lease == before, DnsRecord.removed_at >= before.ending_at):
+    for record in list(DnsRecord.select().where(DnsRecord.lease == before, DnsRecord.removed_at >= before.ending_at)):
         same = (DnsRecord.zone == record.zone_id) & (DnsRecord.name == record.name) & (DnsRecord.type == record.type)
         if not DnsRecord.select().where(same, DnsRecord.removed_at.is_null()).exists():
             DnsRecord.update(lease=lease, removed_at=None).where(DnsRecord.id == record.id).execute()

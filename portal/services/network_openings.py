@@ -190,7 +190,7 @@ def end(opening: Opening, *, by: Actor, reason: str | None, now: datetime | None
 
 def close_all(lease: Lease, now: datetime, *, by: Actor) -> None:
     """With the lease, inside its transaction."""
-    for opening in Opening.select().where(Opening.lease == lease, Opening.closed_at.is_null()):
+    for opening in list(Opening.select().where(Opening.lease == lease, Opening.closed_at.is_null())):
         end(opening, by=by, reason="The lease ends.", now=now)
 
 
@@ -204,7 +204,7 @@ def carry_over(before: Lease, lease: Lease, machine: Machine, *, by: Actor) -> N
     if before.ending_at is None:
         return
     had = Opening.select().where(Opening.lease == before, Opening.closed_at >= before.ending_at).order_by(Opening.id)
-    for opening in had:
+    for opening in list(had):
         if opening.ends_at is None or opening.ends_at > utcnow():
             ports = (opening.first_port, opening.last_port)
             again = Wish(opening.protocol, ports, opening.source, opening.reason, opening.ends_at, is_world=False)
@@ -264,7 +264,8 @@ def observe(machine: Machine, seen: Sequence[Mapping[str, Any]] | None, *, is_cu
     if seen is None:
         unsettled &= Opening.observed_at.is_null()
     leases = set()
-    for opening in Opening.select().where(Opening.machine == machine, unsettled):
+    seen_before = Opening.select().where(Opening.machine == machine, unsettled)
+    for opening in list(seen_before):  # read to its end: a half read one keeps SQLite from writing
         entry = told.get(opening.id)
         if entry is None and not is_current:
             continue
@@ -296,7 +297,7 @@ def forget_seen(machine: Machine) -> None:
 
 def close_of_machine(machine: Machine, *, by: Actor) -> None:
     """It is retired: its own openings are wanted no longer."""
-    for opening in Opening.select().where(Opening.machine == machine, Opening.closed_at.is_null()):
+    for opening in list(Opening.select().where(Opening.machine == machine, Opening.closed_at.is_null())):
         end(opening, by=by, reason="The machine is retired.")
 
 
