@@ -124,31 +124,33 @@ class Forwards:
         """The ends that are to come."""
         return [forward.ends_at for forward in self._known() if forward.ends_at > now()]
 
-    def settle(self, wanted: Collection[DesiredForward] | None) -> bool:
-        """Make the kernel match; None: nothing is ordered now, and what was lasts until its end. False: try again."""
+    def settle(self, wanted: Collection[DesiredForward] | None, *, doubt: str | None = None) -> bool:
+        """Make the kernel match; None: nothing is ordered now, and what was lasts until its end. `doubt` is why nothing
+        may be opened. False: try again.
+        """
         known = self._known()
         forwards = known if wanted is None else wanted
         if not is_gateway(self._facts):
-            return self._is_no_gateway(forwards)
+            self._describe_unseen(forwards, known, "this host is no gateway: run playbooks/gateways.yml for it")
+            return True
         try:
-            refused, failed = self._change(forwards, known, networks_behind(self._facts))
+            refused, failed = self._change(forwards, known, networks_behind(self._facts), doubt)
             seen = look(at=now())
         except ToolFailed as error:
             log.error("forwards: %s", error)
-            self._observed = [_observed(forward.forward_id, "failed", str(error)) for forward in forwards]
+            self._describe_unseen(forwards, known, str(error))
             return False
         self._describe(forwards, seen, {**refused, **failed})
         return not failed
 
-    def _is_no_gateway(self, forwards: Iterable[DesiredForward]) -> bool:
-        why = "this host is no gateway: run playbooks/gateways.yml for it"
-        self._observed = [_observed(forward.forward_id, "failed", why) for forward in forwards]
-        return True
-
     # Make it so
 
     def _change(
-        self, wanted: Collection[DesiredForward], known: Collection[DesiredForward], networks: list[Network]
+        self,
+        wanted: Collection[DesiredForward],
+        known: Collection[DesiredForward],
+        networks: list[Network],
+        doubt: str | None,
     ) -> tuple[Mapping[int, str], Mapping[int, str]]:
         """Close, then open: a port never serves two, not even for a moment. The answers say which forwards are refused,
         which have failed, and why. Raises ToolFailed.
@@ -161,6 +163,8 @@ class Forwards:
             nft.apply(command for way in changes.to_close for command in _removing(way, seen))
             forget_flows(changes.to_close, networks)
             self._note_closed(changes.to_close)
+        if doubt is not None:
+            return {**changes.refused, **{forward.forward_id: doubt for forward in changes.to_open}}, {}
         if changes.to_open:
             self._note_opened(changes.to_open)
         return changes.refused, _open(changes.to_open, seen)
@@ -196,6 +200,13 @@ class Forwards:
             if is_there or forward_id in wanted:
                 observed.append(_observed(forward_id, state, errors.get(forward_id)))
         self._observed = observed
+
+    def _describe_unseen(self, forwards: Collection[DesiredForward], known: Iterable[DesiredForward], why: str) -> None:
+        """What nobody wants any more, and nobody has seen closed, may be open still."""
+        wanted = {forward.forward_id for forward in forwards}
+        unwanted = {forward.forward_id for forward in known} - wanted
+        states = {**dict.fromkeys(wanted, "failed"), **dict.fromkeys(unwanted, "open")}
+        self._observed = [_observed(forward_id, state, why) for forward_id, state in sorted(states.items())]
 
 
 def look(*, at: datetime) -> Seen:
@@ -264,14 +275,13 @@ def _key(way: Way) -> nft.Key:
 
 
 def _way(key: nft.Key) -> Way:
-    protocol, public_port, source, target_address, target_port = key
-    return Way(
-        protocol,
-        int(public_port),
-        ipaddress.ip_network(source),
-        ipaddress.ip_address(target_address),
-        int(target_port),
-    )
+    try:
+        protocol, public_port, source, address, target_port = key
+        return Way(
+            protocol, int(public_port), ipaddress.ip_network(source), ipaddress.ip_address(address), int(target_port)
+        )
+    except ValueError as error:
+        raise ToolFailed(f"table inet {TABLE} holds {' . '.join(key)}, which is not ours: {error}") from error
 
 
 def _is_near(seen: datetime | None, wanted: datetime) -> bool:

@@ -30,7 +30,7 @@ from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import CannotOpen, Entry, Leases, end_survives_reboot
 from remotegpu_agent.observe.docker import DockerFailed
 from remotegpu_agent.observe.tools import ToolFailed
-from remotegpu_agent.openings import Openings
+from remotegpu_agent.openings import Openings, doubt_of_clock
 from remotegpu_agent.plan import (
     ArmEnd,
     CloseLease,
@@ -327,7 +327,7 @@ class Agent:
     def _settle_forwards(self, held: Held) -> bool:
         """On a gateway. Where nothing is ordered now, what was lasts until its end. False: something resisted."""
         wanted = held.desired.forwards if held.desired is not None and not held.frozen else None
-        return self.forwards.settle(wanted)
+        return self.forwards.settle(wanted, doubt=doubt_of_clock(self.state.path, self._clock_offset_s))
 
     def _look_for_lost(self) -> bool:
         """After the steps and not every time: a Stop must not wait for systemd to tell of every other task."""

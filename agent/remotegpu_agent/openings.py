@@ -389,6 +389,23 @@ def machines_own(state_file: Path = STATE_FILE) -> frozenset[Key]:
     return frozenset(pieces(due(desired.openings if desired else (), {}, now())))
 
 
+def doubt_of_clock(state_file: Path, offset_s: float | None) -> str | None:
+    """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late.
+
+    `offset_s` is how far the portal's is ahead; None before it was heard.
+    """
+    if offset_s is not None and abs(offset_s) > CLOCK_TOLERANCE_S:
+        return f"nothing is opened: this host's clock is {abs(offset_s):.0f} s off the portal's: mend its time"
+    try:
+        written_at = datetime.fromtimestamp(state_file.stat().st_mtime, timezone.utc)
+    except FileNotFoundError:
+        return None
+    if now() < written_at - timedelta(seconds=CLOCK_TOLERANCE_S):
+        spoke_at = format_time(written_at)
+        return f"nothing is opened: this host's clock is behind {spoke_at}, when the portal has spoken"
+    return None
+
+
 class Openings:
     """The openings of this host. Any thread may ask; one at a time changes."""
 
@@ -409,7 +426,7 @@ class Openings:
         Raises ToolFailed when something resisted.
         """
         with self._lock:
-            trouble = self._doubt(clock_offset_s)
+            trouble = doubt_of_clock(self._state_file, clock_offset_s)
             try:
                 trouble = self._settle(leases, doubt=trouble)
             except ToolFailed as error:
@@ -475,19 +492,6 @@ class Openings:
             log.warning("openings: the table inet %s was gone and is loaded again", firewall.table)
             nft.load(firewall.rules)
         return owner_of(firewall)
-
-    def _doubt(self, offset_s: float | None) -> str | None:
-        """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late."""
-        if offset_s is not None and abs(offset_s) > CLOCK_TOLERANCE_S:
-            return f"nothing is opened: this host's clock is {abs(offset_s):.0f} s off the portal's: mend its time"
-        try:
-            written_at = datetime.fromtimestamp(self._state_file.stat().st_mtime, timezone.utc)
-        except FileNotFoundError:
-            return None
-        if now() < written_at - timedelta(seconds=CLOCK_TOLERANCE_S):
-            spoke_at = format_time(written_at)
-            return f"nothing is opened: this host's clock is behind {spoke_at}, when the portal has spoken"
-        return None
 
     def report(self) -> list[dict[str, Any]]:
         """What was seen on the host, as `observed_hole`; what is open without being wanted is told too."""

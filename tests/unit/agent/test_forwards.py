@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
-from remotegpu_agent.forwards import Changes, Seen, plan, way_of
-from remotegpu_agent.protocol import DesiredForward
+import pytest
+
+from remotegpu_agent import conntrack, nft
+from remotegpu_agent.forwards import Changes, Forwards, Seen, plan, way_of
+from remotegpu_agent.journal import Journal
+from remotegpu_agent.observe.tools import ToolFailed
+from remotegpu_agent.protocol import DesiredForward, now
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
 END = NOW + timedelta(hours=2)
@@ -101,3 +108,74 @@ def test_a_port_serves_one() -> None:
     assert changes.to_open == (five,)
     assert changes.refused == {6: "port 20017/tcp is forward 5's"}
     assert decide([five, forward(6, protocol="udp")], Seen()).refused == {}
+
+
+# --- what is said where the kernel cannot be asked, or may not be told
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    """A gateway whose kernel takes everything and has nothing."""
+    facts = tmp_path / "gateway.json"
+    facts.write_text(json.dumps({"schema": 1, "networks": [str(each) for each in NETWORKS]}))
+    monkeypatch.setattr(nft, "is_loaded", lambda _table: True)
+    monkeypatch.setattr(nft, "members", lambda *_names, **_how: [])
+    monkeypatch.setattr(nft, "apply", list)
+    monkeypatch.setattr(conntrack, "flows", list)
+    monkeypatch.setattr(conntrack, "forget", lambda ended: len(list(ended)))
+    return Forwards(tmp_path, Journal(tmp_path / "journal.jsonl"), facts=facts)
+
+
+def lasting(forward_id: int = 5, **changes: Any) -> DesiredForward:
+    return forward(forward_id, **{"ends_at": now() + timedelta(hours=1), **changes})
+
+
+def refuse(*_anything: object) -> Any:
+    raise ToolFailed("nft gave no answer within 30 s")
+
+
+def test_what_was_not_seen_closed_is_told_as_open(gateway: Forwards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the portal would give its port to the next."""
+    assert gateway.settle([lasting(5), lasting(6, public_port=20018)])
+    monkeypatch.setattr(nft, "is_loaded", refuse)
+    assert not gateway.settle([lasting(6, public_port=20018)])
+    why = "nft gave no answer within 30 s"
+    assert gateway.report() == [
+        {"id": 5, "state": "open", "error": why},
+        {"id": 6, "state": "failed", "error": why},
+    ]
+
+
+def test_by_a_clock_that_is_not_believed_nothing_is_opened_and_everything_closed(gateway: Forwards) -> None:
+    five, six = lasting(5), lasting(6, public_port=20018)
+    assert gateway.settle([five])
+    assert gateway.settle([six], doubt="this clock is off")
+    assert gateway.report() == [{"id": 6, "state": "failed", "error": "this clock is off"}]
+    assert gateway.ends() == [], "it was not opened, and the other is closed"
+
+
+def test_a_host_that_is_no_gateway_says_so(tmp_path: Path) -> None:
+    forwards = Forwards(tmp_path, Journal(tmp_path / "journal.jsonl"), facts=tmp_path / "none.json")
+    assert forwards.settle([])
+    assert forwards.report() == []
+    assert forwards.settle([lasting()])
+    (said,) = forwards.report()
+    assert (said["state"], said["error"]) == ("failed", "this host is no gateway: run playbooks/gateways.yml for it")
+
+
+def test_without_orders_what_was_lasts_until_its_end(gateway: Forwards) -> None:
+    """A frozen host opens and closes nothing, and after a reboot makes again what it had."""
+    five = lasting(5)
+    assert gateway.settle([five])
+    assert gateway.settle(None)
+    assert gateway.ends() == [five.ends_at]
+
+
+def test_a_table_with_what_is_not_ours_is_told_and_stops_nothing_else(
+    gateway: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = nft.Member(("tcp", "20000-20010", "10.0.0.1-10.0.0.9", "10.0.0.17", "22"), None)
+    monkeypatch.setattr(nft, "members", lambda *_names, **_how: [odd])
+    assert not gateway.settle([lasting()])
+    (said,) = gateway.report()
+    assert "which is not ours" in said["error"]
