@@ -81,14 +81,15 @@ class Result:
 PLAIN = "not hosts and not browser and not postgresql and not gpu and not engine"
 # Its tests wait for children and deadlines a third of their time, so three share two cores.
 FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=3)
-# The longest first. More than three beside each other take longer: all of them wait for the same two cores.
+# The longest first; the site's mostly waits for alerts. More than three beside each other take longer: all of them want
+# the same two cores.
 LANES = (
     FAST,
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
+    Lane("site", ("tests/site",), "hosts", hosts=True, site=True, slow=False),
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True, slow=False),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
     Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True, slow=True),
-    Lane("site", ("tests/site",), "hosts", hosts=True, site=True, slow=False),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("desktop", ("tests/desktop",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
