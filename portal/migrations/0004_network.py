@@ -285,9 +285,6 @@ def up(migrator: Any, db: Any) -> None:
         _grants_anew(db)
     else:
         _grants_changed(db)
-    NetworkState.create(id=1)
-    if not is_sqlite:  # a row with an id of its own does not count it
-        db.execute_sql("SELECT setval(pg_get_serial_sequence('network_state', 'id'), 1)")
 
 
 def _machine_columns(db: Any, is_sqlite: bool) -> None:

@@ -29,12 +29,14 @@ class NetworkFrozen(Conflict):
 
 
 def state() -> NetworkState:
-    row: NetworkState = NetworkState.get_by_id(ONLY)
-    return row
+    """As it is now; of a portal that has no network yet, as one begins."""
+    row: NetworkState | None = NetworkState.get_or_none(NetworkState.id == ONLY)
+    return row or NetworkState(id=ONLY)
 
 
 def changed() -> int:
     """What the stacks shall make has changed; returns the new generation. Held until the transaction ends."""
+    hold()
     NetworkState.update(_counted()).where(NetworkState.id == ONLY).execute()
     events.write("network.changed")
     generation: int = state().generation
@@ -69,7 +71,10 @@ def count_if(generation: int) -> bool:
 
 def hold() -> None:
     """Whoever changes the network waits here until this transaction ends: what was checked stays true."""
-    NetworkState.update(generation=NetworkState.generation).where(NetworkState.id == ONLY).execute()
+    held = NetworkState.update(generation=NetworkState.generation).where(NetworkState.id == ONLY)
+    if held.execute() == 0:
+        NetworkState.insert(id=ONLY).on_conflict_ignore().execute()  # the first change of all
+        held.execute()
 
 
 # Restored from a backup
@@ -119,4 +124,5 @@ def catch_up(generation: int) -> None:
     """A stack has applied a generation that we have not counted to: the next export must be later than that one."""
     behind = (NetworkState.id == ONLY) & (NetworkState.generation < generation)
     with atomic():
+        hold()
         NetworkState.update({**_counted(), "generation": generation + 1}).where(behind).execute()

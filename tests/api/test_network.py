@@ -98,6 +98,7 @@ def test_the_command_line_prints_the_same_document(
 def test_a_frozen_network_answers_with_the_way_out(
     client: FlaskClient, token: dict[str, str], operator: User, sign_in: SignIn
 ) -> None:
+    zone()
     NetworkState.update(frozen_reason="The portal was restored.", frozen_at=utcnow()).execute()
     answer = client.get("/api/v1/admin/network", headers=token)
     assert (answer.status_code, answer.json["code"]) == (409, "network_frozen")

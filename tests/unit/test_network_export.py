@@ -16,7 +16,7 @@ from portal import backup
 from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations.network_format import document
-from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, NetworkState, Opening, Tenant
+from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, Opening, Tenant
 from portal.services import (
     machines,
     network,
@@ -474,7 +474,7 @@ def test_a_portal_that_never_gave_one_out_has_nothing_to_compare(database: Any, 
     file = tmp_path / "portal.backup"
     backup.backup(file)
     backup.restore(file, force=True)
-    assert network_export.current().generation == NetworkState.get().generation
+    assert network_export.current().generation == network.state().generation
     assert Machine.select().where(Machine.gateway.is_null(False)).count() == 1
 
 
