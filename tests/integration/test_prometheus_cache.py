@@ -97,5 +97,5 @@ def test_a_redis_that_is_lost_costs_time_alone(
     server.process.send_signal(how)
     began = time.monotonic()
     assert [cache.get(f"{number}", lambda: "by ourselves", keep_s=30) for number in range(20)] == ["by ourselves"] * 20
-    assert time.monotonic() - began < 4, "asked once, then left alone for a while"
+    assert time.monotonic() - began < 12, "asked once, then left alone for a while: twenty times would take 20 s"
     assert "Redis does not answer; this process computes for itself" in caplog.text

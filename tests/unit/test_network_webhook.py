@@ -119,10 +119,8 @@ def test_a_pipeline_that_hangs_holds_up_neither_the_sweep_nor_the_database(
     zone()
     NetworkState.update(changed_at=utcnow() - SOON).execute()
     with told(trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")) as heard:
-        began = time.monotonic()
         assert network_webhook.start()
-        assert time.monotonic() - began < 0.3
-        assert not network_webhook.start(), "one call at a time"
+        assert not network_webhook.start(), "one call at a time, and it has not ended"
         until(lambda: heard, "the pipeline to hear the call")
         with atomic():
             network.changed()  # whoever changes the network does not wait for it
