@@ -269,7 +269,7 @@ def row_of(record: DnsRecord, lease: Lease | None) -> Row:
 def wanted() -> Iterator[Row]:
     """Every record that is wanted now: not of a machine that is retired, nor of a lease that is not active."""
     rows: Iterable[Any] = (
-        DnsRecord.select(DnsRecord, Lease, Machine)
+        DnsRecord.select(DnsRecord, Lease.id, Lease.login, Lease.state, Machine.id, Machine.state)
         .join(Lease, peewee.JOIN.LEFT_OUTER)
         .switch(DnsRecord)
         .join(Machine, peewee.JOIN.LEFT_OUTER, on=DnsRecord.machine)

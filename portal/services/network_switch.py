@@ -207,7 +207,17 @@ def leases_to_refresh(views: Mapping[str, View]) -> list[Lease]:
     One query, whatever the number of leases: those that are as they shall be cost nothing at each apply.
     """
     rows = (
-        Grant.select(Grant, Lease, Machine)
+        Grant.select(
+            Grant.id,
+            Grant.lease,
+            Grant.kind,
+            Grant.desired,
+            Grant.observed,
+            Grant.detail,
+            Lease.id,
+            Lease.login,
+            Machine.id,
+        )
         .join(Lease)
         .join(Machine)
         .where(Grant.kind << GRANTS_BY_STACKS, Grant.written_off_at.is_null())
