@@ -308,16 +308,17 @@ def _still_open(now: datetime) -> Iterator[Condition]:
         lease = grant.lease
         yield Condition(
             "GrantStillOpen",
-            f"Lease {lease.id} of {lease.machine.name} has ended, and its {grant.kind} is not seen closed since "
-            f"{grant.desired_at:%Y-%m-%d %H:%M} UTC.",
+            f"Lease {lease.id} of {lease.machine.name} has ended, and a part of it is not seen closed since "
+            f"{grant.desired_at:%Y-%m-%d %H:%M} UTC: {grant.kind}",
             "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
             {"host": lease.machine.name, "lease": str(lease.id), "part": grant.kind},
         )
     for opening in openings_stuck(now):
-        why = opening.error or "The host does not say why."
+        why, state = opening.error or "The host does not say why.", opening.observed
+        hole = f"{opening.protocol} {opening.first_port}-{opening.last_port} from {opening.source}"
         yield Condition(
             "OpeningStuck",
-            f"Opening {opening.id} of {opening.machine.name} is {opening.observed} and is not wanted so: {why}",
+            f"Opening {opening.id} of {opening.machine.name} ({hole}) is {state}, which is not wanted: {why}",
             "Look at the host: `remotegpu-agent doctor`.",
             {"host": opening.machine.name, "opening": str(opening.id)},
         )

@@ -44,8 +44,8 @@ class Entry:
         row = self.row
         if self.kind == "name":
             return f"{row['type']} {names.readable(row['name'])}"
-        ports = "" if row["ports"] is None else f" {row['ports'][0]}-{row['ports'][1]}"
-        return f"{row['protocol']}{ports} {row['source']}"
+        ports = "-".join(str(port) for port in sorted(set(row["ports"] or ())))
+        return f"{row['protocol']} {ports} {row['source']}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ network_switch.py.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -104,8 +105,8 @@ def wish(
         faults["first_port"] = ["Use ports from 1 to 65535, the lower one first."]
     try:
         peer = rules.source(source.strip())
-    except rules.BadOpening as error:
-        faults["source"] = [f"{error}"]
+    except rules.BadOpening:
+        faults["source"] = [_no_source(source.strip())]
     if peer is not None and peer.network is None:
         faults["source"] = ["Name a network, such as 203.0.113.0/24: a host's firewall knows no groups of a cloud."]
     told = (reason or "").strip() or None
@@ -118,6 +119,20 @@ def wish(
     if faults or peer is None:
         raise Invalid(faults)
     return Wish(canonical, ports, peer.text, told, ends_at, peer.is_world)
+
+
+def _no_source(text: str) -> str:
+    """What is wrong with it, and what was probably meant."""
+    address = text.partition("/")[0]
+    try:
+        host, meant = ipaddress.ip_address(address), ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return "Write a network, such as 203.0.113.0/24 or 2001:db8::/48."
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
+        return f"{text} is IPv4 in disguise; write it as IPv4, such as {host.ipv4_mapped}/32."
+    return (
+        f"{text} names one address inside a network: write {meant} for the network, {host}/{host.max_prefixlen} for it."
+    )
 
 
 def add(machine: Machine, wished: Wish, *, by: Actor, lease: Lease | None) -> Opening:

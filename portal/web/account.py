@@ -25,6 +25,7 @@ PROFILE = ("display_name", "full_name", "email", "phone")
 SCOPE_WORDS = {
     "inventory": lazy_gettext("read the machines as the inventory plugin does"),
     "alerts": lazy_gettext("deliver alerts as Alertmanager does"),
+    "network": lazy_gettext("read the network's export and tell what was applied, as a pipeline does"),
     "prometheus": lazy_gettext("read targets, rules and metrics as Prometheus does"),
     "read": lazy_gettext("read lists and details"),
     "admin": lazy_gettext("change machines, leases and runs"),

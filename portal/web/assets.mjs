@@ -25,7 +25,7 @@ const icons = [
   "alert-triangle", "arrow-left", "ban", "chart-line", "check", "chevron-right", "circle-check", "circle-x", "clock", "cloud-off", "copy",
   "cpu", "device-desktop", "download", "external-link", "eye", "file-certificate", "fingerprint", "home", "key", "language",
   "list-check", "list-details", "lock", "logout", "moon", "player-play", "player-stop", "plug", "plus", "refresh", "search",
-  "server-2", "settings", "shield-check", "snowflake", "sun", "terminal-2", "tools", "trash", "user", "users", "x",
+  "server-2", "settings", "shield-check", "snowflake", "sun", "terminal-2", "tools", "trash", "user", "users", "world", "x",
 ];
 
 const symbol = (name) =>

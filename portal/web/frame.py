@@ -71,7 +71,14 @@ ACTOR_WORDS = {
     "agent": lazy_gettext("agent"),
     "system": lazy_gettext("portal"),
 }
-GRANT_WORDS = {"keys": lazy_gettext("sign-in with keys"), "tasks": lazy_gettext("tasks")}
+GRANT_WORDS = {
+    "keys": lazy_gettext("sign-in with keys"),
+    "tasks": lazy_gettext("tasks"),
+    "firewall": lazy_gettext("openings on the host"),
+    "forward": lazy_gettext("forwarded port"),
+    "security_group": lazy_gettext("rules of the security group"),
+    "name": lazy_gettext("DNS names"),
+}
 OUTCOME_WORDS = {"done": lazy_gettext("done"), "refused": lazy_gettext("refused"), "failed": lazy_gettext("failed")}
 
 NOUN_WORDS = {
@@ -82,7 +89,7 @@ NOUN_WORDS = {
     "attempt": lazy_gettext("attempt"),
     "task": lazy_gettext("task"),
 }
-VALUE_WORDS = STATE_WORDS | ROLE_WORDS | NOUN_WORDS
+VALUE_WORDS = STATE_WORDS | ROLE_WORDS | NOUN_WORDS | GRANT_WORDS
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ MENU = {
         ("web.alerts", lazy_gettext("Alerts"), "alert-triangle"),
         ("web.monitoring", lazy_gettext("Monitoring"), "chart-line"),
         ("web.leases", lazy_gettext("Leases"), "clock"),
+        ("web.network", lazy_gettext("Network"), "world"),
         ("web.tasks", lazy_gettext("Tasks"), "terminal-2"),
         ("web.customers", lazy_gettext("Customers"), "users"),
         ("web.runs", lazy_gettext("Runs"), "list-check"),
@@ -190,6 +198,7 @@ def _context() -> dict[str, Any]:
         "outcome_word": lambda word: OUTCOME_WORDS.get(word, word),
         "actor_word": lambda word: ACTOR_WORDS.get(word, word),
         "grant_word": lambda word: GRANT_WORDS.get(word, word),
+        "grant_options": lambda kinds: [(kind, GRANT_WORDS[kind]) for kind in kinds],
         "csrf_value": csrf_value,
         "token_life_s": life_s,
         "renew_in_s": _renew_in_s(life_s),

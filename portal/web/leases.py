@@ -10,9 +10,9 @@ from portal.api.guard import actor, requires
 from portal.db import utcnow
 from portal.errors import Error
 from portal.services import leases as lettings
-from portal.services import overviews
+from portal.services import network_forwards, network_views, overviews
 from portal.services.actors import STAFF
-from portal.web import shapes
+from portal.web import network_shapes, shapes
 from portal.web.acting import page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
@@ -69,15 +69,35 @@ def write_off_lease(lease_id: int) -> ResponseReturnValue:
     return redirect(url_for("web.lease", lease_id=lease_id), 303)
 
 
-def _page(lease_id: int, *, extending: Form | None = None, ending: Form | None = None) -> str:
+@bp.post("/leases/<int:lease_id>/grants/write-off")
+@requires(*STAFF)
+def write_off_grant(lease_id: int) -> ResponseReturnValue:
+    form = Form.of_request(keep=("kind", "reason"))
+    try:
+        lettings.write_off_grant(lettings.get(lease_id), form.text("kind"), by=actor(), reason=form.needed("reason"))
+    except Error as error:
+        return _page(lease_id, writing_off=form.refused(error)), error.status
+    flash(gettext("Nobody waits for it any more; what was last seen of it stays here."), "warning")
+    return redirect(url_for("web.lease", lease_id=lease_id), 303)
+
+
+def _page(
+    lease_id: int, *, extending: Form | None = None, ending: Form | None = None, writing_off: Form | None = None
+) -> str:
     now = utcnow()
     held = overviews.of_lease(lettings.get(lease_id), now)
+    grants = network_shapes.grant_rows(held, now)
     facts = {
         "held": held,
         "lease": held.lease,
         "left": shapes.time_left(held, now),
         "still_open": shapes.still_open(held),
+        "grants": grants,
+        "writable": [each.grant.kind for each in grants if each.may_be_written_off],
+        "openings": network_shapes.opening_rows(network_views.openings_of(held.lease), now),
+        "forwards": network_shapes.forward_rows(network_forwards.of_lease(held.lease), now),
+        "names": [network_shapes.name_row(row) for row in network_views.names_of(held.lease)],
     }
     if is_fragment():
         return render_template("leases/_state.html", **facts)
-    return render_template("leases/detail.html", extending=extending, ending=ending, **facts)
+    return render_template("leases/detail.html", extending=extending, ending=ending, writing_off=writing_off, **facts)

@@ -22,6 +22,7 @@ from portal.services import (
     drift,
     frozen,
     leases,
+    network_views,
     overviews,
     provisioning,
     reclaims,
@@ -31,7 +32,7 @@ from portal.services import (
 )
 from portal.services import machines as fleet
 from portal.services.actors import STAFF
-from portal.web import monitoring, operations, shapes
+from portal.web import monitoring, network_shapes, operations, shapes
 from portal.web.acting import acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
@@ -140,6 +141,26 @@ def _history(machine: Machine) -> dict[str, Any]:
         "meanings": operations.MEANINGS,
         "not_shown": operations.NOT_SHOWN,
         "keys_in_question": shapes.keys_in_question(machine),
+        **_network(machine),
+    }
+
+
+@bp.get("/machines/<int:machine_id>/network")
+@requires(*STAFF)
+def machine_network(machine_id: int) -> ResponseReturnValue:
+    """The part of the machine's page that asks for itself again."""
+    found = fleet.get(machine_id)
+    return render_template("machines/_network.html", machine=found, **_network(found))
+
+
+def _network(machine: Machine) -> dict[str, Any]:
+    now = utcnow()
+    there = network_views.of_machine(machine, leases.find_open(machine))
+    return {
+        "there": there,
+        "names": [network_shapes.name_row(row) for row in there.names],
+        "openings": network_shapes.opening_rows(there.openings, now),
+        "forwards": network_shapes.forward_rows(there.forwards, now),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from flask import render_template
@@ -10,9 +11,10 @@ from flask_babel import lazy_gettext
 
 from portal.api.guard import current_user, requires
 from portal.db import utcnow
-from portal.services import connections, keys, leases, overviews
+from portal.models import Opening
+from portal.services import connections, keys, leases, network_forwards, network_views, overviews
 from portal.services.overviews import HeldView
-from portal.web import shapes
+from portal.web import network_shapes, shapes
 from portal.web.blueprint import bp
 from portal.web.frame import is_fragment
 
@@ -41,7 +43,9 @@ ALERT_WORDS = {
 @requires("customer")
 def my_machines() -> ResponseReturnValue:
     me, now = current_user(), utcnow()
-    items = [_facts(held, now) for held in overviews.held(list(leases.open_of_user(me)), me, now)]
+    held = list(leases.open_of_user(me))
+    openings = network_views.openings_by_lease(held)
+    items = [_facts(each, openings[each.lease.lease.id], now) for each in overviews.held(held, me, now)]
     return render_template("my/_machines.html" if is_fragment() else "my/machines.html", items=items)
 
 
@@ -52,16 +56,25 @@ def my_connection(machine_id: int) -> ResponseReturnValue:
     lease = leases.get_open_of_user(me, machine_id)
     way = connections.of(lease, user=me)
     has_key = keys.list_of(me).exists()
-    return render_template("my/_connection.html", machine=lease.machine, way=way, has_key=has_key)
+    forward = network_forwards.find_ssh(lease)
+    return render_template(
+        "my/_connection.html",
+        machine=lease.machine,
+        way=way,
+        has_key=has_key,
+        forward=forward,
+        names=network_views.names_seen(lease),
+    )
 
 
-def _facts(held: HeldView, now: Any) -> dict[str, Any]:
+def _facts(held: HeldView, openings: list[Opening], now: datetime) -> dict[str, Any]:
     return {
         "view": held.machine,
         "held": held.lease,
         "may_connect": held.may_connect,
         "left": shapes.time_left(held.lease, now),
         "still_open": shapes.still_open(held.lease),
+        "openings": network_shapes.opening_rows(openings, now),
         "gpus": shapes.gpu_rows(held.machine),
         "alerts": [(told, ALERT_WORDS[told.name]) for told in held.alerts],
     }

@@ -47,7 +47,11 @@ def _value(name: str, text: str, words: Mapping[str, Any]) -> str:
         return in_language(text, words)
     if name.endswith("roles"):
         return "、".join(str(words.get(word, word)) for word in text.split(" and "))
-    return str(words.get(text, text)) if name.endswith(("state", "enter", "seen", "role", "noun")) else text
+    return (
+        str(words.get(text, text))
+        if name.endswith(("state", "enter", "seen", "role", "noun", "kind", "part"))
+        else text
+    )
 
 
 def is_nested(name: str) -> bool:

@@ -93,8 +93,8 @@ def time_left(view: LeaseView, now: datetime) -> timedelta | None:
 
 
 def still_open(view: LeaseView) -> list[Grant]:
-    """What should be closed and was not seen to be."""
-    return [grant for grant in view.grants if grant.desired == "closed" and grant.observed != "closed"]
+    """What should be closed and was not seen to be, as far as anybody waits for it."""
+    return [grant for grant in view.grants if grant.desired == "closed" and grant.waits_since is not None]
 
 
 @dataclass(frozen=True)

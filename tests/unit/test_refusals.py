@@ -23,6 +23,20 @@ from portal.web.refusals import sentences_in
             "部署运行 7 的状态为“失败”：可以重复执行该 playbook。",
         ),
         ("The lease has ended. The machine is retired.", "租约已结束。 机器已退役。"),
+        (
+            "Lease 7 of gpu1 has ended, and a part of it is not seen closed since 2026-11-26 01:30 UTC: security_group",
+            "gpu1 的租约 7 已结束，但自 2026-11-26 01:30 UTC 起有一部分尚未确认关闭：安全组规则",
+        ),
+        (
+            "Lease 7 of gpu-1 has ended, and a part of it is not seen closed: keys",  # as Prometheus says it
+            "gpu-1 的租约 7 已结束，但有一部分尚未确认关闭：密钥登录",
+        ),
+        (
+            "Opening 12 of gpu-1 (tcp 8888-8890 from 203.0.113.0/24) is failed, which is not wanted: "
+            "The host does not say why.",
+            "gpu-1 的开放端口 12（tcp 8888-8890 from 203.0.113.0/24）处于“失败”状态，与期望不符：主机没有说明原因。",
+        ),
+        ("'1.2.3' is no IPv4 address", "'1.2.3' 不是 IPv4 地址"),
         ("gpu-7 said something new", "gpu-7 said something new"),
     ],
 )

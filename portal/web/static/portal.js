@@ -100,6 +100,11 @@ document.addEventListener("click", (event) => {
   const on = (name) => event.target.closest(`[${name}]`);
   if (on("data-copy")) copy(on("data-copy"));
   if (on("data-open")) document.querySelector(on("data-open").dataset.open).showModal();
+  if (on("data-fill")) {
+    const field = document.querySelector(on("data-fill").dataset.fill);
+    field.value = on("data-fill").dataset.value;
+    field.focus();
+  }
   if (on("data-close")) on("data-close").closest("dialog").close();
   if (on("data-toggle")) {
     const isOpen = document.querySelector(on("data-toggle").dataset.toggle).classList.toggle("show");
