@@ -38,9 +38,10 @@ class Role:
 
     def template(self, name: str, **more: Any) -> str:
         """A template, rendered."""
-        text = self._loader.get_text_file_contents(str(self.path / "templates" / name))
-        overrides = {"trim_blocks": True}
-        return str(self._templar(more).copy_with_new_env().template(trust_as_template(text), overrides=overrides))
+        folder = str(self.path / "templates")  # where one template finds another
+        text = self._loader.get_text_file_contents(f"{folder}/{name}")
+        templar = self._templar(more).copy_with_new_env(searchpath=[folder])
+        return str(templar.template(trust_as_template(text), overrides={"trim_blocks": True}))
 
     def lines(self, name: str, **more: Any) -> list[str]:
         """A template's lines without blanks and comments."""

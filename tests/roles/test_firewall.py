@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -119,6 +120,60 @@ def test_our_chains_come_behind_all_who_write_whole_tables_and_behind_docker(bac
 
 def test_nftables_service_takes_nothing_along_when_firewalld_stops_it() -> None:
     assert firewall("firewalld").lines("nftables.conf.j2") == ["[Service]", "ExecStop="]
+
+
+# --- openings of leases
+
+
+@every_backend
+@every_distribution
+def test_the_agent_is_told_where_its_sets_are_and_what_brings_them_back(backend: str, distribution: str) -> None:
+    role = firewall(backend, distribution)
+    table = {"nftables": "remotegpu"}.get(backend, "remotegpu_openings")
+    told = json.loads(role.template("firewall.json.j2"))
+    written = {each["dest"]: each["src"] for each in role.value("__firewall_files")[backend]}
+    assert told == {"schema": 1, "backend": backend, "table": table, "rules": told["rules"]}
+    text = role.template(written[told["rules"]])
+    assert f"table inet {table} {{" in text
+    assert [name for name in ("openings", "openings6") if f"  set {name} {{\n" in text] == ["openings", "openings6"]
+    assert "nftables" in role.value("__firewall_packages")[backend]
+
+
+@pytest.mark.parametrize("backend", ["iptables", "firewalld", "ufw"])
+def test_what_is_open_for_good_is_no_openings_business(backend: str) -> None:
+    """Neither marked, nor cut when an opening of the same port ends."""
+    lines = firewall(backend).lines("openings.nft.j2")
+    marking = [line for line in lines if "meta mark set" in line]
+    assert len(marking) == 2
+    for each in (
+        'tcp dport 22 return comment "SSH"',
+        'ip saddr { 192.0.2.10 } tcp dport 9100 return comment "Prometheus"',
+        'ip6 saddr { 2001:DB8::/64 } tcp dport 9100 return comment "Prometheus"',
+        "udp dport 53 return",
+    ):
+        assert lines.index(each) < lines.index(marking[0])
+
+
+@pytest.mark.parametrize("backend", ["iptables", "firewalld", "ufw"])
+def test_our_chains_let_in_what_is_marked_and_refuse_the_rest(backend: str) -> None:
+    for family in (4, 6):
+        lines = firewall(backend).lines("chains.j2", item={"family": family})
+        marked = lines.index("-A REMOTEGPU-ALLOWED -m mark --mark 0x10000000/0x10000000 -j RETURN")
+        assert lines[marked + 1] == "-A REMOTEGPU-ALLOWED -g REMOTEGPU-REFUSED"
+
+
+def test_ufw_lets_in_what_is_marked_behind_the_rules_of_people() -> None:
+    tasks = yaml.safe_load((ROLES / "firewall/tasks/write_ufw.yml").read_text())
+    (task,) = [each for each in tasks if "ansible.builtin.blockinfile" in each]
+    block = firewall("ufw").expression(task["ansible.builtin.blockinfile"]["block"], item=task["loop"][0])
+    assert block == "-A ufw-after-input -m mark --mark 0x10000000/0x10000000 -j ACCEPT"
+    assert [each["chain"] for each in task["loop"]] == ["ufw-after-input", "ufw6-after-input"]
+
+
+def test_the_unit_beside_firewalld_brings_the_table_of_openings_alone() -> None:
+    lines = firewall("firewalld").lines("remotegpu-firewall.service.j2")
+    assert "ExecStart=/usr/sbin/nft -f /etc/remotegpu/openings.nft" in lines
+    assert not [line for line in lines if line.startswith("ExecStop")]
 
 
 # --- the chains

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,14 @@ def load(net: Net, tmp_path: Path) -> Iterator[Callable[..., Callable[[], str]]]
             (tmp_path / "firewall.nft").write_text(role.template("firewall.nft.j2"))
             return lambda: net.on(net.host, "nft", "-f", str(tmp_path / "firewall.nft"))
         if backend == "firewalld":
-            return lambda: load_direct(net, role)
+            (tmp_path / "openings.nft").write_text(role.template("openings.nft.j2"))
+            return lambda: (net.on(net.host, "nft", "-f", str(tmp_path / "openings.nft")), load_direct(net, role))
         for family in (4, 6):
             (tmp_path / f"firewall.v{family}").write_text(role.template("chains.j2", item={"family": family}))
         program = role.template("remotegpu-firewall.sh.j2").replace("/etc/remotegpu", str(tmp_path))
         program = program.replace("ufw_is_there ||", "true ||").replace("/run/", f"{tmp_path}/")
         (tmp_path / "program").write_text(program)
+        (tmp_path / "openings.nft").write_text(role.template("openings.nft.j2"))
         return lambda: net.on(net.host, "sh", str(tmp_path / "program"), "load")
 
     yield loaded
@@ -182,6 +186,8 @@ def heard_from_port_67(net: Net, *sources: str) -> list[int]:
         ).format("6" if family == 6 else "", source, HOST[family])
         if net.on(net.outside, "python3", "-c", script, check=False) == "answer\n":
             heard.append(family)
+        if source != OUTSIDE[family]:  # or the next test would come from there
+            net.on(net.outside, "ip", "addr", "del", f"{source}/{length[0]}", "dev", "eth0")
     return heard
 
 
@@ -216,6 +222,140 @@ print(connection.recv(100).decode())
     assert answer == "still there?\n"
 
 
+# --- openings of leases
+
+
+TABLES = {"nftables": "remotegpu"}  # the others: remotegpu_openings
+
+
+def open_for(
+    net: Net,
+    backend: str,
+    port: int | str,
+    sources: Mapping[int, str],
+    *,
+    protocol: str = "tcp",
+    timeout: str = "1h",
+) -> None:
+    """As the agent does it, for IPv4 and IPv6; what was open there before is replaced, at no time closed."""
+    table = TABLES.get(backend, "remotegpu_openings")
+    for family, name in ((4, "openings"), (6, "openings6")):
+        element = f"{protocol} . {port} . {sources[family]}"
+        known = net.on(net.host, "nft", "get", "element", "inet", table, name, f"{{ {element} }}", check=False)
+        deleting = f"delete element inet {table} {name} {{ {element} }};" if known else ""
+        net.on(net.host, "nft", f"{deleting} add element inet {table} {name} {{ {element} timeout {timeout} }}")
+
+
+@owns_everything
+def test_an_opening_lets_in_its_source_by_its_ports_and_nobody_else(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    open_for(net, backend, CLOSED, {4: f"{OUTSIDE[4]}/31", 6: f"{OUTSIDE[6]}/127"})
+    assert net.answering([FOR_OTHERS, CLOSED]) == [CLOSED]
+    load(backend)()
+    assert net.answering([FOR_OTHERS, CLOSED]) == [CLOSED], "and loading the rules again leaves it open"
+    open_for(net, backend, f"{FOR_OTHERS}-{CLOSED}", {4: "203.0.113.0/24", 6: "2001:db8:9::/64"})
+    assert net.answering([FOR_OTHERS]) == []
+
+
+@every_writer
+def test_an_opening_lets_in_by_the_port_that_docker_publishes(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    open_for(net, backend, 80, OUTSIDE)  # the container's own port is nobody's business
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US]
+    assert net.answering([80], at=CONTAINER) == []
+    open_for(net, backend, PUBLISHED, OUTSIDE)
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED, PUBLISHED_FOR_US]
+    assert net.answering([80], at=CONTAINER) == []
+
+
+PROGRAM = Path(__file__).parents[1] / "support" / "ticking.py"
+TICKING = 8300  # of the host and of the container, which publishes it by the same number
+
+
+@contextmanager
+def ticking(net: Net, where: str) -> Iterator[subprocess.Popen[str]]:
+    """Somebody who sends without pause to whoever has connected, and says what he hears."""
+    argv = ["ip", "netns", "exec", where, "python3", str(PROGRAM), "serve", str(TICKING)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            assert server.stdout.readline() == "listening\n"
+            if where == net.container:
+                net.play_docker([])
+                for family, program in ((4, "iptables"), (6, "ip6tables")):
+                    to = {4: f"{CONTAINER[4]}:{TICKING}", 6: f"[{CONTAINER[6]}]:{TICKING}"}[family]
+                    for rule in (f"-p {protocol} --dport {TICKING}" for protocol in ("tcp", "udp")):
+                        net.on(net.host, program, *f"-t nat -A DOCKER {rule} -j DNAT --to-destination {to}".split())
+                        net.on(net.host, program, *f"-A DOCKER {rule} -j ACCEPT".split())
+            yield server
+        finally:
+            server.kill()
+
+
+@contextmanager
+def following(net: Net, protocol: str, family: int, *, most: int) -> Iterator[subprocess.Popen[str]]:
+    told = ["follow", protocol, HOST[family], str(TICKING), str(most)]
+    argv = ["ip", "netns", "exec", net.outside, "python3", str(PROGRAM), *told]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as client:
+        try:
+            assert client.stdout
+            assert client.stdout.readline() == "open\n"
+            yield client
+        finally:
+            client.kill()
+
+
+HELD_BY = [
+    ("nftables", "host"),
+    ("iptables", "host"),
+    ("ufw", "container"),
+    ("firewalld", "container"),
+    *(pytest.param(backend, "container", marks=pytest.mark.slow) for backend in ("nftables", "iptables")),
+]
+
+
+@pytest.mark.parametrize(("backend", "where"), HELD_BY)
+def test_the_end_of_an_opening_cuts_what_is_connected_both_ways(backend: str, where: str, net: Net, load: Any) -> None:
+    """With nobody there who sees to it: the kernel's own time is up, while the other side sends without pause."""
+    load(backend)()
+    with ticking(net, net.container if where == "container" else net.host) as server, ExitStack() as stack:
+        clients = []
+        for protocol, family in itertools.product(("tcp", "udp"), (4, 6)):
+            open_for(net, backend, TICKING, OUTSIDE, protocol=protocol, timeout="3s")
+            clients.append(stack.enter_context(following(net, protocol, family, most=10**9)))
+        assert [client.communicate(timeout=30)[0] for client in clients] == ["cut\n"] * 4
+        assert net.answering([TICKING]) == []
+        server.kill()
+        assert server.stdout
+        assert server.stdout.read() == "heard hello\n" * 4
+
+
+HELD_HERE = pytest.mark.parametrize(("backend", "where"), [("nftables", "host"), ("firewalld", "container")])
+
+
+@HELD_HERE
+def test_an_opening_that_is_prolonged_cuts_nobody(backend: str, where: str, net: Net, load: Any) -> None:
+    load(backend)()
+    with ticking(net, net.container if where == "container" else net.host):
+        open_for(net, backend, TICKING, OUTSIDE, timeout="2s")
+        with following(net, "tcp", 4, most=60) as client:
+            open_for(net, backend, TICKING, OUTSIDE)
+            load(backend)()
+            heard, _ = client.communicate(timeout=20)
+        assert heard == "lasting\n"
+
+
+@HELD_HERE
+def test_what_is_open_for_good_does_not_end_with_an_opening(backend: str, where: str, net: Net, load: Any) -> None:
+    load(backend, firewall_allow=[{"port": TICKING}])()
+    with ticking(net, net.container if where == "container" else net.host):
+        open_for(net, backend, TICKING, OUTSIDE, timeout="500ms")
+        with following(net, "tcp", 4, most=40) as client:
+            heard, _ = client.communicate(timeout=20)
+        assert heard == "lasting\n"
+
+
 def test_loading_twice_changes_nothing_and_ours_is_asked_first(net: Net, load: Any) -> None:
     again = load("iptables")
     again()
@@ -248,6 +388,7 @@ def test_the_whole_ruleset_of_iptables_is_ours_and_what_was_there(net: Net, load
         "-A REMOTEGPU-ALLOWED -p tcp -m conntrack --ctorigdstport 22 -m comment --comment SSH -j RETURN",
         "-A REMOTEGPU-ALLOWED -s 192.0.2.10/32 -p tcp -m conntrack --ctorigdstport 9100 -m comment --comment Prometheus"
         " -j RETURN",
+        "-A REMOTEGPU-ALLOWED -m mark --mark 0x10000000/0x10000000 -j RETURN",
         "-A REMOTEGPU-ALLOWED -g REMOTEGPU-REFUSED",
         "-A REMOTEGPU-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN",
         "-A REMOTEGPU-FORWARD -m conntrack --ctorigdst 127.0.0.0/8 -g REMOTEGPU-REFUSED",

@@ -49,11 +49,12 @@ class Scanner:
     def hear_as_loopback(self, card: str, ports: Sequence[int], *, source: str) -> list[int]:
         """Which of these let a neighbour in who sends to 127.0.0.1, by the card's own address; see knock.py."""
         program = [sys.executable, "-I", str(KNOCK), "eth0", source, card, "127.0.0.1", *map(str, ports)]
-        told = subprocess.run([*self._place, *program], check=True, capture_output=True, text=True, timeout=60)
+        told = subprocess.run([*self.place, *program], check=True, capture_output=True, text=True, timeout=60)
         return [int(port) for port in told.stdout.split()]
 
     @property
-    def _place(self) -> list[str]:
+    def place(self) -> list[str]:
+        """The words before a command that has it run there."""
         return [] if self.pid is None else ["nsenter", f"--net=/proc/{self.pid}/ns/net"]
 
     def _ask(self, address: str, tcp: str, udp: str, options: str) -> dict[str, str]:
@@ -67,7 +68,7 @@ class Scanner:
     def _nmap(self, address: str, ports: str, options: str) -> dict[str, str]:
         family = ["-6"] if ":" in address else []
         speed = [f"--min-rate={PER_SECOND}", "--max-retries=1", "-T4"]
-        argv = [*self._place, "nmap", "-n", "-Pn", *family, *options.split(), f"-p{ports}", *speed, "-oX", "-", address]
+        argv = [*self.place, "nmap", "-n", "-Pn", *family, *options.split(), f"-p{ports}", *speed, "-oX", "-", address]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert done.returncode == 0, f"{argv}: {done.stderr}"
         return answers_in(done.stdout, asked=len(list(_numbers(ports))))

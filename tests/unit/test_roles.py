@@ -211,10 +211,13 @@ def test_the_ruleset_opens_ssh_and_what_is_said(allow: list[dict[str, Any]], exp
         "firewall_gateway": False,
         "firewall_log": False,
         "ansible_managed": "managed",
+        "__firewall_mark": "0x1",
         "__firewall_ssh": [22, 2222],
     }
-    template = loader.get_text_file_contents(str(ROOT / "roles/firewall/templates/firewall.nft.j2"))
-    text = str(Templar(loader, variables=variables).template(trust_as_template(template)))
+    folder = str(ROOT / "roles/firewall/templates")
+    template = loader.get_text_file_contents(f"{folder}/firewall.nft.j2")
+    templar = Templar(loader, variables=variables).copy_with_new_env(searchpath=[folder])
+    text = str(templar.template(trust_as_template(template)))
     lines = [line.strip() for line in text.splitlines()]
     assert 'tcp dport { 22, 2222 } accept comment "SSH"' in lines
     assert [line for line in lines if "dport 9100" in line or "dport 53" in line] == expected

@@ -7,10 +7,11 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 before=/run/remotegpu-firewall.before
 program=/usr/local/sbin/remotegpu-firewall
 units='ufw firewalld nftables remotegpu-firewall remotegpu-firewall-docker remotegpu-gateway'
+tables='remotegpu remotegpu_openings remotegpu_gateway'
 forwarding='net.ipv4.ip_forward net.ipv6.conf.all.forwarding'
 
 files() {
-    for path in /etc/remotegpu/firewall.* /etc/remotegpu/gateway.* /etc/sysctl.d/60-remotegpu-gateway.conf "$program" /etc/ufw /etc/default/ufw /etc/firewalld \
+    for path in /etc/remotegpu/firewall.* /etc/remotegpu/openings.nft /etc/remotegpu/gateway.* /etc/sysctl.d/60-remotegpu-gateway.conf "$program" /etc/ufw /etc/default/ufw /etc/firewalld \
         /etc/systemd/system/remotegpu-firewall*.service /etc/systemd/system/remotegpu-gateway.service /etc/systemd/system/nftables.service \
         /etc/systemd/system/nftables.service.d/remotegpu*.conf /etc/systemd/system/netfilter-persistent.service.d/remotegpu.conf; do
         if [ -e "$path" ] || [ -L "$path" ]; then echo "$path"; fi
@@ -33,7 +34,7 @@ keep() {
     tar -cpPf files.tar --files-from names
     sums_of_units >units
     for unit in $units; do echo "$unit $(systemctl is-enabled "$unit.service" 2>/dev/null || true)"; done >enabled
-    for table in remotegpu remotegpu_gateway; do nft list table inet $table >$table.nft 2>/dev/null || rm -f $table.nft; done
+    for table in $tables; do nft list table inet $table >$table.nft 2>/dev/null || rm -f $table.nft; done
     for name in $forwarding; do sysctl "$name" 2>/dev/null || true; done >forwarding
     if [ -e /etc/firewalld ]; then
         for family in iptables ip6tables; do "$family-save" >"$family" 2>/dev/null || rm -f "$family"; done
@@ -63,7 +64,7 @@ leave_the_new() {
     if ufw_is_on && ! [ -e ufw ]; then ufw disable; fi
     if chains_are_there && ! [ -e chains ]; then "$program" unload; fi
     command -v nft >/dev/null || return 0
-    for table in remotegpu remotegpu_gateway; do
+    for table in $tables; do
         printf 'table inet %s {\n}\ndelete table inet %s\n' $table $table
         if [ -e $table.nft ]; then cat $table.nft; fi
     done | nft -f -

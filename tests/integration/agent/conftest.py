@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,35 @@ class Site:
     def processes(self, lease: Lease) -> list[str]:
         shown = self.host.run(["ps", "-o", "pid=,args=", "-u", str(lease.uid)], check=False).stdout
         return [line.strip() for line in shown.splitlines()]
+
+    # -- openings -----------------------------------------------------------------------------------------------------
+
+    def open_ports(self, lease: Lease | None, ports: Iterable[str], sources: Iterable[str]) -> list[int]:
+        """Order an opening for each port ("tcp/8100") and source, and wait until the host has all; their ids."""
+        ids = []
+        for port, source in itertools.product(ports, sources):
+            protocol, _, number = port.partition("/")
+            ids.append(next(_ids))
+            opening = {
+                "id": ids[-1],
+                "lease": lease.lease_id if lease else None,
+                "protocol": protocol,
+                "ports": [int(number), int(number)],
+                "source": source,
+                "ends_at": lease.wanted["ends_at"] if lease else None,
+            }
+            self.portal.openings = [*self.portal.openings, opening]
+        self.portal.change()
+        self.wait_for_openings(ids, "open")
+        return ids
+
+    def wait_for_openings(self, ids: Iterable[int], state: str | None, *, timeout_s: float = 45) -> None:
+        """None: the host does not speak of them any more."""
+
+        def reached() -> bool:
+            return all((self.portal.opening(each) or {"state": None})["state"] == state for each in ids)
+
+        until(reached, f"openings {ids} to be {state}", timeout_s=timeout_s, also=self.agent_log)
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -245,7 +274,7 @@ def site(session_site: Site) -> Iterator[Site]:
     portal = session_site.portal
     if portal._server is None:
         portal.start()
-    generation = portal.change(leases=[], attempts=[], commands=[])
+    generation = portal.change(leases=[], attempts=[], commands=[], openings=[])
     session_site.applied(generation, timeout_s=30)
     complaints, portal.complaints = portal.complaints, []
     assert complaints == []

@@ -58,6 +58,8 @@ class Portal:
         self.leases: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self.commands: list[dict[str, Any]] = []
+        self.openings: list[dict[str, Any]] = []
+        self.forwards: list[dict[str, Any]] = []
         self.report_interval_s = 2.0
         self.log_quota_bytes = 64 * 1024 * 1024
         self.reports: list[dict[str, Any]] = []
@@ -132,6 +134,8 @@ class Portal:
             "leases": self.leases,
             "attempts": self.attempts,
             "commands": self.commands,
+            "openings": self.openings,
+            "forwards": self.forwards,
             "report_interval_s": self.report_interval_s,
             "log_quota_bytes": self.log_quota_bytes,
         }
@@ -143,6 +147,11 @@ class Portal:
         if not self.reports:
             return None
         return next((lease for lease in self.reports[-1]["leases"] if lease["lease_id"] == lease_id), None)
+
+    def opening(self, opening_id: int) -> dict[str, Any] | None:
+        """The opening as the newest report has it."""
+        seen = self.reports[-1]["openings"] if self.reports else []
+        return next((opening for opening in seen if opening["id"] == opening_id), None)
 
     def log_of(self, attempt_id: int) -> bytes:
         return bytes(self.logs.get(attempt_id, b""))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ import pytest
 
 from tests.hosts import Host, boot, gateway_address, unique
 from tests.integration.agent.conftest import Lease, Site, install_agent
-from tests.integration.agent.portal_double import Portal
+from tests.integration.agent.portal_double import Portal, in_seconds
 from tests.support.rendering import evaluate, render
 from tests.support.scanning import Scanner, build_listener
 from tests.support.waiting import until
@@ -33,6 +34,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[3]
+TICKING = ROOT / "tests" / "support" / "ticking.py"
 SET_UP_S = 300.0  # for each thing that must be there first; how long it takes is another test's affair
 
 # What a stranger may hear: the door, the container that the site has opened to everybody, and the port that it has
@@ -51,6 +53,8 @@ CLOSED = {
     "tcp/8095": "syn-ack",
     "tcp/8100": "syn-ack",
     "udp/8101": "udp-response",
+    "tcp/8102": "syn-ack",
+    "udp/8102": "udp-response",
 }
 CLOSED_OF_THE_LEASE = {"tcp/7000": "syn-ack", "udp/7001": "udp-response", "tcp/7002": "syn-ack", "tcp/7003": "reset"}
 
@@ -58,10 +62,18 @@ CLOSED_OF_THE_LEASE = {"tcp/7000": "syn-ack", "udp/7001": "udp-response", "tcp/7
 # STUN, NAT-T, SIP, mDNS, LLMNR, VXLAN, Geneve, WireGuard, RoCE; then what listens here.
 USUAL_UDP = (
     "53,67-69,111,123,137-138,161-162,389,443,500,514,520,546-547,623,1194,1434,1701,1812-1813,1900,2049,3478,4500,"
-    "4789,4791,5060,5353,5355,6081,8472,51820,7001,8092-8093,8101"
+    "4789,4791,5060,5353,5355,6081,8472,51820,7001,8092-8093,8101-8102"
 )
 NOBODY = "port-unreach"
-LISTENING = "1-1024,7000-7003,8090-8101,9100,9835"  # what listens here, and where one would look for more
+LISTENING = "1-1024,7000-7003,8090-8102,9100,9835"  # what listens here, and where one would look for more
+# What a lease opens of that, and how the openings are dropped that its owner's firewall has, by somebody else.
+OPENED = {port: CLOSED[port] for port in ("tcp/8100", "udp/8101", "tcp/8090", "udp/8093", "tcp/8102", "udp/8102")}
+DROP_OPENINGS = {
+    "nftables": "nft delete table inet remotegpu",
+    "iptables": "systemctl restart nftables && systemctl restart docker",
+    "firewalld": "nft delete table inet remotegpu_openings && firewall-cmd --reload",
+    "ufw": "nft delete table inet remotegpu_openings && ufw reload",
+}
 CONTAINERS = (
     "-p 0.0.0.0:8090:80 -p [::]:8090:80 -p 0.0.0.0:8093:81/udp -p [::]:8093:81/udp",
     "-p 0.0.0.0:8091:80 -p [::]:8091:80 -p 0.0.0.0:8092:81/udp -p [::]:8092:81/udp",
@@ -110,8 +122,34 @@ class Attacked:
         """On both families."""
         return self._heard(Scanner.on(self.stranger), FROM_ANYWHERE, **how)
 
-    def heard_by_the_control_plane(self) -> list[dict[str, str]]:
-        return self._heard(Scanner(), FROM_THE_CONTROL_PLANE)
+    def heard_by_the_control_plane(self, **how: Any) -> list[dict[str, str]]:
+        return self._heard(Scanner(), FROM_THE_CONTROL_PLANE, **how)
+
+    @property
+    def stranger_as_source(self) -> list[str]:
+        return [f"{self.stranger.address}/32", f"{self.stranger.address_v6}/128"]
+
+    def longest_opening_s(self) -> int:
+        """How long the one that lasts longest is still open."""
+        listed = self.host.run("nft -j list ruleset").stdout
+        return max((int(each) for each in re.findall(r'"expires": (\d+)', listed)), default=0)
+
+    @contextmanager
+    def followed(self, port: str) -> Iterator[subprocess.Popen[str]]:
+        """The stranger's connection to a service of the host that never rests: what it says in the end is whether it
+        was cut. The port is open for him by then.
+        """
+        protocol, _, number = port.partition("/")
+        self.stranger.put("/usr/local/bin/ticking.py", TICKING.read_text())
+        argv = ["docker", "exec", self.stranger.id, "python3", "/usr/local/bin/ticking.py"]
+        argv += ["follow", protocol, self.host.address, number, str(10**9)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as client:
+            try:
+                assert client.stdout is not None
+                assert client.stdout.readline() == "open\n"
+                yield client
+            finally:
+                client.kill()
 
     @contextmanager
     def without_firewall(self) -> Iterator[None]:
@@ -143,6 +181,54 @@ def only_what_is_open_answers(attacked: Attacked) -> None:
         strangers = pool.submit(attacked.heard_by_strangers)
         assert attacked.heard_by_the_control_plane() == [FROM_THE_CONTROL_PLANE, FROM_THE_CONTROL_PLANE]
         assert strangers.result() == [FROM_ANYWHERE, FROM_ANYWHERE]
+
+
+def test_what_a_lease_opens_answers_its_source_alone_until_its_end_with_the_portal_down(attacked: Attacked) -> None:
+    """A service of the host, the customer's container, over TCP and UDP, IPv4 and IPv6."""
+    site, portal = attacked.site, attacked.site.portal
+    opened = {**FROM_ANYWHERE, **OPENED}
+    asked = {"tcp": of("tcp", opened), "udp": of("udp", opened)}
+
+    def is_heard(expected: Mapping[str, str]) -> bool:
+        return attacked.heard_by_strangers(**asked, again=expected) == [expected, expected]
+
+    lease = site.open_lease()
+    ids = site.open_ports(lease, OPENED, attacked.stranger_as_source)
+    assert attacked.heard_by_strangers(**asked, again=opened) == [opened, opened]
+    assert attacked.heard_by_the_control_plane(**asked) == [FROM_THE_CONTROL_PLANE, FROM_THE_CONTROL_PLANE]
+    attacked.host.run(DROP_OPENINGS[attacked.backend], timeout_s=SET_UP_S)
+    until(attacked.longest_opening_s, "the agent to open again what was dropped", timeout_s=60, also=site.agent_log)
+    until(lambda: is_heard(opened), "all of it to be open", timeout_s=60, also=site.agent_log)
+    with attacked.followed("tcp/8102") as tcp, attacked.followed("udp/8102") as udp:
+        site.end_soon(lease)
+        portal.stop()
+        assert [each.communicate(timeout=60)[0] for each in (tcp, udp)] == ["cut\n", "cut\n"]
+    assert is_heard(FROM_ANYWHERE)
+    portal.start()
+    site.wait_for_openings(ids, "closed")
+    portal.change(openings=[])
+    site.wait_for_openings(ids, None)
+
+
+def test_what_is_prolonged_goes_on_and_what_is_closed_is_cut_while_the_rest_stays(attacked: Attacked) -> None:
+    site, portal = attacked.site, attacked.site.portal
+    lease = site.open_lease(seconds=30)
+    (closed,) = site.open_ports(lease, ["tcp/8102"], attacked.stranger_as_source[:1])
+    (kept,) = site.open_ports(lease, ["tcp/8090"], attacked.stranger_as_source[:1])
+    with attacked.followed("tcp/8102") as client:
+        site.change_lease(lease, ends_at=in_seconds(3600))
+        moved = [opening | {"ends_at": lease.wanted["ends_at"]} for opening in portal.openings]
+        portal.change(openings=moved)
+        until(lambda: attacked.longest_opening_s() > 3000, "the ends to be moved", also=site.agent_log)
+        assert client.poll() is None
+        portal.change(openings=[opening for opening in portal.openings if opening["id"] == kept])
+        assert client.communicate(timeout=60)[0] == "cut\n"
+    site.wait_for_openings([closed], None)
+    site.wait_for_openings([kept], "open")
+    site.change_lease(lease, state="closed")
+    site.wait_for_lease(lease, "closed")
+    site.wait_for_openings([kept], "closed")
+    portal.change(openings=[])
 
 
 @pytest.mark.slow
@@ -262,7 +348,8 @@ def by_roles_files(site: Site, said: dict[str, Any]) -> None:
     host = site.host
     install_agent(host, site.portal)
     said = {"ansible_managed": "managed", "__firewall_ssh": [22], **said}
-    host.put("/etc/remotegpu/firewall.nft", render("firewall", "firewall.nft.j2", host.suite, **said))
+    for file in ("firewall.nft", "firewall.json"):
+        host.put(f"/etc/remotegpu/{file}", render("firewall", f"{file}.j2", host.suite, **said))
     daemon = evaluate("{{ docker_daemon_config | combine(docker_daemon_config_extra) }}", "docker", host.suite)
     host.put("/etc/docker/daemon.json", json.dumps(daemon))
     arguments = render("node_exporter", "default.j2", host.suite, **said)
@@ -308,6 +395,9 @@ def listen_carelessly(host: Host, listener: Path) -> None:
         made = host.run(f"docker run -d {published} listener /listener tcp/80 udp/81", timeout_s=SET_UP_S)
         logs.append(f"docker logs {made.stdout}")
     host.run("systemd-run --unit=careless /usr/local/bin/listener tcp/8100 udp/8101")
+    host.put("/usr/local/bin/ticking.py", TICKING.read_text())
+    host.run("systemd-run --unit=ticking python3 /usr/local/bin/ticking.py serve 8102")
+    logs.append("journalctl -u ticking -o cat")
     until(lambda: all("listening" in host.run(log).stdout for log in logs), "all of them to listen", timeout_s=SET_UP_S)
 
 
