@@ -51,6 +51,7 @@ BLUEPRINTS: tuple[Blueprint, ...] = (
     openings.bp,
     openings.limits_bp,
     openings.customer_bp,
+    openings.forwards_bp,
     agents.bp,
     tasks.customer_bp,
     tasks.admin_bp,

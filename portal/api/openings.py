@@ -14,7 +14,7 @@ from portal.api.guard import actor, current_user, requires
 from portal.api.paging import PageArgs, page_of, page_schema
 from portal.models import Opening
 from portal.models.states import HOLE_PROTOCOLS
-from portal.services import leases, machines, network_openings, network_requests
+from portal.services import leases, machines, network_forwards, network_openings, network_requests
 from portal.services.actors import STAFF
 from portal.services.network_openings import Limits
 
@@ -23,6 +23,11 @@ limits_bp = Blueprint("network_limits", __name__, url_prefix="/api/v1/admin/netw
 customer_bp = Blueprint(
     "customer_openings", __name__, url_prefix="/api/v1/customer/machines/<int:machine_id>/openings",
     description="Openings of my lease",
+)  # fmt: skip
+
+forwards_bp = Blueprint(
+    "customer_forwards", __name__, url_prefix="/api/v1/customer/machines/<int:machine_id>/forwards",
+    description="Ports that lead to my machine",
 )  # fmt: skip
 
 
@@ -165,6 +170,28 @@ def open_mine(body: dict[str, Any], machine_id: int) -> Opening:
     lease = leases.get_open_of_user(current_user(), machine_id)
     wished = network_openings.wish(**body)
     return network_requests.open_port_as_customer(current_user(), lease, wished, by=actor())
+
+
+class WayInOut(Schema):
+    """A port of the gateway that leads to my machine. Its address is the gateway's public one."""
+
+    protocol = ma.fields.String(required=True)
+    public_address = ma.fields.String(attribute="gateway.public_address", required=True)
+    public_port = ma.fields.Integer(required=True)
+    port = ma.fields.Integer(attribute="target_port", required=True, metadata={"description": "On my machine"})
+    source = ma.fields.String(required=True)
+    closed_at = ma.fields.AwareDateTime(allow_none=True, metadata={"description": "Wanted no longer since then"})
+    observed = ma.fields.String(required=True, metadata={"description": "As last seen on the gateway"})
+    observed_at = ma.fields.AwareDateTime(allow_none=True)
+
+
+@forwards_bp.get("")
+@requires("customer")
+@forwards_bp.arguments(PageArgs, location="query")
+@forwards_bp.response(200, page_schema(WayInOut))
+def list_ways_in(args: dict[str, Any], machine_id: int) -> dict[str, Any]:
+    """How my machine and what I opened on it are reached from outside, where it stands behind a gateway"""
+    return page_of(network_forwards.search_of(leases.get_open_of_user(current_user(), machine_id)), args)
 
 
 @customer_bp.delete("/<int:opening_id>")

@@ -7,19 +7,29 @@ comes at once. The machines and their gateways are in network_machines.py.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.integrations.protocol import format_time
-from portal.models import Forward, Lease, Machine
-from portal.services import events, network_machines, network_places
+from portal.models import Forward, Lease, Machine, Opening
+from portal.services import audit, events, network_machines, network_places
+from portal.services.actors import Actor
 
 EVERYBODY = {4: "0.0.0.0/0", 6: "::/0"}
+MOST_OF_OPENING = 16  # ports
+
+
+class Way(NamedTuple):
+    """What a forward leads to on its machine, and for whom."""
+
+    protocol: str
+    target_port: int
+    source: str
 
 
 class NoPortLeft(Conflict):
@@ -28,36 +38,69 @@ class NoPortLeft(Conflict):
     code = "no_port_left"
 
 
-# Take
+# Take, and close
 
 
-def take(lease: Lease, machine: Machine, *, target_port: int, before: Lease | None = None) -> Forward:
-    """A port of the machine's gateway for this lease; the one that `before` had, if it is free.
+def follow(
+    lease: Lease, machine: Machine, openings: Iterable[Opening], *, by: Actor, before: Lease | None = None
+) -> None:
+    """Bring the forwards into step with what the lease opens: the way in by SSH, and the ports of its openings.
 
-    Called inside the transaction that holds the machine's row. Raises NoPortLeft.
+    A port that is wanted no longer is closed; it stays taken until the gateway was seen to have closed it. `before` is
+    the lease that this one continues: its ports are taken again where they are free. Called inside the transaction that
+    holds the machine's row, before the network's. Raises NoPortLeft.
     """
+    if machine.gateway_id is None:
+        return
     gateway: Machine = Machine.get_by_id(machine.gateway_id)
+    wanted = list(dict.fromkeys((_way_in(machine), *(each for one in openings for each in _ways_of(one, machine)))))
+    there = {_way_of(each): each for each in wanted_of(lease)}
+    left = [forward for way, forward in there.items() if way not in wanted]
+    _close(left, utcnow(), by=by)
+    for way in wanted:
+        if way not in there:
+            _take(gateway, machine, lease, way, before, by=by)
+
+
+def _way_in(machine: Machine) -> Way:
     address = network_places.find_address(machine)
-    source = EVERYBODY[address.version if address is not None else 4]
-    wanted = {"gateway": gateway, "machine": machine, "lease": lease, "protocol": "tcp", "source": source}
-    for port in _free(gateway, before):
+    return Way("tcp", machine.ssh_port, EVERYBODY[address.version if address is not None else 4])
+
+
+def _ways_of(opening: Opening, machine: Machine) -> Iterator[Way]:
+    """Each port of an opening, from its source. A wide range is for those who reach the machine itself."""
+    address = network_places.find_address(machine)
+    is_same_family = address is not None and (":" in opening.source) == (address.version == 6)
+    if is_same_family and opening.last_port - opening.first_port < MOST_OF_OPENING:
+        for port in range(opening.first_port, opening.last_port + 1):
+            yield Way(opening.protocol, port, opening.source)
+
+
+def _way_of(forward: Forward) -> Way:
+    return Way(forward.protocol, forward.target_port, forward.source)
+
+
+def _take(gateway: Machine, machine: Machine, lease: Lease, way: Way, before: Lease | None, *, by: Actor) -> Forward:
+    wanted = {"gateway": gateway, "machine": machine, "lease": lease, **way._asdict()}
+    for port in _free(gateway, before, way):
         try:
             with atomic():  # a savepoint: whoever was first keeps the port, and this transaction goes on
-                forward = Forward.create(public_port=port, target_port=target_port, **wanted)
+                forward: Forward = Forward.create(public_port=port, **wanted)
         except peewee.IntegrityError:
             continue
         events.desired_changed(gateway.id)
+        _tell("forward.taken", forward, lease, by=by)
         return forward
     raise NoPortLeft(f"{gateway.name} has no port left in {gateway.forward_ports}. Give it a larger pool.")
 
 
-def _free(gateway: Machine, before: Lease | None) -> Iterable[int]:
+def _free(gateway: Machine, before: Lease | None, way: Way) -> Iterator[int]:
     """Ports that were free a moment ago, in turn: one that was just released is given away as late as can be."""
-    ports = network_machines.pool(gateway)
-    mine = Forward.gateway == gateway
+    ports, mine = network_machines.pool(gateway), Forward.gateway == gateway
     taken = {each.public_port for each in Forward.select().where(mine, Forward.released_at.is_null())}
     if before is not None:
-        had = Forward.select().where(mine, Forward.lease == before).order_by(Forward.id.desc()).first()
+        same = (Forward.lease == before) & (Forward.protocol == way.protocol) & (Forward.target_port == way.target_port)
+        had = Forward.select().where(mine, same).order_by(Forward.id.desc()).first()
         if had is not None and had.public_port in ports and had.public_port not in taken:
             yield had.public_port
     newest = Forward.select().where(mine).order_by(Forward.id.desc()).first()
@@ -67,15 +110,16 @@ def _free(gateway: Machine, before: Lease | None) -> Iterable[int]:
             yield port
 
 
-# Close
+def close_all(lease: Lease, now: datetime, *, by: Actor) -> None:
+    """With the lease, inside its transaction."""
+    _close(wanted_of(lease), now, by=by)
 
 
-def close_all(lease: Lease, now: datetime) -> None:
-    """Wanted no longer; the port stays taken until the gateway was seen to have closed it."""
-    wanted = (Forward.lease == lease) & Forward.closed_at.is_null()
-    gateways = {each.gateway_id for each in Forward.select(Forward.gateway).where(wanted)}
-    Forward.update(closed_at=now).where(wanted).execute()
-    for gateway_id in sorted(gateways):
+def _close(forwards: Sequence[Forward], now: datetime, *, by: Actor) -> None:
+    for forward in forwards:
+        Forward.update(closed_at=now).where(Forward.id == forward.id, Forward.closed_at.is_null()).execute()
+        _tell("forward.closed", forward, forward.lease, by=by)
+    for gateway_id in sorted({forward.gateway_id for forward in forwards}):
         events.desired_changed(gateway_id)
 
 
@@ -168,11 +212,24 @@ def of_lease(lease: Lease) -> list[Forward]:
     return list(held.where(Forward.lease == lease, Forward.released_at.is_null()).order_by(Forward.id))
 
 
+def search_of(lease: Lease) -> peewee.ModelSelect[Forward]:
+    """Those of a lease that hold a port now, with their gateways, by port."""
+    held = Forward.select(Forward, Machine).join(Machine, on=Forward.gateway)
+    return held.where(Forward.lease == lease, Forward.released_at.is_null()).order_by(Forward.public_port)
+
+
+def wanted_of(lease: Lease) -> list[Forward]:
+    """Those that are wanted, with the lease."""
+    rows = Forward.select(Forward, Lease).join(Lease)
+    return list(rows.where(Forward.lease == lease, Forward.closed_at.is_null()).order_by(Forward.id))
+
+
 def find_ssh(lease: Lease) -> Forward | None:
     """The one by which its customers sign in, with its gateway, while it is wanted."""
     to_ssh = Forward.target_port == lease.machine.ssh_port
     wanted = Forward.select(Forward, Machine).join(Machine, on=Forward.gateway)
-    found: Forward | None = wanted.where(Forward.lease == lease, Forward.closed_at.is_null(), to_ssh).first()
+    mine = wanted.where(Forward.lease == lease, Forward.closed_at.is_null(), to_ssh, Forward.protocol == "tcp")
+    found: Forward | None = mine.order_by(Forward.id).first()
     return found
 
 
@@ -180,3 +237,11 @@ def search(*, gateway_id: int | None = None) -> peewee.ModelSelect[Forward]:
     """Forwards that hold a port, by gateway and port."""
     rows = Forward.select().where(Forward.released_at.is_null()).order_by(Forward.gateway, Forward.public_port)
     return rows if gateway_id is None else rows.where(Forward.gateway == gateway_id)
+
+
+def _tell(action: str, forward: Forward, lease: Lease, *, by: Actor) -> None:
+    """The audit entry and the event of one change."""
+    told = {"gateway_id": forward.gateway_id, "machine_id": forward.machine_id, "lease_id": lease.id}
+    told |= {"public_port": forward.public_port, "target_port": forward.target_port, "source": forward.source}
+    audit.record(action, forward, by=by, tenant_id=lease.tenant_id, **told)
+    events.write(action, machine_id=forward.machine_id, tenant_id=lease.tenant_id, resource_id=forward.id)

@@ -21,6 +21,7 @@ from portal.services import (
     machines,
     network,
     network_export,
+    network_forwards,
     network_names,
     network_openings,
     network_switch,
@@ -45,8 +46,7 @@ def open_port(machine: Machine, wished: Wish, *, by: Actor, lease: Lease | None 
         if lease is not None:
             lease = _active(lease)
         opening = network_openings.add(machine, wished, by=by, lease=lease)
-        _refuse_unfit(machine)
-        _changed(machine, lease)
+        _changed(machine, lease, by=by)
     return opening
 
 
@@ -79,7 +79,7 @@ def close_port(opening: Opening, *, by: Actor, reason: str | None = None) -> Ope
         opening = network_openings.get(opening.id)
         if opening.closed_at is None:
             network_openings.end(opening, by=by, reason=reason)
-            _changed(machine, opening.lease)
+            _changed(machine, opening.lease, by=by)
     return network_openings.get(opening.id)
 
 
@@ -102,7 +102,7 @@ def _close_due(opening: Opening, now: datetime) -> bool:
         if opening.closed_at is not None or opening.ends_at is None or opening.ends_at > now:
             return False
         network_openings.end(opening, by=SYSTEM, reason="Its time is up.")
-        _changed(machine, opening.lease)
+        _changed(machine, opening.lease, by=SYSTEM)
     return True
 
 
@@ -113,19 +113,24 @@ def _active(lease: Lease) -> Lease:
     return found
 
 
-def _changed(machine: Machine, lease: Lease | None) -> None:
-    """The agent is told, the stacks too where a group stands in front of the machine, and the lease's grants follow."""
+def _changed(machine: Machine, lease: Lease | None, *, by: Actor) -> None:
+    """Host and gateway are told, the stacks too where a group stands in front, and the lease's grants follow.
+
+    In this order: the network's row is the last that anybody takes.
+    """
     events.desired_changed(machine.id)
+    lease = None if lease is None else Lease.get_by_id(lease.id)
+    if lease is not None and lease.state == "active":
+        network_forwards.follow(lease, machine, network_openings.wanted_of(machine, lease), by=by)
     if machine.security_group_id is not None:
+        _refuse_unfit(machine)
         network.changed()
     if lease is not None:
-        network_switch.follow(Lease.get_by_id(lease.id))
+        network_switch.follow(lease)
 
 
 def _refuse_unfit(machine: Machine) -> None:
     """One rule too many would stop the whole stack, not only itself: the cloud's quota is counted here, as there."""
-    if machine.security_group_id is None:
-        return
     network.hold()
     group = SecurityGroup.get_by_id(machine.security_group_id)
     rows = list(network_export.openings_behind(group, utcnow()))

@@ -42,8 +42,7 @@ def open_all(lease: Lease, machine: Machine, wishes: Sequence[Wish], *, by: Acto
     if before is not None:
         network_openings.carry_over(before, lease, machine, by=by)
         network_names.carry_over(before, lease)
-    if machine.gateway_id is not None:
-        network_forwards.take(lease, machine, target_port=machine.ssh_port, before=before)
+    network_forwards.follow(lease, machine, network_openings.wanted_of(machine, lease), by=by, before=before)
     if _by_stacks(lease):
         network.changed()
     follow(lease)
@@ -60,7 +59,7 @@ def close_all(lease: Lease, *, by: Actor) -> None:
     """With the lease's keys. Its row must not be active any more."""
     now = utcnow()
     network_openings.close_all(lease, now, by=by)
-    network_forwards.close_all(lease, now)
+    network_forwards.close_all(lease, now, by=by)
     network_names.close_all(lease, by=by)
     is_known = any(grants.find(lease, kind) is not None for kind in GRANTS_BY_STACKS)
     if is_known or network_names.find_zone(of="leases") is not None:

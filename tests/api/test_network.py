@@ -274,6 +274,24 @@ def test_a_customer_opens_and_closes_ports_of_the_own_lease_alone(
     assert [opening.lease_id for opening in Opening.select().order_by(Opening.id)] == [lease.id, None]
 
 
+def test_a_customer_is_told_by_which_port_of_the_gateway_what_is_reached(
+    tenant: Tenant, customer: User, stranger: User, operator: User, sign_in: SignIn
+) -> None:
+    gateway = make_machine("way-in", public_address="198.51.100.1", forward_ports="20000-20010")
+    host = ready_host("gpu-1", address="10.0.0.17")
+    placed = sign_in(operator).patch(f"/admin/network/machines/{host.id}", {"gateway_id": gateway.id})
+    assert placed.json["gateway_id"] == gateway.id
+    allocate(host, tenant, openings=[wish()])
+    path = f"/customer/machines/{host.id}/forwards"
+    rows = sign_in(customer).get(path).json["items"]
+    assert [(row["public_address"], row["public_port"], row["port"], row["source"]) for row in rows] == [
+        ("198.51.100.1", 20000, host.machine.ssh_port, "0.0.0.0/0"), ("198.51.100.1", 20001, 8888, "203.0.113.0/24"),
+    ]  # fmt: skip
+    assert sign_in(stranger).get(path).status_code == 404
+    told = sign_in(customer).get(f"/customer/machines/{host.id}/connection").json
+    assert (told["host"], told["port"]) == ("198.51.100.1", 20000)
+
+
 def test_a_part_is_written_off_over_http_with_a_reason(tenant: Tenant, operator: User, sign_in: SignIn) -> None:
     host, person = ready_host("gpu-1"), sign_in(operator)
     lease = allocate(host, tenant, openings=[wish()])

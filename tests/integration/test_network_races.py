@@ -31,7 +31,7 @@ CLOUDS = ("cloudflare", "aws")
 def gateway(database: Any) -> Host:
     zone(serves_leases=True, serves_machines=True)
     gateway = ready_host("way-in", address="192.0.2.254", public_address="198.51.100.1")
-    place(gateway, forward_ports=f"20000-{20000 + HOSTS - 1}")
+    place(gateway, forward_ports=f"20000-{20000 + 2 * HOSTS - 1}")
     return gateway
 
 
@@ -136,7 +136,7 @@ def test_leases_begin_and_end_at_once_and_nobody_waits_for_ever(hosts: list[Host
     assert {(grant.desired, grant.observed) for grant in Grant.select()} == {("closed", "closed")}
     assert Forward.select().where(Forward.released_at.is_null()).count() == 0
     assert Opening.select().where(Opening.closed_at.is_null()).count() == 0
-    assert sorted(forward.public_port for forward in Forward.select()) == list(range(20000, 20000 + HOSTS))
+    assert sorted(forward.public_port for forward in Forward.select()) == list(range(20000, 20000 + 2 * HOSTS))
     told = [row.generation for row in NetworkExport.select().order_by(NetworkExport.id)]
     assert told == sorted(set(told)), "no generation has two documents"
     assert network.state().generation >= 2 * HOSTS

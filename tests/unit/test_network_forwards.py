@@ -11,12 +11,12 @@ import pytest
 from portal.db import atomic, connection, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
-from portal.models import Forward, Lease, Machine, Tenant
-from portal.services import desired, leases, machines, network_forwards, network_machines
+from portal.models import AuditEntry, Forward, Lease, Machine, Opening, Tenant
+from portal.services import desired, grants, leases, machines, network_forwards, network_machines, network_requests
 from portal.services.actors import SYSTEM
 from portal.services.network_forwards import NoPortLeft
 from tests.factories import make_lease, make_machine, make_tenant
-from tests.support.network import reports, seen
+from tests.support.network import OFFICE, reports, seen, wish
 from tests.support.rental import Host
 
 POOL = 8
@@ -39,15 +39,17 @@ def behind(gateway: Host, tenant: Tenant, **fields: Any) -> Lease:
 
 
 def take(lease: Lease, before: Lease | None = None) -> Forward:
+    """The way in by SSH."""
     with atomic():
         machine = machines.lock(lease.machine)
-        return network_forwards.take(lease, machine, target_port=machine.ssh_port, before=before)
+        network_forwards.follow(lease, machine, [], by=SYSTEM, before=before)
+    return Forward.get(Forward.lease == lease, Forward.closed_at.is_null())
 
 
 def close(gateway: Host, lease: Lease) -> None:
     """Wanted no longer, and seen closed."""
     with atomic():
-        network_forwards.close_all(lease, utcnow())
+        network_forwards.close_all(lease, utcnow(), by=SYSTEM)
     reports(gateway, forwards=[])
 
 
@@ -93,7 +95,7 @@ def test_a_port_is_given_again_only_when_it_was_seen_closed_and_as_late_as_can_b
     forwards = [take(lease) for lease in held]
     reports(gateway, forwards=seen(*forwards))
     with atomic():
-        network_forwards.close_all(held[2], utcnow())
+        network_forwards.close_all(held[2], utcnow(), by=SYSTEM)
     reports(gateway, forwards=seen(*forwards))  # still there
     with pytest.raises(NoPortLeft):
         take(behind(gateway, tenant))
@@ -166,11 +168,75 @@ def test_another_machine_cannot_speak_for_the_gateway(gateway: Host, tenant: Ten
     lease = behind(gateway, tenant)
     forward = take(lease)
     with atomic():
-        network_forwards.close_all(lease, utcnow())
+        network_forwards.close_all(lease, utcnow(), by=SYSTEM)
     other = Host(make_machine(forward_ports="1024-1025", public_address="192.0.2.9"))
     reports(other, forwards=seen(forward, state="closed"))
     leases.holes_observed(machines.get(lease.machine_id), {"openings": [], "forwards": seen(forward, state="closed")})
     assert Forward.get_by_id(forward.id).released_at is None
+
+
+# Of what a lease opens
+
+
+def ways(lease: Lease) -> dict[tuple[str, int, str], int]:
+    """What is forwarded for it, and by which port of the gateway."""
+    rows = network_forwards.wanted_of(lease)
+    return {(row.protocol, row.target_port, row.source): row.public_port for row in rows}
+
+
+def ask(lease: Lease, port: int, **fields: Any) -> Opening:
+    return network_requests.open_port(machines.get(lease.machine_id), wish(port, **fields), by=SYSTEM, lease=lease)
+
+
+def test_a_port_that_is_opened_behind_a_gateway_is_reached_through_it_from_its_source(
+    gateway: Host, tenant: Tenant
+) -> None:
+    lease = behind(gateway, tenant)
+    take(lease)
+    opening = ask(lease, 8888)
+    ask(lease, 9000, protocol="udp", source="198.51.100.7/32")
+    assert ways(lease) == {
+        ("tcp", 22, "0.0.0.0/0"): 20000,
+        ("tcp", 8888, OFFICE): 20001,
+        ("udp", 9000, "198.51.100.7/32"): 20002,
+    }
+    told = {entry["target_port"]: entry for entry in network_forwards.to_send(gateway.machine, utcnow())}
+    assert (told[8888]["public_port"], told[8888]["source"], told[9000]["protocol"]) == (20001, OFFICE, "udp")
+    network_requests.close_port(opening, by=SYSTEM)
+    assert list(ways(lease)) == [("tcp", 22, "0.0.0.0/0"), ("udp", 9000, "198.51.100.7/32")]
+    assert {each.public_port for each in network_forwards.of_lease(lease)} == {20000, 20001, 20002}, "not seen closed"
+    assert grants.get(lease, "forward").detail["holes"][1]["wanted"] is False
+    taken = AuditEntry.select().where(AuditEntry.action << ("forward.taken", "forward.closed"))
+    assert [(entry.action, entry.detail["target_port"]) for entry in taken.order_by(AuditEntry.id)] == [
+        ("forward.taken", 22), ("forward.taken", 8888), ("forward.taken", 9000), ("forward.closed", 8888),
+    ]  # fmt: skip
+
+
+def test_openings_that_are_merged_keep_the_ports_that_people_know(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    ask(lease, 8888)
+    before = ways(lease)
+    ask(lease, 8889)
+    after = ways(lease)
+    assert {way: after[way] for way in before} == before
+    assert len(after) == len(before) + 1
+
+
+def test_a_wide_range_and_another_family_take_no_ports(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    ask(lease, 8000, last_port=8000 + network_forwards.MOST_OF_OPENING)
+    ask(lease, 443, source="2001:db8::/48")
+    assert list(ways(lease)) == [("tcp", 22, "0.0.0.0/0")]
+
+
+def test_an_opening_for_which_no_port_is_left_is_refused_whole(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    ask(lease, 8000, last_port=8000 + POOL - 2)
+    assert len(ways(lease)) == POOL
+    with pytest.raises(NoPortLeft):
+        ask(lease, 9999)
+    assert len(ways(lease)) == POOL
+    assert Opening.select().where(Opening.first_port == 9999).count() == 0
 
 
 # What makes a gateway

@@ -11,6 +11,7 @@ import pytest
 
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations import protocol
 from portal.integrations.network_format import document
 from portal.models import AuditEntry, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Tenant, User
 from portal.services import (
@@ -33,7 +34,20 @@ from portal.services import (
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
 from tests.factories import actor_of
-from tests.support.network import applied, export, group, outputs, place, reports, seen, state_of, states_of, wish, zone
+from tests.support.network import (
+    OFFICE,
+    applied,
+    export,
+    group,
+    outputs,
+    place,
+    reports,
+    seen,
+    state_of,
+    states_of,
+    wish,
+    zone,
+)
 from tests.support.rental import Host, allocate, ready_host, reclaim_of
 
 HOUR = timedelta(hours=1)
@@ -95,10 +109,11 @@ def test_name_opening_forward_and_keys_open_in_one_transaction(host: Host, gatew
         "security_group": ("open", "closed"),
         "name": ("open", "closed"),
     }
-    (forward,) = network_forwards.to_send(gateway.machine, utcnow())
-    assert (forward["public_port"], forward["target_address"], forward["target_port"], forward["lease"]) == (
+    ssh, opened = network_forwards.to_send(gateway.machine, utcnow())
+    assert (ssh["public_port"], ssh["target_address"], ssh["target_port"], ssh["lease"]) == (
         20000, "10.0.0.17", host.machine.ssh_port, lease.host_id,
     )  # fmt: skip
+    assert (opened["public_port"], opened["target_port"], opened["source"]) == (20001, 8888, OFFICE)
     document = export()
     (name,) = document["names"]
     assert (name["key"], name["name"], name["type"], name["values"]) == (
@@ -325,8 +340,8 @@ def test_a_lease_that_continues_another_has_its_name_port_and_openings_again(
     assert {row["key"] for row in export()["names"]} == keys, "the same resources in the clouds, not others"
     assert network_names.get(record.id).lease_id == following.id
     assert [each.first_port for each in network_openings.wanted_of(host.machine, following)] == [8888]
-    (forward,) = network_forwards.of_lease(following)
-    assert forward.public_port == 20000, "the address that people have written down still works"
+    held = {each.target_port: each.public_port for each in network_forwards.of_lease(following)}
+    assert held == {host.machine.ssh_port: 20000, 8888: 20001}, "what people have written down still works"
     everything_seen(host, gateway, following)
     assert set(states_of(following).values()) == {("open", "open")}
     assert {desired for desired, _ in states_of(lease).values()} == {"closed"}
@@ -336,8 +351,8 @@ def test_an_extension_reaches_the_gateway(host: Host, gateway: Host, lease: Leas
     generation, later = gateway.machine.generation, lease.ends_at + HOUR
     leases.extend(lease, until=later, by=SYSTEM)
     assert gateway.machine.generation > generation
-    (forward,) = network_forwards.to_send(gateway.machine, utcnow())
-    assert forward["ends_at"].startswith(f"{later:%Y-%m-%dT%H:%M:%S}")
+    ends = {forward["ends_at"] for forward in network_forwards.to_send(gateway.machine, utcnow())}
+    assert ends == {protocol.format_time(later)}
 
 
 # Gateways
