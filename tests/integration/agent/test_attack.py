@@ -212,7 +212,7 @@ def test_what_a_lease_opens_answers_its_source_alone_until_its_end_with_the_port
 
 def test_what_is_prolonged_goes_on_and_what_is_closed_is_cut_while_the_rest_stays(attacked: Attacked) -> None:
     site, portal = attacked.site, attacked.site.portal
-    lease = site.open_lease(seconds=30)
+    lease = site.open_lease(seconds=300)
     (closed,) = site.open_ports(lease, ["tcp/8102"], attacked.stranger_as_source[:1])
     (kept,) = site.open_ports(lease, ["tcp/8090"], attacked.stranger_as_source[:1])
     with attacked.followed("tcp/8102") as client:

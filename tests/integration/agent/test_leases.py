@@ -255,8 +255,9 @@ def test_the_end_is_told_in_the_hosts_time(site: Site) -> None:
     """Whatever zone the host is in: the same moment."""
     site.host.run(["timedatectl", "set-timezone", "Asia/Shanghai"])
     try:
-        lease = site.open_lease(seconds=5)
+        lease = site.open_lease()
         assert site.sign_in(lease).ok
+        site.end_soon(lease)
         until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=15, every_s=0.01)
         assert not site.sign_in(lease).ok
         site.wait_for_lease(lease, "closed")
@@ -298,13 +299,13 @@ def full_disk(site: Site) -> Iterator[None]:
 
 @pytest.mark.slow  # the end has to be far enough away for a disk to be filled
 def test_a_lease_ends_though_its_tenant_has_filled_the_disk(site: Site) -> None:
-    lease = site.open_lease(seconds=25)
+    lease = site.open_lease(seconds=90)
     attempt = site.run_task(lease, "trap '' TERM; echo ready; while :; do sleep 0.2; done", stop_grace_s=600)
     until(lambda: site.portal.log_of(attempt) == b"ready\n", "the task to be ready", also=site.agent_log)
     site.sign_in(lease, DAEMON)
     with full_disk(site):
         assert site.processes(lease) != []
-        until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=40, every_s=0.05)
+        until(lambda: ends_in(lease) <= 0, "the end to come", timeout_s=120, every_s=0.05)
         assert not site.sign_in(lease).ok
         until(lambda: not site.processes(lease), "every process to be gone", timeout_s=10, every_s=0.05)
         seen = site.wait_for_lease(lease, "closed", timeout_s=30)
