@@ -93,7 +93,7 @@ SENTENCES = (
     pgettext("refusal", "Read the run's output, mend what it names, and run it again."),
     pgettext("refusal", "Lease %(lease)s of %(host)s ends within %(value)s."),
     pgettext("refusal", "Ask the customer whether it is to be extended; its data is wiped after the retention."),
-    pgettext("refusal", "Lease %(lease)s of %(host)s has ended, and a part of it is not seen closed: %(part)s"),
+    pgettext("refusal", "Lease %(lease)s of %(host)s has ended, and a part of it is not seen closed: %(part)s."),
     pgettext(
         "refusal",
         "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
