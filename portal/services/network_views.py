@@ -255,6 +255,13 @@ def openings_by_lease(leases: Sequence[Lease]) -> Mapping[int | None, list[Openi
     return found
 
 
+def forwards_of(leases: Sequence[Lease]) -> list[Forward]:
+    """Those of these leases that hold a port, with their gateways."""
+    gateway = Machine.alias("gateway")
+    rows = Forward.select(Forward, gateway).join(gateway, on=Forward.gateway).where(Forward.released_at.is_null())
+    return list(rows.where(Forward.lease << [lease.id for lease in leases]).order_by(Forward.target_port, Forward.id))
+
+
 def _unsettled(rows: peewee.ModelSelect[Opening]) -> peewee.ModelSelect[Opening]:
     return rows.where(Opening.closed_at.is_null() | (Opening.observed != "closed"))
 

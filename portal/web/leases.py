@@ -10,7 +10,7 @@ from portal.api.guard import actor, requires
 from portal.db import utcnow
 from portal.errors import Error
 from portal.services import leases as lettings
-from portal.services import network_forwards, network_views, overviews
+from portal.services import network_views, overviews
 from portal.services.actors import STAFF
 from portal.web import network_shapes, shapes
 from portal.web.acting import page_asked
@@ -86,7 +86,7 @@ def _page(
 ) -> str:
     now = utcnow()
     held = overviews.of_lease(lettings.get(lease_id), now)
-    grants = network_shapes.grant_rows(held, now)
+    grants, forwards = network_shapes.grant_rows(held, now), network_views.forwards_of([held.lease])
     facts = {
         "held": held,
         "lease": held.lease,
@@ -94,8 +94,8 @@ def _page(
         "still_open": shapes.still_open(held),
         "grants": grants,
         "writable": [each.grant.kind for each in grants if each.may_be_written_off],
-        "openings": network_shapes.opening_rows(network_views.openings_of(held.lease), now),
-        "forwards": network_shapes.forward_rows(network_forwards.of_lease(held.lease), now),
+        "openings": network_shapes.opening_rows(network_views.openings_of(held.lease), now, forwards),
+        "forwards": network_shapes.forward_rows(forwards, now),
         "names": [network_shapes.name_row(row) for row in network_views.names_of(held.lease)],
     }
     if is_fragment():

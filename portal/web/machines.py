@@ -159,7 +159,7 @@ def _network(machine: Machine) -> dict[str, Any]:
     return {
         "there": there,
         "names": [network_shapes.name_row(row) for row in there.names],
-        "openings": network_shapes.opening_rows(there.openings, now),
+        "openings": network_shapes.opening_rows(there.openings, now, there.forwards),
         "forwards": network_shapes.forward_rows(there.forwards, now),
     }
 

@@ -11,7 +11,6 @@ from flask_babel import lazy_gettext
 
 from portal.api.guard import current_user, requires
 from portal.db import utcnow
-from portal.models import Opening
 from portal.services import connections, keys, leases, network_forwards, network_views, overviews
 from portal.services.overviews import HeldView
 from portal.web import network_shapes, shapes
@@ -44,8 +43,14 @@ ALERT_WORDS = {
 def my_machines() -> ResponseReturnValue:
     me, now = current_user(), utcnow()
     held = list(leases.open_of_user(me))
-    openings = network_views.openings_by_lease(held)
-    items = [_facts(each, openings[each.lease.lease.id], now) for each in overviews.held(held, me, now)]
+    openings, forwards = network_views.openings_by_lease(held), network_views.forwards_of(held)
+    items = [
+        {
+            **_facts(each, now),
+            "openings": network_shapes.opening_rows(openings[each.lease.lease.id], now, forwards),
+        }
+        for each in overviews.held(held, me, now)
+    ]
     return render_template("my/_machines.html" if is_fragment() else "my/machines.html", items=items)
 
 
@@ -57,24 +62,25 @@ def my_connection(machine_id: int) -> ResponseReturnValue:
     way = connections.of(lease, user=me)
     has_key = keys.list_of(me).exists()
     forward = network_forwards.find_ssh(lease)
+    opened = network_shapes.opening_rows(network_views.openings_of(lease), utcnow(), network_views.forwards_of([lease]))
     return render_template(
         "my/_connection.html",
         machine=lease.machine,
         way=way,
         has_key=has_key,
         forward=forward,
+        opened=[row for row in opened if row.ways],
         names=network_views.names_seen(lease),
     )
 
 
-def _facts(held: HeldView, openings: list[Opening], now: datetime) -> dict[str, Any]:
+def _facts(held: HeldView, now: datetime) -> dict[str, Any]:
     return {
         "view": held.machine,
         "held": held.lease,
         "may_connect": held.may_connect,
         "left": shapes.time_left(held.lease, now),
         "still_open": shapes.still_open(held.lease),
-        "openings": network_shapes.opening_rows(openings, now),
         "gpus": shapes.gpu_rows(held.machine),
         "alerts": [(told, ALERT_WORDS[told.name]) for told in held.alerts],
     }

@@ -116,7 +116,8 @@ def close_my_port(machine_id: int, opening_id: int) -> ResponseReturnValue:
 def _my_page(machine_id: int, form: Form | None) -> str:
     me = current_user()
     lease = leases.get_open_of_user(me, machine_id)
-    rows = network_shapes.opening_rows(network_views.openings_of(lease), utcnow())
+    forwards = network_views.forwards_of([lease])
+    rows = network_shapes.opening_rows(network_views.openings_of(lease), utcnow(), forwards)
     facts = {"lease": lease, "machine": lease.machine, "rows": rows, "may_use": _may_use(lease.tenant_id, lease.state)}
     if is_fragment():
         return render_template("my/_openings.html", **facts)

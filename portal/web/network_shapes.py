@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -38,27 +38,43 @@ PURPOSE_WORDS = {"ssh": "SSH", "web": lazy_gettext("web pages"), "other": lazy_g
 
 @dataclass(frozen=True)
 class HoleRow:
-    """An opening or a forward. `waits`: for how long it is not seen as it is wanted; None while it is."""
+    """An opening or a forward. `waits`: for how long it is not seen as it is wanted; None while it is.
+
+    `ways`: the ports of a gateway by which an opening is reached.
+    """
 
     hole: Opening | Forward
     is_wanted: bool
     ends_at: datetime | None
     waits: timedelta | None
+    ways: tuple[Forward, ...] = ()
 
 
-def opening_rows(openings: Iterable[Opening], now: datetime) -> list[HoleRow]:
-    return [_hole(each, network_openings.end_of(each), now) for each in openings]
+def opening_rows(openings: Iterable[Opening], now: datetime, forwards: Sequence[Forward] = ()) -> list[HoleRow]:
+    """`forwards` are those of the same leases."""
+    return [_hole(each, network_openings.end_of(each), now, _ways(each, forwards)) for each in openings]
+
+
+def _ways(opening: Opening, forwards: Sequence[Forward]) -> tuple[Forward, ...]:
+    said = (opening.lease_id, opening.protocol, opening.source)
+    return tuple(
+        each
+        for each in forwards
+        if said == (each.lease_id, each.protocol, each.source)
+        and opening.first_port <= each.target_port <= opening.last_port
+        and (each.closed_at is None) == (opening.closed_at is None)
+    )
 
 
 def forward_rows(forwards: Iterable[Forward], now: datetime) -> list[HoleRow]:
     return [_hole(each, each.lease.ends_at, now) for each in forwards]
 
 
-def _hole(hole: Opening | Forward, ends_at: datetime | None, now: datetime) -> HoleRow:
+def _hole(hole: Opening | Forward, ends_at: datetime | None, now: datetime, ways: tuple[Forward, ...] = ()) -> HoleRow:
     is_wanted = hole.closed_at is None
     is_settled = hole.observed == ("open" if is_wanted else "closed")
     since: datetime = hole.closed_at or hole.created_at
-    return HoleRow(hole, is_wanted, ends_at, None if is_settled else now - since)
+    return HoleRow(hole, is_wanted, ends_at, None if is_settled else now - since, ways)
 
 
 def my_source(address: str | None) -> str | None:

@@ -346,6 +346,26 @@ def test_the_connection_dialog_shows_the_gateways_address_and_port(house: House,
     assert "10.0.9.17" not in dialog.inner_text()
 
 
+def test_a_port_that_is_opened_behind_a_gateway_shows_where_it_is_reached(house: House, open_as: Open) -> None:
+    gateway = new_gateway("way-in-port")
+    host = rental.ready_host("behind-port", address="10.0.9.19", ssh_port=22)
+    ground.place(host, gateway_id=gateway.id)
+    tenant = make_tenant()
+    host.sees(rental.allocate(host, tenant, openings=[ground.wish(8888)]))
+    (way,) = Forward.select().where(Forward.machine == host.id, Forward.target_port == 8888)
+    page = open_as(house.new_customer(tenant=tenant), f"/my/machines/{host.id}/openings")
+    row = page.get_by_role("row", name=re.compile("tcp 8888"))
+    expect(row).to_contain_text(f"198.51.100.1:{way.public_port} on its way")
+    mark(page)
+    ground.reports(gateway, forwards=ground.seen(*Forward.select().where(Forward.gateway == gateway.id)))
+    expect(row).not_to_contain_text(f"{way.public_port} on its way")
+    assert is_marked(page)
+    page.goto("/my/machines")
+    expect(page.locator("main")).to_contain_text(f"198.51.100.1:{way.public_port}")
+    page.get_by_role("button", name="Connect").click()
+    expect(page.get_by_role("dialog").locator("#way-ports")).to_contain_text(f"198.51.100.1:{way.public_port}")
+
+
 def test_a_gateway_shows_its_pool_and_what_it_forwards(house: House, open_as: Open) -> None:
     gateway = new_gateway("way-in-pool")
     host = rental.ready_host("behind-pool", address="10.0.9.18", ssh_port=22)
