@@ -13,7 +13,7 @@ from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations import protocol
 from portal.integrations.network_format import document
-from portal.models import AuditEntry, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Tenant, User
+from portal.models import Alert, AuditEntry, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Tenant, User
 from portal.services import (
     alerts_own,
     connections,
@@ -291,6 +291,28 @@ def test_a_week_without_ci_keeps_the_lease_ending_raises_an_alert_and_can_be_wri
     assert (grant.observed, grant.written_off_by_id, grant.waits_since) == ("open", operator.id, None)
     entry = AuditEntry.get(AuditEntry.action == "grant.written_off")
     assert (entry.actor_name, entry.detail["kind"], entry.detail["observed"]) == ("olga", "name", "open")
+
+
+def test_the_alert_of_a_part_that_is_still_open_ends_when_it_was_seen_closed(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    everything_seen(host, gateway, lease)
+    leases.end(lease, by=SYSTEM, reason="done")
+    host.sees(lease, "closed")
+    reports(gateway)
+    applied(clouds=("cloudflare", "aws"))
+    watch, later = alerts_own.Watch(), utcnow() + timedelta(minutes=16)
+
+    def told() -> list[tuple[str, str]]:
+        watch.sweep(later)
+        rows = Alert.select().where(Alert.name == "GrantStillOpen").order_by(Alert.id)
+        return [(alert.state, alert.labels["part"]) for alert in rows]
+
+    assert told() == [("firing", "firewall")]
+    assert Alert.get(Alert.name == "GrantStillOpen").severity == "critical"
+    reports(host)
+    assert leases.get(lease.id).state == "ended"
+    assert told() == [("resolved", "firewall")]
 
 
 @pytest.mark.parametrize("kind", ["keys", "tasks", "desktop"])
