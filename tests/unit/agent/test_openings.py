@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remotegpu_agent import nft, openings
+from remotegpu_agent import nft, openings, verify
 from remotegpu_agent.nft import Key
+from remotegpu_agent.observe import firewall
 from remotegpu_agent.observe.tools import ToolFailed
 from remotegpu_agent.openings import (
     PRIORITIES,
@@ -264,6 +265,47 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Zone:
     monkeypatch.setattr(openings, "run", found.run)
     monkeypatch.setattr(nft, "run", Kernel().run)
     return found
+
+
+IN_THE_ZONE = {
+    ("tcp", "5000", "0.0.0.0/0"),
+    ("udp", "5000-5009", "::/0"),
+    ("tcp", "8090", "172.17.0.1/32"),
+    ("tcp", "8100", "172.17.0.1/32"),
+    ("udp", "8101", "172.17.0.1/32"),
+    ("tcp", "8090", "fd52:4d47:5055::1/128"),
+    ("tcp", "8100", "fd52:4d47:5055::1/128"),
+    ("udp", "8101", "fd52:4d47:5055::1/128"),
+}
+
+
+def test_our_rules_of_a_real_firewalld_are_known_among_all_of_its_zone(zone: Zone) -> None:
+    zone.rules += listed("firewalld-rich-rules.txt").splitlines()
+    assert set(openings.zone_rules()) == IN_THE_ZONE
+
+
+def test_what_firewalld_lets_in_is_named_by_verification_unless_it_is_the_machines_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(openings, "machines_own", lambda: frozenset(IN_THE_ZONE - {("tcp", "8100", "172.17.0.1/32")}))
+    table = listed("nft-firewalld.txt")
+    assert list(verify._opened_by_firewalld(table)) == [
+        "firewalld still lets in by `ip saddr 172.17.0.1 tcp dport 8100 accept`"
+    ]
+    assert "8100" not in firewall.without_openings(table)
+    assert firewall.plain_rules(table) == firewall.plain_rules(firewall.without_openings(table))
+
+
+def test_a_member_that_is_left_is_named_by_verification_unless_it_is_the_machines_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = frozenset({("tcp", "22", "198.51.100.7/32"), ("udp", "53", "0.0.0.0/0")})
+    monkeypatch.setattr(openings, "machines_own", lambda: own)
+    assert list(verify._openings(listed("nft-table.txt"))) == [
+        "set openings still lets in tcp . 8888-8890 . 203.0.113.0/24",
+        "set openings6 still lets in tcp . 8888 . ::/0",
+        "set openings6 still lets in tcp . 9000-9001 . 2001:db8::1",
+    ]
 
 
 def test_firewalld_is_told_all_that_has_one_end_in_one_call(zone: Zone) -> None:
