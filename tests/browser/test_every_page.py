@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -236,6 +237,17 @@ def test_every_entry_of_the_menu_leads_to_a_page_that_says_so(house: House, open
         page.get_by_role("navigation").get_by_role("link", name=name.strip()).click()
         expect(page.get_by_role("heading", level=1)).to_have_text(name.strip())
         expect(page.locator("nav [aria-current=page]")).to_have_text(name.strip())
+
+
+@pytest.mark.parametrize("width", [1200, 1400])
+def test_the_whole_menu_fits_in_a_line_whatever_somebody_is_called(house: House, open_as: Open, width: int) -> None:
+    long = make_user("admin", display_name="Maximilian Langenscheidt-Hohenlohe")
+    page = open_as(long, "/network", width=width)
+    first, last = page.get_by_role("link", name="RemoteGPU"), page.locator(".account > summary")
+    boxes = [each.bounding_box() for each in (first, *page.locator("nav .nav-link").all(), last)]
+    middles = {round(box["y"] + box["height"] / 2) for box in boxes if box is not None}
+    assert max(middles) - min(middles) <= 2
+    assert all(one["x"] + one["width"] <= other["x"] for one, other in pairwise(box for box in boxes if box))
 
 
 def test_the_language_is_switched_and_kept(house: House, open_as: Open) -> None:
