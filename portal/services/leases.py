@@ -515,7 +515,7 @@ def names_changed(lease: Lease) -> bool:
         lease = get(lease.id)
         before = [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
         if lease.state == "active":
-            network_switch.follow(lease)
+            network_switch.follow(lease, since=0)  # the zone may have been given out for long
         return before != [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
 
 

@@ -198,11 +198,9 @@ def _note(forward: Forward, state: str, error: str | None) -> bool:
 # Release
 
 
-def release(lease: Lease, *, gateway: Machine | None = None) -> None:
+def release(lease: Lease) -> None:
     """Give the ports of a lease back unseen: an operator waits for the gateway no longer."""
     closed = (Forward.lease == lease) & Forward.closed_at.is_null(False) & Forward.released_at.is_null()
-    if gateway is not None:
-        closed &= Forward.gateway == gateway
     Forward.update(released_at=utcnow()).where(closed).execute()
 
 

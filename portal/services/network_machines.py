@@ -7,7 +7,7 @@ leased to nobody. Which port leads where is in network_forwards.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import peewee
@@ -16,7 +16,7 @@ from portal.db import atomic
 from portal.errors import Conflict, Invalid
 from portal.models import Forward, Lease, Machine, SecurityGroup
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, events, machines, network, network_places, network_zones
+from portal.services import audit, events, machines, network, network_places
 from portal.services.actors import Actor
 
 POOL = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
@@ -126,9 +126,3 @@ def refuse_gateway_in_use(machine: Machine) -> None:
             f"{machine.name} is the gateway of {count} machines and forwards {taken} ports. Free them first.",
             code="gateway_in_use",
         )
-
-
-def groups_of(rows: Sequence[Machine]) -> dict[int, SecurityGroup]:
-    """Machine id → the group in front of it, for those that have one."""
-    known = network_zones.by_id(SecurityGroup)
-    return {row.id: known[row.security_group_id] for row in rows if row.security_group_id is not None}

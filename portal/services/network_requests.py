@@ -13,17 +13,16 @@ from typing import Any
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid
-from portal.integrations.network_format import desired, document, settings
-from portal.models import DnsRecord, DnsZone, Lease, Machine, Opening, SecurityGroup, User
+from portal.models import DnsRecord, DnsZone, Lease, Machine, Opening, User
 from portal.services import (
     batch,
     events,
     machines,
     network,
-    network_export,
     network_forwards,
     network_names,
     network_openings,
+    network_quota,
     network_switch,
     tenants,
 )
@@ -46,7 +45,7 @@ def open_port(machine: Machine, wished: Wish, *, by: Actor, lease: Lease | None 
         if lease is not None:
             lease = _active(lease)
         opening = network_openings.add(machine, wished, by=by, lease=lease)
-        _changed(machine, lease, by=by)
+        _changed(machine, lease, by=by, is_more=True)
     return opening
 
 
@@ -113,7 +112,7 @@ def _active(lease: Lease) -> Lease:
     return found
 
 
-def _changed(machine: Machine, lease: Lease | None, *, by: Actor) -> None:
+def _changed(machine: Machine, lease: Lease | None, *, by: Actor, is_more: bool = False) -> None:
     """Host and gateway are told, the stacks too where a group stands in front, and the lease's grants follow.
 
     In this order: the network's row is the last that anybody takes.
@@ -123,30 +122,11 @@ def _changed(machine: Machine, lease: Lease | None, *, by: Actor) -> None:
     if lease is not None and lease.state == "active":
         network_forwards.follow(lease, machine, network_openings.wanted_of(machine, lease), by=by)
     if machine.security_group_id is not None:
-        _refuse_unfit(machine)
+        if is_more:
+            network_quota.refuse_unfit(machine)
         network.changed()
     if lease is not None:
         network_switch.follow(lease)
-
-
-def _refuse_unfit(machine: Machine) -> None:
-    """One rule too many would stop the whole stack, not only itself: the cloud's quota is counted here, as there."""
-    network.hold()
-    group = SecurityGroup.get_by_id(machine.security_group_id)
-    rows = list(network_export.openings_behind(group, utcnow()))
-    body = {
-        "environment": "trial", "generation": 0, "generated_at": "2000-01-01T00:00:00Z", "zones": [], "names": [],
-        "machines": [{"key": key, "name": key} for key in sorted({row["machine"] for row in rows})],
-        "groups": [network_export.row_of_group(group)], "openings": rows,
-    }  # fmt: skip
-    quota = network_openings.limits().rules_a_group
-    stack = settings.Settings(environment="trial", clouds=(group.cloud,), aws_rules_per_group=quota)
-    try:
-        desired.resources(document.parse(document.seal(body)), stack)
-    except document.BadDocument as error:
-        raise Conflict(
-            f"The security group {group.name} cannot take it: {' '.join(error.problems)}", code="group_full"
-        ) from None
 
 
 # Records

@@ -21,6 +21,7 @@ from portal.services import (
     network_forwards,
     network_names,
     network_openings,
+    network_quota,
     network_zones,
 )
 from portal.services.actors import Actor
@@ -44,6 +45,7 @@ def open_all(lease: Lease, machine: Machine, wishes: Sequence[Wish], *, by: Acto
         network_names.carry_over(before, lease)
     network_forwards.follow(lease, machine, network_openings.wanted_of(machine, lease), by=by, before=before)
     if _by_stacks(lease):
+        network_quota.refuse_unfit(machine)
         network.changed()
     follow(lease)
 
@@ -104,16 +106,20 @@ def _parts_wanted(lease: Lease, kind: str) -> list[str]:
     return sorted(key for keys in wanted_in_clouds(lease, kind).values() for key in keys)
 
 
-def follow(lease: Lease) -> None:
-    """Bring the grants into step with what the lease wants now, and look at once what was seen of it."""
+def follow(lease: Lease, *, since: int | None = None) -> None:
+    """Bring the grants into step with what the lease wants now, and look at once what was seen of it.
+
+    `since`: the first generation that may have had what is new; by default this one.
+    """
     generation = network.state().generation
+    since = generation if since is None else since
     for kind in KINDS:
         parts, grant = _parts_wanted(lease, kind), grants.find(lease, kind)
         if grant is None and not parts:
             continue
         desired = "open" if parts else "closed"
         if grant is None:
-            grants.open_one(lease, kind, generation=generation, parts=parts, since=generation)
+            grants.open_one(lease, kind, generation=generation, parts=parts, since=since)
         elif (grant.desired, grant.detail.get("parts")) != (desired, parts):
             grants.want(grant, desired, generation=generation, parts=parts)
     refresh(lease)
@@ -164,21 +170,22 @@ def _of_stacks(lease: Lease, grant: Grant, views: Mapping[str, View]) -> tuple[s
     """By the documents that the stacks applied last. Nothing was ever given out: nothing can be there."""
     key, wanted = network_names.key_of_lease(lease), wanted_in_clouds(lease, grant.kind)
     clouds = sorted(set(wanted) | set(grant.detail.get("clouds", ())))
-    missing: list[str] = []
+    missing, left = list[str](), list[str]()
     states = set()
     for cloud in clouds:
         there = _there(cloud, grant.kind, key, views)
-        lacking = sorted(wanted.get(cloud, frozenset()) - (there or frozenset()))
-        missing += lacking
+        here = wanted.get(cloud, frozenset())
+        lacking, more = here - (there or frozenset()), (there or frozenset()) - here
+        missing, left = missing + sorted(lacking), left + sorted(more)
         if there is None:
             states.add("unknown")
         elif grant.desired == "open":
-            states.add("unknown" if there and lacking else "closed" if lacking else "open")
+            states.add("open" if not lacking and not more else "unknown" if there else "closed")
         elif there:
             states.add("open")
         else:
             states.add("closed" if _is_settled(grant, views.get(cloud)) else "unknown")
-    return _sum(states), {"clouds": clouds, "missing": missing}
+    return _sum(states), {"clouds": clouds, "missing": missing, "left": left}
 
 
 def _there(cloud: str, kind: str, key: str, views: Mapping[str, View]) -> frozenset[str] | None:

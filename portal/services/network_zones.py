@@ -15,7 +15,7 @@ import peewee
 from portal.db import atomic
 from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations.network_format import names
-from portal.models import DnsRecord, DnsZone, Machine, SecurityGroup, Table
+from portal.models import DnsRecord, DnsZone, Machine, SecurityGroup
 from portal.models.states import DNS_CLOUDS, GROUP_CLOUDS
 from portal.services import audit, network, texts
 from portal.services.actors import Actor
@@ -206,8 +206,3 @@ def _group_taken(columns: Mapping[str, Any]) -> Conflict:
     return Conflict(
         f"There is a security group {columns.get('name')} in this cloud and region already.", code="group_exists"
     )
-
-
-def by_id(table: type[Table]) -> dict[int, Any]:
-    """All rows of a small table, for those who go through many that refer to it."""
-    return {row.id: row for row in table.select()}

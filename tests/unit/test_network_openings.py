@@ -306,6 +306,13 @@ def test_a_rule_beyond_the_clouds_quota_is_refused_before_it_stops_the_stack(hos
     assert ports(network_openings.wanted_of(host.machine, None)) == [(1, 3)], "merged, it is one rule"
 
 
+def test_what_is_beyond_a_quota_that_was_lowered_can_still_be_closed(host: Host) -> None:
+    place(host, security_group_id=group().id)
+    opened = [ask(host, port=port) for port in (1, 3, 5)]
+    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
+    assert network_requests.close_port(opened[0], by=SYSTEM).closed_at is not None
+
+
 def test_a_retired_machine_has_no_openings_of_its_own(host: Host) -> None:
     opening = ask(host)
     retirement.retire(host.machine, by=SYSTEM, reason="old")

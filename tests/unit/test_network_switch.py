@@ -166,6 +166,24 @@ def test_a_grant_waits_since_it_was_wanted_and_says_what_is_missing(host: Host, 
     assert grants.get(lease, "security_group").waits_since is None
 
 
+def test_a_rule_that_a_stack_has_still_to_take_away_is_waited_for(host: Host, lease: Lease) -> None:
+    more = network_requests.open_port(host.machine, wish(9999), by=SYSTEM, lease=lease)
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "security_group") == ("open", "open")
+    network_requests.close_port(more, by=SYSTEM)
+    assert state_of(lease, "security_group") == ("open", "unknown")
+    assert grants.get(lease, "security_group").detail["left"] == [more.key]
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "security_group") == ("open", "open")
+
+
+def test_an_allocation_that_would_overflow_the_clouds_group_is_refused_whole(host: Host, tenant: Tenant) -> None:
+    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
+    with pytest.raises(Conflict, match="cannot take it"):
+        allocate(host, tenant, openings=[wish(1), wish(3)])
+    assert (host.state, network_openings.search().count()) == ("ready", 0)
+
+
 def test_an_opening_that_is_asked_for_later_makes_its_grant(host: Host, tenant: Tenant) -> None:
     lease = allocate(host, tenant)
     assert state_of(lease, "firewall") is None
