@@ -91,6 +91,7 @@ LANES = (
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
     Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True, slow=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
+    Lane("gateway", ("tests/gateway",), "hosts", hosts=True),
     Lane("desktop", ("tests/desktop",), "hosts", jobs=2, hosts=True, dist="loadgroup"),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
     Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, dist="loadgroup"),

@@ -1,0 +1,208 @@
+"""Customer, gateway, GPU host: who gets in by a forwarded port, from when until when, on IPv4 and IPv6.
+
+Before: closed. During: open from the allowed source, under the customer's own address. After its end: closed, for those
+who were in as well, with the portal down, and with the agent dead. What the rules do is in tests/roles.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from remotegpu_agent.protocol import now, parse_time
+from tests.gateway.conftest import GREETING, SSH, Behind
+from tests.gateway.place import ANOTHER, CUSTOMER, EVERYBODY, FAMILIES, PUBLIC, THEIRS, Place
+from tests.integration.agent.portal_double import in_seconds
+from tests.support.scanning import Scanner
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=["IPv4", "IPv6"])
+DOOR = {"tcp/22": "syn-ack"}  # of the gateway itself
+
+
+@each_family
+def test_before_the_gateways_own_door_is_all_that_answers(behind: Behind, family: int) -> None:
+    customer = Scanner.on(behind.place.customer)
+    assert customer.hear(PUBLIC[family], again=DOOR) == DOOR
+    assert customer.hear(behind.place.inside(behind.place.gpu)[family], tcp="1-10000") == {}, "and nobody passes it"
+
+
+@each_family
+def test_a_customer_signs_in_by_the_forwarded_port_from_the_allowed_source_alone(behind: Behind, family: int) -> None:
+    lease = behind.gpu.open_lease()
+    forward = behind.forward(family, SSH, THEIRS[family])
+    port = f"tcp/{forward['public_port']}"
+
+    said = behind.sign_in(family, forward, lease, "echo $SSH_CONNECTION")
+    assert said.split()[0] == CUSTOMER[family], "the host sees who it is"
+    assert "timed out" in behind.sign_in(family, forward, lease, "true", source=ANOTHER[family])
+
+    both = {**DOOR, port: "syn-ack"}
+    assert heard(behind, family, source=CUSTOMER[family], again=both) == both
+    assert heard(behind, family, source=ANOTHER[family], again=DOOR) == DOOR
+    at_its_own_address = behind.place.inside(behind.place.gpu)[family]
+    assert Scanner.on(behind.place.customer).hear(at_its_own_address, tcp="1-10000") == {}
+
+
+def test_at_its_end_everybody_is_out_though_the_portal_is_down(behind: Behind) -> None:
+    """Who says nothing is forgotten as well: else the kernel would keep the connection for days, and know it again when
+    the port leads there once more.
+    """
+    forwards = {family: behind.forward(family, GREETING, THEIRS[family]) for family in FAMILIES}
+    with ExitStack() as stack:
+        inside = [stack.enter_context(staying(behind.place, *each)) for each in ports(forwards)]
+        for each in ports(forwards):
+            stack.enter_context(silent(behind.place, *each))
+        behind.end_soon(*forwards.values())
+        behind.gateway.portal.stop()
+        assert [each.communicate(timeout=60)[0].strip() for each in inside] == ["cut", "cut"]
+        for family, forward in forwards.items():
+            assert behind.place.ask(family, forward["public_port"]) == "silence"
+            until(
+                lambda f=forward: not flows(behind, f),
+                "the gateway to forget who was in",
+                also=behind.gateway.agent_log,
+            )
+    behind.gateway.portal.start()
+    for forward in forwards.values():
+        behind.wait_for(forward, "closed")
+
+
+def test_at_its_end_everybody_is_out_though_the_agent_is_dead_as_well(behind: Behind) -> None:
+    forwards = {family: behind.forward(family, GREETING, EVERYBODY[family]) for family in FAMILIES}
+    with ExitStack() as stack:
+        inside = [stack.enter_context(staying(behind.place, *each)) for each in ports(forwards)]
+        behind.end_soon(*forwards.values(), seconds=10)
+        behind.gateway.portal.stop()
+        behind.gateway.host.run("systemctl kill --signal=KILL remotegpu-agent; systemctl stop remotegpu-agent")
+        assert [each.communicate(timeout=60)[0].strip() for each in inside] == ["cut", "cut"]
+    for each in ports(forwards):
+        assert behind.place.ask(*each) == "silence"
+
+
+@each_family
+def test_closed_early_it_is_closed_at_once_and_the_next_lease_gets_the_port(behind: Behind, family: int) -> None:
+    forward = behind.forward(family, GREETING, EVERYBODY[family])
+    port = forward["public_port"]
+    with staying(behind.place, family, port) as inside:
+        behind.want()
+        assert inside.communicate(timeout=30)[0].strip() == "cut"
+    until(lambda: behind.seen(forward) is None, "the gateway to tell of it no more")
+    assert behind.place.ask(family, port) == "silence"
+    lease = behind.gpu.open_lease()
+    again = behind.forward(family, SSH, THEIRS[family], port=port)
+    assert behind.sign_in(family, again, lease, "id -un") == lease.login
+
+
+@pytest.mark.slow
+@each_family
+def test_an_end_that_is_moved_is_taken_over_and_nobody_is_cut(behind: Behind, family: int) -> None:
+    forward = behind.forward(family, GREETING, EVERYBODY[family])
+    with staying(behind.place, family, forward["public_port"], seconds=40) as inside:
+        behind.end_soon(forward, seconds=20)
+        behind.want(forward)
+        assert inside.communicate(timeout=90)[0].strip() == f"you are {CUSTOMER[family]}"
+
+
+def test_after_a_flush_it_is_made_again_with_the_portal_down(behind: Behind) -> None:
+    """By the distribution's own unit, which takes everything away."""
+    forwards = [behind.forward(family, GREETING, THEIRS[family], seconds=60) for family in FAMILIES]
+    behind.gateway.portal.stop()
+    behind.gateway.host.run("systemctl start nftables && systemctl stop nftables")
+    for family, forward in zip(FAMILIES, forwards, strict=True):
+        port = forward["public_port"]
+        until(lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}", "it to lead again")
+        assert behind.place.ask(family, port, source=ANOTHER[family]) == "silence"
+    left = behind.gateway.host.run("nft list map inet remotegpu_gateway forwards").stdout
+    assert "expires" in left, "and it still ends"
+
+
+@pytest.mark.slow
+def test_after_a_reboot_it_is_made_again_for_the_rest_of_its_time_with_the_portal_down(behind: Behind) -> None:
+    over = behind.forward(4, GREETING, EVERYBODY[4])
+    on = {family: behind.forward(family, GREETING, EVERYBODY[family]) for family in FAMILIES}
+    behind.want({**over, "ends_at": in_seconds(10)}, *({**each, "ends_at": in_seconds(120)} for each in on.values()))
+    behind.gateway.applied(behind.gateway.portal.generation, timeout_s=60)
+    behind.gateway.portal.stop()
+    behind.gateway.host.power_off()
+    until(lambda: now() > parse_time(behind.gateway.portal.forwards[0]["ends_at"]), "its end to have come")
+    behind.gateway.host.power_on()
+    behind.place.plug()
+    for family, port in ports(on):
+        until(lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}", "it to lead again")
+    assert behind.place.ask(4, over["public_port"]) == "silence"
+    for family, port in ports(on):
+        until(lambda f=family, p=port: behind.place.ask(f, p) == "silence", "the rest to be over", timeout_s=150)
+
+
+def test_what_cannot_be_forwarded_is_told_and_keeps_nobody_out(behind: Behind) -> None:
+    good = behind.forward(4, GREETING, EVERYBODY[4])
+    astray = {**good, "id": 901, "public_port": 20900, "target_address": "192.0.2.1"}
+    same_port = {**good, "id": 902}
+    behind.want(good, astray, same_port)
+    assert behind.wait_for(astray, "failed")["error"] == "192.0.2.1 is in none of this gateway's networks"
+    assert "is forward" in behind.wait_for(same_port, "failed")["error"]
+    assert behind.place.ask(4, good["public_port"]) == f"you are {CUSTOMER[4]}"
+    assert behind.place.ask(4, 20900) == "silence"
+
+
+def test_a_host_without_gpus_keeps_no_process_for_them(behind: Behind) -> None:
+    assert behind.gateway.host.run("pgrep -f '[n]vml-child'", check=False).stdout == ""
+    until(lambda: behind.gateway.portal.gpu, "a whole report")
+    assert behind.gateway.portal.gpu is not None
+    assert behind.gateway.portal.gpu["gpus"] == []
+    said = behind.gateway.host.run("remotegpu-agent doctor", check=False).stdout
+    assert "FAIL" not in said
+    assert "0 ports are forwarded" in said
+
+
+def heard(behind: Behind, family: int, *, source: str, again: dict[str, str]) -> dict[str, str]:
+    """What of the pool, and of the gateway's own, answers somebody who comes from there."""
+    ports, options = "20000-20999,22", f"-S {source} -e eth1"
+    return Scanner.on(behind.place.customer).hear(PUBLIC[family], tcp=ports, again=again, options=options)
+
+
+def ports(forwards: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
+    """Family and public port of each."""
+    return [(family, forward["public_port"]) for family, forward in forwards.items()]
+
+
+@contextmanager
+def silent(place: Place, family: int, port: int) -> Iterator[None]:
+    """A customer who is in and says no more."""
+    ends = f"('{PUBLIC[family]}', {port}), source_address=('{CUSTOMER[family]}', 0)"
+    program = f"s = socket.create_connection({ends}); s.recv(9); print(1, flush=True); time.sleep(90)"
+    argv = ["docker", "exec", place.customer.id, "python3", "-c", f"import socket, time; {program}"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
+        try:
+            assert inside.stdout is not None
+            assert inside.stdout.readline() == "1\n", "did not get in"
+            yield
+        finally:
+            inside.kill()
+
+
+@contextmanager
+def staying(place: Place, family: int, port: int, *, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """A customer who is in and says a word again and again; prints `cut` once nobody answers any more."""
+    argv = ["docker", "exec", place.customer.id, *place.ask_argv(family, port, seconds=seconds)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
+        try:
+            asked = f"ss -Htn state established dport = :{port}"
+            until(lambda: place.customer.run(asked).stdout, "the customer to be in", every_s=0.05)
+            yield inside
+        finally:
+            inside.kill()
+
+
+def flows(behind: Behind, forward: dict[str, Any]) -> str:
+    """The connections that the gateway knows of by this port."""
+    family = "ipv6" if ":" in forward["source"] else "ipv4"
+    return behind.gateway.host.run(
+        f"conntrack -L -f {family} -p tcp --orig-port-dst {forward['public_port']} --state ESTABLISHED 2>&-"
+    ).stdout
