@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 EVERY_S = 0.05
@@ -86,4 +87,5 @@ def _speak_once_more(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    {"serve": serve, "follow": follow}[sys.argv[1]](*sys.argv[2:])
+    roles: dict[str, Callable[..., None]] = {"serve": serve, "follow": follow}
+    roles[sys.argv[1]](*sys.argv[2:])
