@@ -1,7 +1,7 @@
 """A customer, a gateway and a GPU host, on two networks with IPv4 and IPv6.
 
 Inside is Docker's bridge: the GPU host, the portal on this machine, and one leg of the gateway. Outside is a cable from
-the gateway to the customer, who has addresses of their own and no other way. The GPU host's way to everybody is the
+the gateway to the customer, who has addresses of their own and no other way. The GPU host's way to customers is the
 gateway. Here is no portal and no agent.
 """
 
@@ -20,13 +20,14 @@ ROOT = Path(__file__).parents[2]
 GREETER = ROOT / "molecule" / "gateway" / "files" / "greeter.py"
 FAMILIES = (4, 6)
 
-PUBLIC = {4: "203.0.113.1", 6: "2001:db8:113::1"}  # the gateway's, outside
-CUSTOMER = {4: "203.0.113.7", 6: "2001:db8:113::7"}
-THEIRS = {4: "203.0.113.0/28", 6: "2001:db8:113::/124"}  # the customer's network
-ANOTHER = {4: "203.0.113.200", 6: "2001:db8:113::200"}  # another customer's address, not in it
+PUBLIC = {4: "198.51.100.1", 6: "2001:db8:113::1"}  # the gateway's, outside
+CUSTOMER = {4: "198.51.100.7", 6: "2001:db8:113::7"}
+THEIRS = {4: "198.51.100.0/28", 6: "2001:db8:113::/124"}  # the customer's network
+ANOTHER = {4: "198.51.100.200", 6: "2001:db8:113::200"}  # another customer's address, not in it
 EVERYBODY = {4: "0.0.0.0/0", 6: "::/0"}
-_BEYOND = {4: "203.0.113.254", 6: "2001:db8:113::fe"}  # the rest of the world, which nobody plays
+_BEYOND = {4: "198.51.100.254", 6: "2001:db8:113::fe"}  # the rest of the world, which nobody plays
 _LENGTH = {4: 24, 6: 64}
+_OUTSIDE = {4: "198.51.100.0/24", 6: "2001:db8:113::/64"}
 
 
 @dataclass
@@ -47,9 +48,10 @@ class Place:
             for address in (CUSTOMER[family], ANOTHER[family]):
                 self._address(self.customer, family, address, "eth1")
             self._address(self.gateway, family, PUBLIC[family], "outside0")
-            self._default(self.customer, family, PUBLIC[family], "eth1")
-            self._default(self.gateway, family, _BEYOND[family], "outside0")
-            self._default(self.gpu, family, self.inside(self.gateway)[family], "eth0")
+            self._route(self.customer, family, f"default via {PUBLIC[family]} dev eth1")
+            self._keep_mirror(self.gateway, family)
+            self._route(self.gateway, family, f"default via {_BEYOND[family]} dev outside0")
+            self._route(self.gpu, family, f"{_OUTSIDE[family]} via {self.inside(self.gateway)[family]}")
 
     @staticmethod
     def inside(host: Host) -> dict[int, str]:
@@ -90,9 +92,18 @@ class Place:
         host.run(f"ip addr add {address}/{_LENGTH[family]} dev {interface}{nodad}")
 
     @staticmethod
-    def _default(host: Host, family: int, via: str, interface: str) -> None:
+    def _route(host: Host, family: int, route: str) -> None:
+        host.run(f"ip -{family} route replace {route}")
+
+    @staticmethod
+    def _keep_mirror(host: Host, family: int) -> None:
+        """Packages still come by Docker's bridge, which is nobody's default route from here on."""
+        halves = {4: "0.0.0.0/1 128.0.0.0/1", 6: "::/1 8000::/1"}[family]
         route = f"ip -{family} route"
-        host.run(f"while {route} del default 2>&-; do :; done; {route} add default via {via} dev {interface}")
+        host.run(
+            f"via=$({route} show default dev eth0 | grep -o 'via [^ ]*' | head -1); [ -z \"$via\" ] || "
+            f"{{ for half in {halves}; do {route} replace $half $via dev eth0; done; {route} del default dev eth0; }}"
+        )
 
 
 @contextmanager
