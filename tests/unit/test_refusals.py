@@ -28,8 +28,8 @@ from portal.web.refusals import sentences_in
             "gpu1 的租约 7 已结束，但自 2026-11-26 01:30 UTC 起有一部分尚未确认关闭：安全组规则",
         ),
         (
-            "Lease 7 of gpu-1 has ended, and a part of it is not seen closed: keys",  # as Prometheus says it
-            "gpu-1 的租约 7 已结束，但有一部分尚未确认关闭：密钥登录",
+            "Lease 7 of gpu-1 has ended, and a part of it is not seen closed: keys.",  # as Prometheus says it
+            "gpu-1 的租约 7 已结束，但有一部分尚未确认关闭：密钥登录。",
         ),
         (
             "Opening 12 of gpu-1 (tcp 8888-8890 from 203.0.113.0/24) is failed, which is not wanted: "
