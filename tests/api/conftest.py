@@ -1,0 +1,32 @@
+"""Routes are asked of SQLite in `make test`, and of PostgreSQL as well in `make test-slow`.
+
+Where the database decides (who comes first, what a restoration brings back, how often a list asks) it is always both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ON_BOTH = {
+    "test_agents_enrolment",
+    "test_agents_restored",
+    "test_agents_sync",
+    "test_allocation_race",
+    "test_events_stream",
+    "test_keys",
+    "test_leases",
+    "test_lists",
+    "test_network",
+    "test_reclaims",
+    "test_runs",
+    "test_tasks",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        is_ours = item.path.parent == Path(__file__).parent
+        if is_ours and item.path.stem not in ON_BOTH and item.get_closest_marker("postgresql"):
+            item.add_marker(pytest.mark.slow)
