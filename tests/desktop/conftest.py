@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from tests.desktop.screen import Colour, Screen
-from tests.hosts import SUITES, Host
+from tests.hosts import Host
 from tests.hosts.docker import boot, unique
+from tests.hosts.fixtures import EACH_SUITE
 from tests.hosts.owner import keeps_hosts
 from tests.support.cleaned_host import LOGIN, CleanedHost, make_key
 from tests.support.waiting import until
@@ -130,10 +131,7 @@ def _within(seconds: float, condition: Any) -> bool:
         return False
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(suite, marks=pytest.mark.xdist_group(f"desktop-{suite}")) for suite in SUITES],
-)
+@pytest.fixture(scope="module", params=EACH_SUITE)
 def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DesktopHost]:
     """One host of each suite."""
     folder = tmp_path_factory.mktemp(f"desktop-{request.param}")

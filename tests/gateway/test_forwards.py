@@ -20,7 +20,7 @@ from tests.integration.agent.portal_double import in_seconds
 from tests.support.scanning import Scanner
 from tests.support.waiting import until
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=["IPv4", "IPv6"])
 DOOR = {"tcp/22": "syn-ack"}  # of the gateway itself
 
@@ -99,7 +99,6 @@ def test_closed_early_it_is_closed_at_once_and_the_next_lease_gets_the_port(behi
     assert behind.sign_in(family, again, lease, "id -un") == lease.login
 
 
-@pytest.mark.slow
 @each_family
 def test_an_end_that_is_moved_is_taken_over_and_nobody_is_cut(behind: Behind, family: int) -> None:
     forward = behind.forward(family, GREETING, EVERYBODY[family])
@@ -122,7 +121,6 @@ def test_after_a_flush_it_is_made_again_with_the_portal_down(behind: Behind) -> 
     assert "expires" in left, "and it still ends"
 
 
-@pytest.mark.slow
 def test_after_a_reboot_it_is_made_again_for_the_rest_of_its_time_with_the_portal_down(behind: Behind) -> None:
     over = behind.forward(4, GREETING, EVERYBODY[4])
     on = {family: behind.forward(family, GREETING, EVERYBODY[family]) for family in FAMILIES}
