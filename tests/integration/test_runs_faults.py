@@ -32,6 +32,8 @@ TASKS = """
 - name: Work for longer than a renewal takes
   ansible.builtin.command: sleep 1
 """
+# One of each kind; `make test-slow` walks the rest.
+ALWAYS = {"claim.before_commit", "child.committed", "events.committed", "finish.before_commit", "take_over.killed"}
 AFTER_A_DEATH = ("take_over.", "lose.")  # passed only by a worker that picks up after another
 
 # PostgreSQL takes as long again, and differs in what a transaction is, which a few of the points show as well.
@@ -70,7 +72,9 @@ def let_the_lock_run_out(settings: Settings) -> None:
 
 
 @ON_BOTH
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[] if point in ALWAYS else [pytest.mark.slow]) for point in POINTS]
+)
 def test_a_run_survives_the_death_of_its_worker(
     start: StartWorker, settings: Settings, tmp_path: Path, point: str
 ) -> None:
