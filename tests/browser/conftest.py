@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,9 @@ FLAGS = (  # chromium's sandbox needs what root in a container lacks; the rest k
     "--disable-sync",
 )
 PATIENCE_MS = 15_000
+SIGN_IN_LASTS_S = (
+    300.0  # for other windows: after two thirds of its life a page renews it, and the others' copies are void
+)
 _numbers = itertools.count(1)
 
 # What `ssh-keyscan` prints of a host: the border of this house. It answers for one address and no other.
@@ -189,7 +193,7 @@ def windows(browser: Browser, house: House) -> Iterator[Windows]:
 
 @pytest.fixture(scope="package")
 def sign_ins() -> dict[str, Any]:
-    """User name → the sign-in that browsers of this person share."""
+    """User name → when it was made, and the sign-in that browsers of this person share."""
     return {}
 
 
@@ -201,14 +205,16 @@ def open_as(windows: Windows, sign_ins: dict[str, Any]) -> Callable[..., Page]:
     """
 
     def opened(user: User, path: str = "/", *, fresh: bool = False, **window: Any) -> Page:
-        kept = None if fresh else sign_ins.get(user.username)
+        at, kept = (0.0, None) if fresh else sign_ins.get(user.username, (0.0, None))
+        if time.monotonic() - at > SIGN_IN_LASTS_S:
+            kept = None
         page = windows.new(kept=kept, **window)
         page.goto(path)
         if kept is None:
             sign_in(page, user.username, PASSWORD)
             page.wait_for_url(lambda url: "/sign-in" not in url)
             if not fresh:
-                sign_ins[user.username] = page.context.storage_state()
+                sign_ins[user.username] = time.monotonic(), page.context.storage_state()
         return page
 
     return opened
