@@ -7,8 +7,8 @@ the stacks take (integrations/network_format.py). Nothing here speaks to a cloud
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import peewee
 
@@ -25,6 +25,9 @@ REGION = re.compile(r"[a-z0-9-]{1,40}")
 VPC = re.compile(r"[A-Za-z0-9-]{1,64}")
 GROUP_ID = re.compile(r"sg-[A-Za-z0-9]{1,60}")
 TTL = (30, 86400)
+
+Row = TypeVar("Row", DnsZone, SecurityGroup)
+Taken = Callable[[Mapping[str, Any]], Conflict]  # what is said where these columns are somebody else's
 
 
 # Zones
@@ -44,32 +47,12 @@ def list_zones() -> peewee.ModelSelect[DnsZone]:
 def create_zone(*, name: str, cloud: str, by: Actor, **fields: Any) -> DnsZone:
     """Raises Invalid, or Conflict where this zone, or another of the same service, is there already."""
     columns = _checked_zone({"name": name, "cloud": cloud, **fields})
-    try:
-        with atomic():
-            zone = DnsZone.create(created_by=by.user, **columns)
-            audit.record("zone.created", zone, by=by, fields=columns)
-            network.changed()
-    except peewee.IntegrityError:
-        raise _zone_taken(columns) from None
-    return zone
+    return _create(DnsZone, columns, word="zone", taken=_zone_taken, by=by)
 
 
 def edit_zone(zone: DnsZone, *, by: Actor, **changes: Any) -> DnsZone:
     """Its name and cloud stay: another zone is another row. Raises Invalid and Conflict as `create_zone` does."""
-    columns = _checked_zone(changes)
-    try:
-        with atomic():
-            network.hold()
-            zone = get_zone(zone.id)
-            news = {name: value for name, value in columns.items() if getattr(zone, name) != value}
-            if not news:
-                return zone
-            DnsZone.update(**news).where(DnsZone.id == zone.id).execute()
-            audit.record("zone.edited", zone, by=by, fields=news)
-            network.changed()
-    except peewee.IntegrityError:
-        raise _zone_taken(columns) from None
-    return get_zone(zone.id)
+    return _edit(get_zone, zone.id, _checked_zone(changes), word="zone", taken=_zone_taken, by=by)
 
 
 def delete_zone(zone: DnsZone, *, by: Actor) -> None:
@@ -142,32 +125,11 @@ def list_groups() -> peewee.ModelSelect[SecurityGroup]:
 
 def create_group(*, by: Actor, **fields: Any) -> SecurityGroup:
     """Raises Invalid, or Conflict where this cloud and region have one of this name."""
-    columns = _checked_group(fields)
-    try:
-        with atomic():
-            group = SecurityGroup.create(created_by=by.user, **columns)
-            audit.record("security_group.created", group, by=by, fields=columns)
-            network.changed()
-    except peewee.IntegrityError:
-        raise _group_taken(columns) from None
-    return group
+    return _create(SecurityGroup, _checked_group(fields), word="security_group", taken=_group_taken, by=by)
 
 
 def edit_group(group: SecurityGroup, *, by: Actor, **changes: Any) -> SecurityGroup:
-    columns = _checked_group(changes)
-    try:
-        with atomic():
-            network.hold()
-            group = get_group(group.id)
-            news = {name: value for name, value in columns.items() if getattr(group, name) != value}
-            if not news:
-                return group
-            SecurityGroup.update(**news).where(SecurityGroup.id == group.id).execute()
-            audit.record("security_group.edited", group, by=by, fields=news)
-            network.changed()
-    except peewee.IntegrityError:
-        raise _group_taken(columns) from None
-    return get_group(group.id)
+    return _edit(get_group, group.id, _checked_group(changes), word="security_group", taken=_group_taken, by=by)
 
 
 def delete_group(group: SecurityGroup, *, by: Actor) -> None:
@@ -206,3 +168,35 @@ def _group_taken(columns: Mapping[str, Any]) -> Conflict:
     return Conflict(
         f"There is a security group {columns.get('name')} in this cloud and region already.", code="group_exists"
     )
+
+
+# Both
+
+
+def _create(table: type[Row], columns: Mapping[str, Any], *, word: str, taken: Taken, by: Actor) -> Row:
+    try:
+        with atomic():
+            row: Row = table.create(created_by=by.user, **columns)
+            audit.record(f"{word}.created", row, by=by, fields=dict(columns))
+            network.changed()
+    except peewee.IntegrityError:
+        raise taken(columns) from None
+    return row
+
+
+def _edit(
+    get: Callable[[int], Row], row_id: int, columns: Mapping[str, Any], *, word: str, taken: Taken, by: Actor
+) -> Row:
+    try:
+        with atomic():
+            network.hold()
+            row = get(row_id)
+            news = {name: value for name, value in columns.items() if getattr(row, name) != value}
+            if not news:
+                return row
+            type(row).update(**news).where(type(row).id == row_id).execute()
+            audit.record(f"{word}.edited", row, by=by, fields=news)
+            network.changed()
+    except peewee.IntegrityError:
+        raise taken(columns) from None
+    return get(row_id)
