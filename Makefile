@@ -36,7 +36,7 @@ test-fast: $(DEVELOPMENT) $(ASSETS) $(TEXTS) ## Unit and API tests on SQLite; ne
 	@exec $(BIN)/python -m tests.lanes fast
 
 .PHONY: test-slow
-test-slow: real-hosts setup $(DEVELOPMENT) ## What `make test` leaves out: each role's scenario, every way of dirt
+test-slow: real-hosts setup $(DEVELOPMENT) ## What `make test` leaves out: scenarios of roles, gateways, operations, Debian 12
 	@exec $(BIN)/python -m tests.lanes slow
 
 .PHONY: test-all

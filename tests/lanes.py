@@ -33,6 +33,8 @@ PACKAGES = {
     "docker.io": "dockerd",
     "mmdebstrap": "mmdebstrap",
     "iptables": "iptables",
+    "nftables": "nft",
+    "conntrack": "conntrack",
     "openssh-client": "ssh",
     "gcc": "gcc",
     "libc6-dev": "/usr/include/stdio.h",

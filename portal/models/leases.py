@@ -76,6 +76,11 @@ class Grant(Table):
         is_settled = self.observed == self.desired or self.written_off_at is not None
         return None if is_settled else self.desired_at
 
+    @property
+    def is_still_open(self) -> bool:
+        """Wanted closed, not seen so, and somebody waits for it."""
+        return bool(self.desired == "closed") and self.waits_since is not None
+
     class Meta:
         indexes = ((("lease", "kind"), True),)
 

@@ -21,7 +21,7 @@ def normalise(text: str) -> str:
     """
     given = text.strip()
     bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
-    address = _find_ip(bare)
+    address = find_ip(bare)
     if address is not None:
         return _usable(address, given)
     if ":" in given:
@@ -29,7 +29,7 @@ def normalise(text: str) -> str:
     return _host_name(given)
 
 
-def _find_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def find_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

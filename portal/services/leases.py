@@ -533,7 +533,7 @@ def write_off_grant(lease: Lease, kind: str, *, by: Actor, reason: str) -> Lease
         grant = grants.find(lease, kind)
         if grant is None or kind not in network_switch.KINDS:
             raise NotFound(f"Lease {lease.id} has no such grant that can be written off.")
-        if grant.desired == "open" or grant.observed == "closed" or grant.written_off_at is not None:
+        if not grant.is_still_open:
             raise Conflict("Nobody waits for this grant to be closed.", code="wrong_state")
         grants.write_off(grant, by=by, reason=reason)
         network_switch.write_off(lease, kind)

@@ -19,7 +19,6 @@ from portal.integrations.network_format import names, records
 from portal.models import (
     AppliedNetwork,
     DnsRecord,
-    DnsZone,
     Forward,
     Lease,
     Machine,
@@ -101,8 +100,6 @@ def _stacks() -> tuple[Stack, ...]:
 def counts() -> dict[str, int]:
     """What the portal keeps, in numbers."""
     return {
-        "zones": DnsZone.select().count(),
-        "groups": SecurityGroup.select().count(),
         "openings": Opening.select().where(Opening.closed_at.is_null()).count(),
         "gateways": network_machines.gateways().count(),
         "forwards": Forward.select().where(Forward.released_at.is_null()).count(),
@@ -260,6 +257,18 @@ def forwards_of(leases: Sequence[Lease]) -> list[Forward]:
     gateway = Machine.alias("gateway")
     rows = Forward.select(Forward, gateway).join(gateway, on=Forward.gateway).where(Forward.released_at.is_null())
     return list(rows.where(Forward.lease << [lease.id for lease in leases]).order_by(Forward.target_port, Forward.id))
+
+
+def ways_of(opening: Opening, forwards: Sequence[Forward]) -> tuple[Forward, ...]:
+    """The ports of a gateway, among these, by which the opening is reached."""
+    said = (opening.lease_id, opening.protocol, opening.source)
+    return tuple(
+        each
+        for each in forwards
+        if said == (each.lease_id, each.protocol, each.source)
+        and opening.first_port <= each.target_port <= opening.last_port
+        and (each.closed_at is None) == (opening.closed_at is None)
+    )
 
 
 def _unsettled(rows: peewee.ModelSelect[Opening]) -> peewee.ModelSelect[Opening]:

@@ -79,17 +79,15 @@ def _overview(form: Form | None) -> str:
 @requires(*STAFF)
 def network_changes() -> ResponseReturnValue:
     """What the stacks have still to do; with `state` what is in one state."""
-    compared = network_drift.compare()
     wanted = request.args.get("state") or None
+    compared = network_drift.compare(only=wanted)
     found = [
         each
         for each in network_views.entries(compared, keyword=request.args.get("keyword"))
-        if each.state == wanted or (wanted is None and each.state != "applied")
+        if wanted or each.state != "applied"
     ]
     page = _page(found, "state", "keyword")
-    return render_template(
-        "network/changes.html", page=page, compared=compared, asked=network_drift.who_asked(page.items), **WORDS
-    )
+    return render_template("network/changes.html", page=page, asked=network_drift.who_asked(page.items), **WORDS)
 
 
 @bp.get("/network/names")

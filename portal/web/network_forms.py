@@ -27,6 +27,9 @@ FORMS_OF_VALUES = {
 }
 
 
+CALLED = {"machine_id": "machine", "lease_id": "lease"}  # what a service calls a field → what the forms do
+
+
 def optional_number(form: Form, name: str) -> int | None:
     return form.number(name) if form.text(name) else None
 
@@ -84,14 +87,14 @@ def _value(kind: str, line: str) -> Any:
     return found | {"tag": tag, "value": content.removeprefix('"').removesuffix('"')}
 
 
-def refused(form: Form, error: Error, renamed: Mapping[str, str] | None = None) -> Form:
-    """The form with the reason, where a service calls a field otherwise than the form does."""
+def refused(form: Form, error: Error) -> Form:
+    """The form with the reason, each at its field."""
     if not isinstance(error, Invalid):
         return form.refused(error)
     fields: dict[str, list[str]] = {}
     for name, texts in error.fields.items():
         head, _, place = name.partition(".")
-        field = (renamed or {}).get(head, head)
+        field = CALLED.get(head, head)
         said = [told(text) for text in texts]
         if place.isdigit():
             said = [gettext("Line %(number)s: %(fault)s", number=int(place) + 1, fault=text) for text in said]

@@ -40,8 +40,7 @@ def open_port() -> ResponseReturnValue:
         wished = network_forms.wish(form)
         opening = network_requests.open_for(machine=machine, lease=lease, wished=wished, by=actor())
     except Error as error:
-        renamed = {"machine_id": "machine", "lease_id": "lease"}
-        return _page(network_forms.refused(form, error, renamed)), error.status
+        return _page(network_forms.refused(form, error)), error.status
     flash(gettext("The opening is wanted: the host is told now."), "success")
     return redirect(_home_of(opening), 303)
 

@@ -184,7 +184,7 @@ def create_record() -> ResponseReturnValue:
             **_record_typed(form, form.text("type")),
         )
     except Error as error:
-        return _record_page(None, _record_refused(form, error)), error.status
+        return _record_page(None, network_forms.refused(form, error)), error.status
     flash(gettext("The record is wanted: the stacks make it with their next apply."), "success")
     return redirect(url_for("web.network_names"), 303)
 
@@ -202,7 +202,7 @@ def edit_record(record_id: int) -> ResponseReturnValue:
     try:
         network_requests.edit_record(found, by=actor(), **_record_typed(form, found.type))
     except Error as error:
-        return _record_page(found, _record_refused(form, error)), error.status
+        return _record_page(found, network_forms.refused(form, error)), error.status
     flash(gettext("The record is saved: the stacks change it with their next apply."), "success")
     return redirect(url_for("web.network_names"), 303)
 
@@ -225,10 +225,6 @@ def _record_typed(form: Form, kind: str) -> dict[str, Any]:
     }
 
 
-def _record_refused(form: Form, error: Error) -> Form:
-    return network_forms.refused(form, error, {"machine_id": "machine", "lease_id": "lease"})
-
-
 def _record_page(found: DnsRecord | None, form: Form | None) -> str:
     machine_id = request.args.get("machine", type=int)
     return render_template(
@@ -245,7 +241,6 @@ def _record_page(found: DnsRecord | None, form: Form | None) -> str:
         types=[(kind, kind) for kind in RECORD_TYPES],
         purposes=[(word, PURPOSE_WORDS[word]) for word in RECORD_PURPOSES],
         machine=None if machine_id is None else machines.get(machine_id),
-        examples=network_forms.FORMS_OF_VALUES,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,7 +11,7 @@ from flask_babel import lazy_gettext
 
 from portal.models import Forward, Grant, Opening
 from portal.models.states import GRANTS_BY_STACKS
-from portal.services import network_openings, network_switch, network_views
+from portal.services import addresses, network_openings, network_switch, network_views
 from portal.services.overviews import LeaseView
 
 CLOUD_WORDS = {
@@ -52,18 +51,7 @@ class HoleRow:
 
 def opening_rows(openings: Iterable[Opening], now: datetime, forwards: Sequence[Forward] = ()) -> list[HoleRow]:
     """`forwards` are those of the same leases."""
-    return [_hole(each, network_openings.end_of(each), now, _ways(each, forwards)) for each in openings]
-
-
-def _ways(opening: Opening, forwards: Sequence[Forward]) -> tuple[Forward, ...]:
-    said = (opening.lease_id, opening.protocol, opening.source)
-    return tuple(
-        each
-        for each in forwards
-        if said == (each.lease_id, each.protocol, each.source)
-        and opening.first_port <= each.target_port <= opening.last_port
-        and (each.closed_at is None) == (opening.closed_at is None)
-    )
+    return [_hole(each, network_openings.end_of(each), now, network_views.ways_of(each, forwards)) for each in openings]
 
 
 def forward_rows(forwards: Iterable[Forward], now: datetime) -> list[HoleRow]:
@@ -79,13 +67,8 @@ def _hole(hole: Opening | Forward, ends_at: datetime | None, now: datetime, ways
 
 def my_source(address: str | None) -> str | None:
     """The caller alone, as a source; None where nobody can say who calls."""
-    try:
-        found = ipaddress.ip_address(address or "")
-    except ValueError:
-        return None
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-        found = found.ipv4_mapped
-    return f"{found}/{found.max_prefixlen}"
+    found = addresses.find_ip(address or "")
+    return None if found is None else f"{found}/{found.max_prefixlen}"
 
 
 # Names
@@ -131,7 +114,7 @@ class GrantRow:
 
     @property
     def is_still_open(self) -> bool:
-        return self.waits is not None and bool(self.grant.desired == "closed")
+        return self.grant.is_still_open
 
     @property
     def may_be_written_off(self) -> bool:

@@ -94,7 +94,7 @@ def time_left(view: LeaseView, now: datetime) -> timedelta | None:
 
 def still_open(view: LeaseView) -> list[Grant]:
     """What should be closed and was not seen to be, as far as anybody waits for it."""
-    return [grant for grant in view.grants if grant.desired == "closed" and grant.waits_since is not None]
+    return [grant for grant in view.grants if grant.is_still_open]
 
 
 @dataclass(frozen=True)

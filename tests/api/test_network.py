@@ -22,7 +22,7 @@ from portal.services.actors import SYSTEM
 from portal.settings import Settings
 from tests.api.fake_agent import FakeAgent, agent_of, leased_machine, observed
 from tests.factories import actor_of, make_machine
-from tests.support.network import export, outputs, states_of, wish, zone
+from tests.support.network import export, outputs, seen, states_of, wish, zone
 from tests.support.rental import Host, allocate, ready_host, tomorrow
 
 ROOT = Path(__file__).parents[2]
@@ -314,10 +314,6 @@ def leased(app: Any, tenant: Tenant) -> tuple[FakeAgent, Machine, Lease]:
     return agent_of(app, machine), machine, lease
 
 
-def hole(opening: Opening, state: str = "open", error: str | None = None) -> dict[str, Any]:
-    return {"id": opening.id, "state": state, "error": error}
-
-
 def test_an_older_agent_is_told_of_no_openings_and_a_newer_one_as_soon_as_it_says_so(
     leased: tuple[FakeAgent, Machine, Lease],
 ) -> None:
@@ -339,13 +335,13 @@ def test_what_an_agent_sees_reaches_the_lease_and_its_end(leased: tuple[FakeAgen
     agent.hold(wait_s=10)
     opening = network_requests.open_port(machine, wish(), by=SYSTEM, lease=lease)
     agent.await_order()
-    agent.report(leases=[observed(lease)], openings=[hole(opening, "failed", "no room")], forwards=[])
+    agent.report(leases=[observed(lease)], openings=seen(opening, state="failed", error="no room"), forwards=[])
     assert states_of(lease)["firewall"] == ("open", "unknown")
-    agent.report(leases=[observed(lease)], openings=[hole(opening)], forwards=[])
+    agent.report(leases=[observed(lease)], openings=seen(opening), forwards=[])
     assert states_of(lease)["firewall"] == ("open", "open")
     network_requests.close_port(opening, by=SYSTEM)
     assert agent.await_order()["openings"] == []
-    agent.report(leases=[observed(lease)], openings=[hole(opening)], forwards=[])
+    agent.report(leases=[observed(lease)], openings=seen(opening), forwards=[])
     assert states_of(lease)["firewall"] == ("closed", "open")
     agent.report(leases=[observed(lease)], openings=[], forwards=[])
     assert states_of(lease)["firewall"] == ("closed", "closed")

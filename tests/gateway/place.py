@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.hosts import Host, Result, boot, unique
 from tests.hosts.owner import keeps_hosts
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 GREETER = ROOT / "molecule" / "gateway" / "files" / "greeter.py"
@@ -128,3 +129,16 @@ def three_hosts(suite: str, *, options: Sequence[str] = (), password: str | None
 def _pid(host: Host) -> str:
     argv = ["docker", "inspect", "--format={{.State.Pid}}", host.id]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextmanager
+def staying(place: Place, family: int, port: int, *, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """A customer who is in and says a word again and again; prints `cut` once nobody answers any more."""
+    argv = ["docker", "exec", place.customer.id, *place.ask_argv(family, port, seconds=seconds)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
+        try:
+            asked = f"ss -Htn state established dport = :{port}"
+            until(lambda: place.customer.run(asked).stdout, "the customer to be in", every_s=0.05)
+            yield inside
+        finally:
+            inside.kill()

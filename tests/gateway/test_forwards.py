@@ -15,7 +15,7 @@ import pytest
 
 from remotegpu_agent.protocol import now, parse_time
 from tests.gateway.conftest import GREETING, SSH, Behind
-from tests.gateway.place import ANOTHER, CUSTOMER, EVERYBODY, FAMILIES, PUBLIC, THEIRS, Place
+from tests.gateway.place import ANOTHER, CUSTOMER, EVERYBODY, FAMILIES, PUBLIC, THEIRS, Place, staying
 from tests.integration.agent.portal_double import in_seconds
 from tests.support.scanning import Scanner
 from tests.support.waiting import until
@@ -58,6 +58,7 @@ def test_at_its_end_everybody_is_out_though_the_portal_is_down(behind: Behind) -
         inside = [stack.enter_context(staying(behind.place, *each)) for each in ports(forwards)]
         for each in ports(forwards):
             stack.enter_context(silent(behind.place, *each))
+        assert all(flows(behind, each) for each in forwards.values()), "the gateway knows who is in"
         behind.end_soon(*forwards.values())
         behind.gateway.portal.stop()
         assert [each.communicate(timeout=60)[0].strip() for each in inside] == ["cut", "cut"]
@@ -174,26 +175,13 @@ def ports(forwards: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
 def silent(place: Place, family: int, port: int) -> Iterator[None]:
     """A customer who is in and says no more."""
     ends = f"('{PUBLIC[family]}', {port}), source_address=('{CUSTOMER[family]}', 0)"
-    program = f"s = socket.create_connection({ends}); s.recv(9); print(1, flush=True); time.sleep(90)"
+    program = f"s = socket.create_connection({ends}); s.recv(9); print(1, flush=True); time.sleep(900)"
     argv = ["docker", "exec", place.customer.id, "python3", "-c", f"import socket, time; {program}"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
         try:
             assert inside.stdout is not None
             assert inside.stdout.readline() == "1\n", "did not get in"
             yield
-        finally:
-            inside.kill()
-
-
-@contextmanager
-def staying(place: Place, family: int, port: int, *, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
-    """A customer who is in and says a word again and again; prints `cut` once nobody answers any more."""
-    argv = ["docker", "exec", place.customer.id, *place.ask_argv(family, port, seconds=seconds)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
-        try:
-            asked = f"ss -Htn state established dport = :{port}"
-            until(lambda: place.customer.run(asked).stdout, "the customer to be in", every_s=0.05)
-            yield inside
         finally:
             inside.kill()
 

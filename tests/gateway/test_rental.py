@@ -6,7 +6,6 @@ lease gets in only if the one before has given them back.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.world import INSTALLER_PASSWORD, PROVISION_TIMEOUT_S, RECLAIM_TIMEOUT_S, Person, World
-from tests.gateway.place import ANOTHER, CUSTOMER, FAMILIES, PUBLIC, THEIRS, Place, three_hosts
+from tests.gateway.place import ANOTHER, CUSTOMER, FAMILIES, PUBLIC, THEIRS, Place, staying, three_hosts
 from tests.hosts import Host, gateway_address
 from tests.support.portal import Portal, running
 from tests.support.waiting import until
@@ -105,10 +104,7 @@ def test_a_lease_opens_the_gateway_and_its_end_closes_it_with_the_portal_down(re
     assert place.ask(family, greeting, source=ANOTHER[family]) == "silence"
 
     # One who is in by the opening is no process of the lease: nobody ends it on the host, it has to be cut.
-    argv = ["docker", "exec", place.customer.id, *place.ask_argv(family, greeting, seconds=600)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as inside:
-        asked = f"ss -Htn state established dport = :{greeting}"
-        until(lambda: place.customer.run(asked).stdout, "the customer to be in")
+    with staying(place, family, greeting, seconds=600) as inside:
         world.portal.stop()
         assert inside.communicate(timeout=LEASE_S + 90)[0].strip() == "cut"
     assert [place.ask(family, port) for port in POOL] == ["silence", "silence"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from portal.models import AppliedNetwork, DnsZone, Forward, Grant, Lease, Machine, NetworkExport, Opening, SecurityGroup
+from portal.models import AppliedNetwork, DnsZone, Forward, Grant, Lease, Machine, Opening, SecurityGroup
 from portal.services import (
     grants,
     leases,
@@ -84,8 +83,3 @@ def state_of(lease: Lease, kind: str) -> tuple[str, str] | None:
 def states_of(lease: Lease) -> dict[str, tuple[str, str]]:
     rows = Grant.select().where(Grant.lease == lease).order_by(Grant.id)
     return {grant.kind: (grant.desired, grant.observed) for grant in rows}
-
-
-def text_of(row: NetworkExport) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(network_export.text_of(row))
-    return content
