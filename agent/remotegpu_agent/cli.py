@@ -105,12 +105,22 @@ def _compile_unpacked() -> None:
 def _leases(config: Any) -> Any:
     from remotegpu_agent.journal import Journal
     from remotegpu_agent.leases import Leases
+    from remotegpu_agent.observe.tools import ToolFailed
     from remotegpu_agent.openings import Openings
+    from remotegpu_agent.protocol import ProtocolError
     from remotegpu_agent.state import State
     from remotegpu_agent.tasks import Tasks
 
-    journal, state = Journal(config.state_dir / "journal.jsonl"), State(config.state_dir / "desired.json")
-    openings = Openings(lambda: state.held, state.path)
+    journal, path = Journal(config.state_dir / "journal.jsonl"), config.state_dir / "desired.json"
+
+    def held() -> Any:
+        """Asked late, and one more thing that may resist: a lease ends here whatever that file holds."""
+        try:
+            return State(path).held
+        except (ValueError, LookupError, TypeError, AttributeError, ProtocolError) as error:
+            raise ToolFailed(f"{path}: {error}") from error
+
+    openings = Openings(held, path)
     return Leases(config, journal, Tasks(config, journal).stop_lease, openings)
 
 

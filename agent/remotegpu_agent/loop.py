@@ -56,6 +56,7 @@ SYNC_PATH = "/api/v1/agent/sync"
 HELD_WAIT_S = 20.0
 LOOK_AGAIN_S = 10.0  # how often the host is compared with the plan when nothing calls for it
 RETRY_S = 2.0  # ... after a step failed
+FIRST_LOOK_S = 10.0  # how long the first report waits for the first look at the host
 TASK_POLL_S = 0.2  # how often the logs of running tasks are looked at: ten times a second took 0.5 % of a core
 QUIET_POLL_S = 5.0
 QUOTA_POLL_S = 1.0  # how often it is looked whether they are over their quota
@@ -100,6 +101,7 @@ class Agent:
         self.gpu = GpuProbe([] if is_gateway() else [config.program, "nvml-child"])
         self._stopping = threading.Event()
         self._wanted = threading.Event()  # the reconciler has something to do
+        self._has_looked = threading.Event()  # before the first look "nothing is open" would be a guess
         self._telling = threading.Event()  # the reporter has something to say
         self._observed: list[dict[str, Any]] = []
         self._applied_generation = 0
@@ -288,6 +290,7 @@ class Agent:
             except OSError as error:  # a full disk must not stop what comes after
                 log.error("reconcile: %s", error)
                 is_at_rest = False
+            self._has_looked.set()
             self._wanted.wait(self._pause_s() if is_at_rest else RETRY_S)
             self._wanted.clear()
 
@@ -413,6 +416,7 @@ class Agent:
     def _report_forever(self) -> None:
         portal, backoff = Portal(Endpoint.of(self.config)), Backoff()
         next_full_at = 0.0
+        self._has_looked.wait(FIRST_LOOK_S)
         while not self._stopping.is_set():
             is_full = time.monotonic() >= next_full_at
             news = self._news()

@@ -417,6 +417,7 @@ class Openings:
         self._wanted: Pieces = {}
         self._seen: Pieces = {}
         self._seen_at: float | None = None  # monotonic; None: it has to be looked at again
+        self._clock_offset_s: float | None = None  # as it was last heard
         self._trouble: str | None = None
         self._report: list[dict[str, Any]] = []
 
@@ -426,7 +427,9 @@ class Openings:
         Raises ToolFailed when something resisted.
         """
         with self._lock:
-            trouble = doubt_of_clock(self._state_file, clock_offset_s)
+            if clock_offset_s is not None:
+                self._clock_offset_s = clock_offset_s
+            trouble = doubt_of_clock(self._state_file, self._clock_offset_s)
             try:
                 trouble = self._settle(leases, doubt=trouble)
             except ToolFailed as error:
@@ -459,7 +462,7 @@ class Openings:
         at = now()
         self._seen = owner.look(at)
         steps = plan(wanted, self._seen)
-        if doubt:
+        if doubt or self._held().frozen:
             steps = [step for step in steps if isinstance(step, Close) and self._is_nobodys(step.key)]
         if steps:
             for step in steps:
@@ -502,21 +505,22 @@ class Openings:
         named = [opening.opening_id for opening in desired.openings] if desired else []
         alive = {each for until in self._seen.values() for each in until.ids}
         self._report = [
-            {"id": each, "state": self._state(each), "error": self._trouble_of(each)}
+            {"id": each, "state": state, "error": self._trouble_of(state)}
             for each in [*named, *sorted(alive - set(named))]
+            for state in [self._state(each)]
         ]
 
     def _state(self, opening_id: int) -> str:
         due_pieces = [key for key, until in self._wanted.items() if opening_id in until.ids]
-        let_in = [key for key, until in self._seen.items() if until.is_whole]
-        if due_pieces and all(any(covers(each, key) for each in let_in) for key in due_pieces):
+        let_in = {key for key, until in self._seen.items() if until.is_whole}
+        if due_pieces and all(key in let_in or any(covers(each, key) for each in let_in) for key in due_pieces):
             return "open"
         if any(opening_id in until.ids for until in self._seen.values()):
             return "failed" if due_pieces else "open"
         return "failed" if due_pieces and self._trouble else "closed"
 
-    def _trouble_of(self, opening_id: int) -> str | None:
-        return (self._trouble or "it is open in part")[:400] if self._state(opening_id) == "failed" else None
+    def _trouble_of(self, state: str) -> str | None:
+        return (self._trouble or "it is open in part")[:400] if state == "failed" else None
 
 
 def describe(step: Step) -> str:

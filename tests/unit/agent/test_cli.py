@@ -1,37 +1,24 @@
-"""The words that somebody reads on the host at three in the morning."""
+"""The agent's commands that systemd calls without the agent."""
 
 from __future__ import annotations
 
-from remotegpu_agent.cli import told
-from remotegpu_agent.doctor import names_left
+from pathlib import Path
+
+import pytest
+
+from remotegpu_agent import cli
+from remotegpu_agent.config import Config
+from remotegpu_agent.observe.tools import ToolFailed
+
+NEWER = '{"epoch": "e", "generation": 1, "frozen": null, "desired": {"of": "a newer agent"}}'
 
 
-def step(name: str, result: str, reason: str | None = None) -> dict[str, object]:
-    return {"id": name, "result": result, "reason": reason}
-
-
-def test_a_cleaning_that_passed_says_so_in_one_line() -> None:
-    assert told([step("home", "passed"), step("firewall", "not_applicable", "nft is not installed on this host")]) == [
-        "clean: nothing of the lease is left (2 steps)"
-    ]
-
-
-def test_a_cleaning_that_did_not_pass_names_each_step_and_why() -> None:
-    steps = [
-        step("home", "failed", "/home/lease17 exists"),
-        step("users", "unknown", "could not look"),
-        step("at", "passed"),
-    ]
-    assert told(steps) == [
-        "FAILED home: /home/lease17 exists",
-        "UNKNOWN users: could not look",
-        "NOT clean: 2 of 3 steps. What is named above is still there; run it again",
-    ]
-
-
-def test_a_disk_without_room_for_another_file_is_named_though_there_are_bytes() -> None:
-    assert names_left(1_000_000).is_fine is True
-    finding = names_left(3)
-    assert finding.is_fine is False
-    assert "only 3 more files can be made" in finding.text
-    assert "du --inodes" in finding.text
+@pytest.mark.parametrize("text", ["{", "[]", NEWER], ids=["torn", "other", "newer"])
+def test_a_lease_can_be_ended_whatever_the_state_file_holds(tmp_path: Path, text: str) -> None:
+    """What it says of openings cannot be read then, which is one thing that resists, as a program that fails is."""
+    (tmp_path / "desired.json").write_text(text)
+    leases = cli._leases(
+        Config("https://portal.test", state_dir=tmp_path, run_dir=tmp_path, tasks_dir=tmp_path / "tasks")
+    )
+    with pytest.raises(ToolFailed, match=r"desired\.json"):
+        leases._openings.settle({})

@@ -418,13 +418,14 @@ class AtWork:
     state_file: Path
     told: Path
     desired: list[DesiredOpening] = field(default_factory=list)
+    frozen: str | None = None
 
     def __post_init__(self) -> None:
         self.told.write_text('{"backend": "nftables", "table": "remotegpu", "rules": "/etc/remotegpu/firewall.nft"}')
         self.openings = Openings(self.held, self.state_file, self.told)
 
     def held(self) -> Held:
-        return Held("e", 1, Desired(7, "e", 1, (), (), (), 15, 1, tuple(self.desired)))
+        return Held("e", 1, Desired(7, "e", 1, (), (), (), 15, 1, tuple(self.desired)), frozen=self.frozen)
 
     def reported(self) -> list[tuple[int, str]]:
         return [(each["id"], each["state"]) for each in self.openings.report()]
@@ -542,6 +543,23 @@ def test_a_clock_that_is_off_closes_nothing_that_is_still_due(host: AtWork) -> N
     host.openings.settle(LEASE, clock_offset_s=90.0)
     assert host.kernel.sets["openings"] == before
     assert host.reported() == [(12, "open"), (13, "open")]
+
+
+def test_the_end_of_another_lease_opens_nothing_by_a_clock_that_was_heard_to_be_off(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.openings.settle(LEASE, clock_offset_s=90.0)
+    host.openings.settle(LEASE)  # as a lease's end asks, which hears no clock
+    assert host.reported() == [(12, "failed")]
+    assert host.kernel.sets["openings"] == {}
+
+
+def test_the_end_of_a_lease_on_a_frozen_host_closes_its_own_and_opens_nothing(host: AtWork) -> None:
+    host.desired = [soon()]
+    host.openings.settle(LEASE)
+    host.desired += [soon(opening_id=13, lease=8, source="198.51.100.0/24")]
+    host.frozen = "the portal was restored"
+    host.openings.settle({8: LEASE[7]})
+    assert host.kernel.sets["openings"] == {}
 
 
 def test_a_look_tells_what_there_is_and_changes_nothing(host: AtWork) -> None:
