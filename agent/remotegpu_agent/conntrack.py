@@ -2,7 +2,7 @@
 
 A firewall lets the packets of a connection that it knows pass without asking its rules again, so what a rule let in
 outlives the rule. Asked by netlink, since the program `conntrack` is on few hosts and cannot name a range of ports.
-Whose connections end, and when, is openings.py's and forwards.py's to say.
+Whose connections end, and when, is forwards.py's to say; openings.py needs none of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from remotegpu_agent.observe.tools import ToolFailed
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from remotegpu_agent.protocol import Address
 
 PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
@@ -27,10 +26,10 @@ _ERROR, _DONE = 2, 3
 _REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
 _NESTED, _TYPE_MASK = 0x8000, 0x3FFF
 _GET, _DELETE = 0x101, 0x102
-_TUPLE_ORIG, _MARK, _ID, _ZONE, _MARK_MASK = 1, 8, 12, 18, 21
+_TUPLE_ORIG, _ID, _ZONE = 1, 12, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _SOURCES, _DESTINATIONS = (1, 3), (2, 4)  # of IPv4, of IPv6
-_PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
+_PROTO_NUM, _PROTO_DST_PORT = 1, 3
 _PATIENCE_S = 10.0
 
 
@@ -40,24 +39,24 @@ class Flow:
 
     protocol: str
     source: Address
-    source_port: int
     destination: Address
     destination_port: int
-    mark: int
     key: bytes  # what the kernel finds it by again
 
 
-def flows(*, mark: int = 0, mask: int = 0) -> list[Flow]:
-    """Every TCP and UDP connection whose mark, under `mask`, is `mark`. Raises ToolFailed."""
-    wanted = _attribute(_MARK, struct.pack("!I", mark)) + _attribute(_MARK_MASK, struct.pack("!I", mask))
+def flows() -> list[Flow]:
+    """Every TCP and UDP connection. Raises ToolFailed."""
     found: list[Flow] = []
     with _open() as kernel:
         for family in (socket.AF_INET, socket.AF_INET6):
-            for kind, body in _ask(kernel, _GET, _REQUEST | _DUMP, family, wanted if mask else b""):
-                flow = _read(body) if kind >> 8 == _GET >> 8 else None
-                # Asked again here: a kernel that does not know the filter answers with everything.
-                if flow is not None and flow.mark & mask == mark & mask:
-                    found.append(flow)
+            try:
+                answers = [
+                    body for kind, body in _ask(kernel, _GET, _REQUEST | _DUMP, family) if kind >> 8 == _GET >> 8
+                ]
+            except OSError as error:
+                raise ToolFailed(f"the kernel does not list its connections: {error}") from error
+            read = (_read(body) for kind, body in answers if kind >> 8 == _GET >> 8)
+            found += [flow for flow in read if flow is not None]
     return found
 
 
@@ -87,7 +86,9 @@ def _open() -> socket.socket:
     return kernel
 
 
-def _ask(kernel: socket.socket, what: int, flags: int, family: int, attributes: bytes) -> Iterator[tuple[int, bytes]]:
+def _ask(
+    kernel: socket.socket, what: int, flags: int, family: int, attributes: bytes = b""
+) -> Iterator[tuple[int, bytes]]:
     """The answers, each with its type. Raises OSError with the kernel's own number, ToolFailed when none comes."""
     body = _NFGEN.pack(family, 0, 0) + attributes
     kernel.send(_HEADER.pack(_HEADER.size + len(body), what, flags, 1, 0) + body)
@@ -124,10 +125,8 @@ def _read(body: bytes) -> Flow | None:
     return Flow(
         protocol=name,
         source=_address(addresses, _SOURCES),
-        source_port=int.from_bytes(protocol[_PROTO_SRC_PORT], "big"),
         destination=_address(addresses, _DESTINATIONS),
         destination_port=int.from_bytes(protocol[_PROTO_DST_PORT], "big"),
-        mark=int.from_bytes(attributes.get(_MARK, b""), "big"),
         key=key,
     )
 

@@ -7,7 +7,6 @@ no decision; what is to be open is openings.py's and forwards.py's.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 from remotegpu_agent.observe.tools import ToolFailed, run
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Key = tuple[str, ...]  # the parts of a member as nft reads them: ("tcp", "8888-8890", "192.0.2.0/24")
 
 
