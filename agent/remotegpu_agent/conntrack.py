@@ -50,9 +50,7 @@ def flows() -> list[Flow]:
     with _open() as kernel:
         for family in (socket.AF_INET, socket.AF_INET6):
             try:
-                answers = [
-                    body for kind, body in _ask(kernel, _GET, _REQUEST | _DUMP, family) if kind >> 8 == _GET >> 8
-                ]
+                answers = list(_ask(kernel, _GET, _REQUEST | _DUMP, family))
             except OSError as error:
                 raise ToolFailed(f"the kernel does not list its connections: {error}") from error
             read = (_read(body) for kind, body in answers if kind >> 8 == _GET >> 8)

@@ -186,3 +186,26 @@ def test_the_hosts_way_out_is_as_it_is_said(net: Net, load: Any, way: str) -> No
     own, ours = f"you are {CONTAINER[4]}", f"you are {HOST[4]}"
     public = f"you are {CONTAINER[6]}"  # its IPv6 is everybody's to reach
     assert told == {"none": ["silence", "silence"], "routed": [own, public], "masquerade": [ours, public]}[way]
+
+
+AGENT = Path(__file__).parents[2] / "agent"
+KNOWN_AND_FORGOTTEN = """
+import sys
+sys.path.insert(0, sys.argv.pop())
+from remotegpu_agent import conntrack
+
+def those() -> list[conntrack.Flow]:
+    way = ("tcp", sys.argv[1], int(sys.argv[2]))
+    return [each for each in conntrack.flows() if (each.protocol, str(each.destination), each.destination_port) == way]
+
+print(*{str(each.source) for each in those()}, conntrack.forget(those()), len(those()))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_agent_reads_the_kernels_connections_and_has_it_forget_them(net: Net, load: Any, family: int) -> None:
+    load()
+    forward(net, family, OURS[family])
+    assert ask(net, family) == f"you are {OUTSIDE[family]}"
+    said = net.on(net.host, sys.executable, "-c", KNOWN_AND_FORGOTTEN, HOST[family], str(PUBLIC), str(AGENT))
+    assert said.split() == [OUTSIDE[family], "1", "0"]
