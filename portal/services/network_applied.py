@@ -58,6 +58,7 @@ def note(
                 f"{stack} has applied generation {before.generation} already; {told['generation']} came late.",
                 code="stale_apply",
             )
+        was = _hindmost()
         export = network_export.find(told["checksum"]) if outcome == "applied" else None
         row = AppliedNetwork.create(
             stack=stack,
@@ -71,9 +72,9 @@ def note(
         )
         network.catch_up(told["generation"])
         if outcome == "applied":
-            current = network.state().generation
-            is_everything = all(each.generation == current for each in newest_of_each())
-            network.applied(is_everything=is_everything, at=row.at)
+            now_at = _hindmost()
+            if now_at != was:
+                network.applied(is_everything=now_at == network.state().generation, at=row.at)
         audit.record(
             f"network.{outcome}", row, by=by, stack=stack, generation=told["generation"], is_known=export is not None,
             reason=reason,
@@ -153,6 +154,13 @@ def newest_of_each() -> list[AppliedNetwork]:
         .group_by(AppliedNetwork.stack)
     )
     return list(AppliedNetwork.select().where(AppliedNetwork.id << last).order_by(AppliedNetwork.stack))
+
+
+def _hindmost() -> int:
+    """The oldest generation that some cloud is at, by the stack that has it now; -1 where nothing was ever applied."""
+    rows = sorted(newest_of_each(), key=lambda row: row.id)
+    of_cloud: dict[str, int] = {cloud: row.generation for row in rows for cloud in row.clouds}
+    return min(of_cloud.values(), default=-1)
 
 
 def search(*, stack: str | None = None) -> peewee.ModelSelect[AppliedNetwork]:

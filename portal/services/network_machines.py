@@ -16,11 +16,12 @@ from portal.db import atomic
 from portal.errors import Conflict, Invalid
 from portal.models import Forward, Lease, Machine, SecurityGroup
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, events, machines, network, network_places
+from portal.services import audit, events, machines, network, network_places, network_quota
 from portal.services.actors import Actor
 
 POOL = re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
 LOWEST = 1024  # below it stand the services of the gateway itself
+MOST_PORTS = 5000  # what an agent is told of at once
 FIELDS = ("gateway_id", "security_group_id", "forward_ports")
 
 
@@ -58,6 +59,8 @@ def place(machine: Machine, *, by: Actor, **given: Any) -> Machine:
             raise Invalid(faults)
         _refuse_in_use(machine, changes)
         Machine.update(**changes).where(Machine.id == machine.id).execute()
+        if changes.get("security_group_id") is not None:
+            network_quota.refuse_unfit(machines.get(machine.id))
         audit.record("machine.placed", machine, by=by, fields=changes)
         events.write("machine.edited", machine_id=machine.id)
         events.desired_changed(machine.id)
@@ -88,6 +91,8 @@ def _pool_faults(machine: Machine, text: str) -> list[str]:
     found = POOL.fullmatch(text)
     if found is None or not LOWEST <= int(found[1]) <= int(found[2]) <= 65535:
         return [f"Write the first and the last port, such as 20000-20999, from {LOWEST} to 65535."]
+    if int(found[2]) - int(found[1]) >= MOST_PORTS:
+        return [f"A gateway forwards at most {MOST_PORTS} ports."]
     if machine.public_address is None:
         return ["Enter the machine's public address first: it is where customers of the machines behind it come in."]
     return []

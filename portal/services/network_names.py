@@ -120,11 +120,11 @@ def create(
 
 def edit(record: DnsRecord, *, by: Actor, **changes: Any) -> DnsRecord:
     """Other values, ttl, purpose, or another name of the same zone; the key stays. Raises as `create` does."""
-    columns = _checked({**_columns(record), **changes})
     try:
         with atomic():
             network.hold()
             record = get(record.id)
+            columns = _checked({**_columns(record), **changes})
             news = {name: value for name, value in columns.items() if getattr(record, name) != value}
             if not news:
                 return record

@@ -19,6 +19,8 @@ def refuse_unfit(machine: Machine) -> None:
     network.hold()
     group = SecurityGroup.get_by_id(machine.security_group_id)
     rows = list(network_export.openings_behind(group, utcnow()))
+    if not rows:
+        return
     body = {
         "environment": "trial", "generation": 0, "generated_at": "2000-01-01T00:00:00Z", "zones": [], "names": [],
         "machines": [{"key": key, "name": key} for key in sorted({row["machine"] for row in rows})],

@@ -49,6 +49,7 @@ def reimaged(machine: Machine, *, by: Actor, reason: str, credential: Mapping[st
         agents.end_credentials(machine, by=by)
         MachineReport.delete().where(MachineReport.machine == machine).execute()
         network_openings.forget_seen(machine)
+        Machine.update(hears_openings=False).where(Machine.id == machine.id).execute()  # until its new agent says so
         audit.record("machine.reimaged", machine, by=by, reason=reason)
         events.write("machine.reimaged", machine_id=machine.id)
     return machine

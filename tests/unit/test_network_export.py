@@ -442,6 +442,26 @@ def test_since_when_a_stack_is_behind_is_known_until_all_have_applied(database: 
     assert network.state().behind_since is None
 
 
+def test_a_stack_that_goes_on_does_not_hide_one_that_does_not(database: Any) -> None:
+    zone()
+    applied(stack="a")
+    applied(stack="b", clouds=("aws",))
+    zone("gpu.example.com")
+    since = network.state().behind_since
+    applied(stack="a")
+    zone("gpu.example.net")
+    applied(stack="a")
+    assert network.state().behind_since == since is not None, "b has applied neither"
+
+
+def test_nobody_waits_for_a_stack_whose_cloud_is_another_ones_now(database: Any) -> None:
+    zone()
+    applied(stack="of-before")
+    zone("gpu.example.com")
+    applied(stack="renamed")
+    assert network.state().behind_since is None
+
+
 # Restored from a backup
 
 

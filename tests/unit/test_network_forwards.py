@@ -242,7 +242,9 @@ def test_an_opening_for_which_no_port_is_left_is_refused_whole(gateway: Host, te
 # What makes a gateway
 
 
-@pytest.mark.parametrize("pool", ["20000", "20000-", "20999-20000", "80-90", "20000-70000", "a-b", "20000-20999 "])
+@pytest.mark.parametrize(
+    "pool", ["20000", "20000-", "20999-20000", "80-90", "20000-70000", "a-b", "20000-20999 ", "20000-25000"]
+)
 def test_a_pool_is_a_range_above_the_gateways_own_services(database: Any, pool: str) -> None:
     machine = make_machine(public_address="198.51.100.1")
     with pytest.raises(Invalid) as refused:
@@ -279,3 +281,11 @@ def test_a_machine_does_not_move_while_it_is_leased(gateway: Host) -> None:
     lease = behind(gateway, make_tenant())
     with pytest.raises(Conflict, match=f"Lease {lease.id} has"):
         network_machines.place(machines.get(lease.machine_id), gateway_id=None, by=SYSTEM)
+
+
+def test_the_port_that_customers_are_led_to_is_not_moved_from_under_them(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    take(lease)
+    with pytest.raises(Conflict, match="change it when the lease has ended"):
+        machines.edit(lease.machine, by=SYSTEM, ssh_port=2200)
+    assert machines.get(lease.machine_id).ssh_port == 22

@@ -332,3 +332,12 @@ def test_the_protocol_carries_as_many_as_a_machine_may_have(database: Any) -> No
     assert len(protocol.check(desired.desired_of(Machine.get_by_id(machine.id)), "desired")["openings"]) == most
     with pytest.raises(Conflict, match=f"has {most} openings"):
         network_requests.open_port(machine, wish(50000), by=SYSTEM)
+
+
+def test_a_machine_whose_openings_a_group_cannot_take_is_not_put_behind_it(host: Host) -> None:
+    network_openings.set_limits(by=SYSTEM, rules_a_group=2)
+    for port in (1, 3, 5):
+        ask(host, port=port)
+    with pytest.raises(Conflict, match="cannot take it"):
+        place(host, security_group_id=group().id)
+    assert host.machine.security_group_id is None
