@@ -274,8 +274,6 @@ class Leases:
         """No new session from here on: the keys file first, since it needs no program to be started."""
         yield _attempt(lambda: self._write_keys_file(entry.login, ""))
         yield _attempt(lambda: self._expire(entry.login))
-        others = {lease_id: ends_at for lease_id, ends_at in self.open_ends().items() if lease_id != entry.lease_id}
-        yield _attempt(lambda: self._openings.settle(others))
 
     @staticmethod
     def _expire(login: str) -> None:
@@ -284,11 +282,13 @@ class Leases:
             run(["chage", "--expiredate", "0", login])
 
     def _end(self, entry: Entry, reason: str) -> Iterable[str | None]:
-        """Everything that could start processes, then the processes."""
+        """Everything that could start processes, then the processes and what they were reached by."""
         linger = Path("/var/lib/systemd/linger") / entry.login
         yield _attempt(lambda: linger.unlink(missing_ok=True))
         yield _attempt(lambda: self._stop_tasks(entry.lease_id, reason))
-        killing.end_all(entry.login, entry.uid, deadline_s=1)  # at once: Docker may take its time
+        killing.end_all(entry.login, entry.uid, deadline_s=1)  # at once: firewalld and Docker may take their time
+        others = {lease_id: ends_at for lease_id, ends_at in self.open_ends().items() if lease_id != entry.lease_id}
+        yield _attempt(lambda: self._openings.settle(others))
         yield _attempt(lambda: stop_containers(entry.lease_id))
         left = killing.end_all(entry.login, entry.uid, deadline_s=KILL_DEADLINE_S)
         yield _attempt(lambda: _settle_user_manager(entry.uid))

@@ -30,7 +30,7 @@ from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import CannotOpen, Entry, Leases, end_survives_reboot
 from remotegpu_agent.observe.docker import DockerFailed
 from remotegpu_agent.observe.tools import ToolFailed
-from remotegpu_agent.openings import Openings, doubt_of_clock
+from remotegpu_agent.openings import Openings, doubt_of_clock, is_right
 from remotegpu_agent.plan import (
     ArmEnd,
     CloseLease,
@@ -240,6 +240,8 @@ class Agent:
         }
         answer = self.credential.call(lambda secret: portal.call(SYNC_PATH, message, credential=secret, wait_s=wait_s))
         self._clock_offset_s = (parse_time(answer.get("now"), "now") - now()).total_seconds()
+        if is_right(self._clock_offset_s):
+            self.state.trust_clock()
         self._acknowledge(held, answer)
         is_new = self._adopt(held, answer)
         self._write_status(contact=True)

@@ -389,12 +389,17 @@ def machines_own(state_file: Path = STATE_FILE) -> frozenset[Key]:
     return frozenset(pieces(due(desired.openings if desired else (), {}, now())))
 
 
+def is_right(offset_s: float) -> bool:
+    """Is a clock that is so far behind the portal's near enough to it?"""
+    return abs(offset_s) <= CLOCK_TOLERANCE_S
+
+
 def doubt_of_clock(state_file: Path, offset_s: float | None) -> str | None:
     """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late.
 
     `offset_s` is how far the portal's is ahead; None before it was heard.
     """
-    if offset_s is not None and abs(offset_s) > CLOCK_TOLERANCE_S:
+    if offset_s is not None and not is_right(offset_s):
         return f"nothing is opened: this host's clock is {abs(offset_s):.0f} s off the portal's: mend its time"
     try:
         written_at = datetime.fromtimestamp(state_file.stat().st_mtime, timezone.utc)

@@ -122,6 +122,17 @@ def test_a_tenant_that_has_filled_the_disk_is_ended_all_the_same(full: Leases, t
     full.close(17, "its end has come")  # what was kept in reserve is there for the next try
 
 
+def test_at_a_leases_end_the_firewall_is_asked_when_its_processes_are_dead(
+    full: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """firewalld may take seconds to answer; what it lets in leads to nobody by then."""
+    dead_by_then: list[list[str]] = []
+    monkeypatch.setattr(Openings, "settle", lambda *_, **__: dead_by_then.append(list(KILLED)))
+    with pytest.raises(ToolFailed):
+        full.close(17, "its end has come")
+    assert dead_by_then == [["lease17"]]
+
+
 def test_a_key_that_is_removed_is_out_of_the_file_though_the_disk_is_full(full: Leases, tmp_path: Path) -> None:
     lease = DesiredLease(17, "lease17", 20017, True, END, (Key("SHA256:b", "ssh-ed25519 BBBB b"),))
     with pytest.raises(OSError, match="No space left"):  # the register cannot be written, and it is tried again
