@@ -45,7 +45,7 @@ def start_refusals(machine: Machine, now: datetime) -> list[Problem]:
     refusals += health.problems
     if machine.maintenance_since is not None:
         refusals.append(Problem("maintenance", f"{machine.name} is in maintenance: {machine.maintenance_reason}"))
-    return refusals
+    return [*refusals, *way_refusals(machine, now)]
 
 
 def _not_ready(machine: Machine) -> Problem:
@@ -74,6 +74,19 @@ def plan_refusals(machine: Machine) -> Iterable[Problem]:
 def gateway_refusals(machine: Machine) -> Iterable[Problem]:
     if machine.is_gateway:
         yield Problem("gateway", f"{machine.name} is a gateway for other machines and is leased to nobody.")
+
+
+def way_refusals(machine: Machine, now: datetime) -> Iterable[Problem]:
+    """A machine that nobody can get to is of no use, however well it is itself."""
+    if machine.gateway_id is None:
+        return
+    gateway = machines.get(machine.gateway_id)
+    if not machines.health_of(gateway, now).is_online:
+        text = f"{gateway.name}, the gateway of {machine.name}, is offline: customers could not get in."
+        yield Problem("gateway_offline", text)
+    if gateway.frozen_reason is not None:
+        text = f"{gateway.name}, the gateway of {machine.name}, is frozen and opens nothing. Thaw it first."
+        yield Problem("gateway_frozen", text)
 
 
 def past_refusals(machine: Machine) -> Iterable[Problem]:

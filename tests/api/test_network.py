@@ -22,7 +22,7 @@ from portal.services.actors import SYSTEM
 from portal.settings import Settings
 from tests.api.fake_agent import FakeAgent, agent_of, leased_machine, observed
 from tests.factories import actor_of, make_machine
-from tests.support.network import export, outputs, seen, states_of, wish, zone
+from tests.support.network import export, outputs, place, seen, states_of, wish, zone
 from tests.support.rental import Host, allocate, ready_host, tomorrow
 
 ROOT = Path(__file__).parents[2]
@@ -277,7 +277,8 @@ def test_a_customer_opens_and_closes_ports_of_the_own_lease_alone(
 def test_a_customer_is_told_by_which_port_of_the_gateway_what_is_reached(
     tenant: Tenant, customer: User, stranger: User, operator: User, sign_in: SignIn
 ) -> None:
-    gateway = make_machine("way-in", public_address="198.51.100.1", forward_ports="20000-20010")
+    gateway = ready_host("way-in", public_address="198.51.100.1")
+    place(gateway, forward_ports="20000-20010")
     host = ready_host("gpu-1", address="10.0.0.17")
     placed = sign_in(operator).patch(f"/admin/network/machines/{host.id}", {"gateway_id": gateway.id})
     assert placed.json["gateway_id"] == gateway.id

@@ -141,6 +141,17 @@ def test_an_allocation_that_fails_at_its_last_step_leaves_nothing_open(
     assert Lease.select().where(Lease.machine == host.id).count() == 0
 
 
+def test_a_machine_that_nobody_can_get_to_is_leased_to_nobody(host: Host, gateway: Host, tenant: Tenant) -> None:
+    gateway.report(received_at=utcnow() - HOUR)
+    with pytest.raises(CannotAllocate, match="way-in, the gateway of gpu-1, is offline: customers could not get in"):
+        allocate(host, tenant)
+    gateway.report()
+    Machine.update(frozen_reason="The portal was restored.").where(Machine.id == gateway.id).execute()
+    with pytest.raises(CannotAllocate, match="way-in, the gateway of gpu-1, is frozen and opens nothing"):
+        allocate(host, tenant)
+    assert (host.state, Lease.select().count()) == ("ready", 0)
+
+
 def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Lease) -> None:
     (opening,) = network_openings.wanted_of(host.machine, lease)
     reports(host, openings=seen(opening))
