@@ -25,7 +25,7 @@ from portal.services.actors import SYSTEM, Actor
 from portal.services.transitions import WrongState, move
 
 CLEAN_DEADLINE = timedelta(minutes=20)  # a cleaning that has not moved for longer hangs; one that moves may take hours
-VERIFY_DEADLINE = timedelta(hours=2)  # longer than any run may take
+VERIFY_DEADLINE = timedelta(hours=2)  # from when verifying was ordered: waiting for a worker, and the run itself
 GOOD = ("passed", "not_applicable")
 ROOT_TENANT = "The tenant had root and could deceive every check on the host: install it anew, then say so."
 
@@ -189,7 +189,7 @@ def _advance(reclaim: Reclaim, now: datetime) -> bool:
     if run is None or run.state in (*RUN_ENDED, "lost"):
         _decide(reclaim, run)  # its end was not heard
         return True
-    return reclaim.started_at + VERIFY_DEADLINE <= now and _verify_overdue(reclaim, run)
+    return run.created_at + VERIFY_DEADLINE <= now and _verify_overdue(reclaim, run)
 
 
 def _start(reclaim: Reclaim) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
-from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
+from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Run, Tenant, User
 from portal.services import commands, keys, leases, machines, provisioning, reclaims, reports, retirement, runs
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
@@ -199,6 +199,29 @@ def test_a_wipe_that_moves_may_take_hours_and_one_that_hangs_may_not(
     assert host.state == "quarantined"
 
 
+def test_after_a_wipe_of_hours_the_verification_has_its_whole_time(
+    host: Host, ended: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reclaims.advance_due()
+    began = utcnow()
+    command = host.queued("clean")
+    for quarter in range(1, 21):  # five hours in which it always moved
+        now = began + timedelta(minutes=15 * quarter)
+        monkeypatch.setattr(commands, "utcnow", lambda: now)  # noqa: B023 - asked in this round
+        commands.note_progress(host.machine, command.id, quarter)
+        reclaims.advance_due(now)
+    cleaned_at = now
+    host.answers("clean", clean_result())
+    run_id = reclaim_of(ended).run_id
+    Run.update(created_at=cleaned_at).where(Run.id == run_id).execute()
+    for waited in (timedelta(0), timedelta(minutes=1), reclaims.VERIFY_DEADLINE - timedelta(seconds=1)):
+        reclaims.advance_due(cleaned_at + waited)
+        assert (reclaim_of(ended).state, host.state) == ("verifying", "reclaiming")
+        assert runs.get_run(run_id).cancel_requested_at is None
+    rental.finish_run(run_id, verdicts={"gpu-1": verdict()})
+    assert (reclaim_of(ended).state, host.state) == ("passed", "ready")
+
+
 def test_what_an_agent_says_of_the_work_of_another_is_nothing(host: Host, ended: Lease) -> None:
     reclaims.advance_due()
     foreign = commands.queue(make_machine("another"), "baseline", by=SYSTEM)
@@ -262,6 +285,8 @@ def test_a_run_whose_end_nobody_heard_is_found_by_the_sweep(
 def test_a_run_that_never_ends_quarantines(host: Host, ended: Lease) -> None:
     reclaims.advance_due()
     host.answers("clean", clean_result())
+    reclaims.advance_due(utcnow() + reclaims.VERIFY_DEADLINE - timedelta(seconds=5))
+    assert host.state == "reclaiming"
     reclaims.advance_due(utcnow() + reclaims.VERIFY_DEADLINE)
     assert host.state == "quarantined"
     assert runs.get_run(reclaim_of(ended).run_id).state == "cancelled"
