@@ -54,6 +54,15 @@ class Wish:
     is_world: bool
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a wish becomes beside what is open: these `ports` instead of the `parts`, or `there`, which covers it."""
+
+    ports: tuple[int, int]
+    parts: tuple[Opening, ...]
+    there: Opening | None = None
+
+
 # Limits
 
 
@@ -136,33 +145,20 @@ def _no_source(text: str) -> str:
 
 
 def add(machine: Machine, wished: Wish, *, by: Actor, lease: Lease | None) -> Opening:
-    """The row of it, inside the transaction that holds the machine.
-
-    Ports of one source that overlap or touch, with the same end, become one opening: those that it covers are closed.
-    """
-    same = [
-        each for each in wanted_of(machine, lease) if (each.protocol, each.source) == (wished.protocol, wished.source)
-    ]
-    for each in same:
-        covers = each.first_port <= wished.ports[0] and wished.ports[1] <= each.last_port
-        if covers and (each.ends_at is None or (wished.ends_at is not None and wished.ends_at <= each.ends_at)):
-            return each
+    """The row of it, inside the transaction that holds the machine; what covers it already is answered as it is."""
+    found = joined(wished, wanted_of(machine, lease))
+    if found.there is not None:
+        return found.there
     if Opening.select().where(Opening.machine == machine, Opening.closed_at.is_null()).count() >= MOST_OF_MACHINE:
         raise Conflict(f"{machine.name} has {MOST_OF_MACHINE} openings; close some first.", code="too_many_openings")
-    low, high = wished.ports
-    merged = []
-    for each in sorted(same, key=lambda opening: opening.first_port):
-        if each.ends_at == wished.ends_at and each.first_port <= high + 1 and low <= each.last_port + 1:
-            low, high = min(low, each.first_port), max(high, each.last_port)
-            merged.append(each)
-    for each in merged:
+    for each in found.parts:
         end(each, by=by, reason="It is part of a wider one.")
     opening: Opening = Opening.create(
         machine=machine,
         lease=lease,
         protocol=wished.protocol,
-        first_port=low,
-        last_port=high,
+        first_port=found.ports[0],
+        last_port=found.ports[1],
         source=wished.source,
         reason=wished.reason,
         ends_at=wished.ends_at,
@@ -172,24 +168,53 @@ def add(machine: Machine, wished: Wish, *, by: Actor, lease: Lease | None) -> Op
     return opening
 
 
-def refuse_beyond(allowed: Limits, wished: Wish, there: Sequence[Opening]) -> None:
-    """Raises Invalid that names the limit, or Forbidden where there are too many."""
+def joined(wished: Wish, beside: Sequence[Opening]) -> Joined:
+    """Ports of one source that overlap or touch, with the same end, become one opening, and its parts are closed."""
+    same = [each for each in beside if (each.protocol, each.source) == (wished.protocol, wished.source)]
+    for each in same:
+        covers = each.first_port <= wished.ports[0] and wished.ports[1] <= each.last_port
+        if covers and (each.ends_at is None or (wished.ends_at is not None and wished.ends_at <= each.ends_at)):
+            return Joined((each.first_port, each.last_port), (), each)
+    low, high = wished.ports
+    parts = []
+    for each in sorted(same, key=lambda opening: opening.first_port):
+        if each.ends_at == wished.ends_at and each.first_port <= high + 1 and low <= each.last_port + 1:
+            low, high = min(low, each.first_port), max(high, each.last_port)
+            parts.append(each)
+    return Joined((low, high), tuple(parts))
+
+
+def refuse_beyond(allowed: Limits, wished: Wish, beside: Sequence[Opening]) -> None:
+    """What it becomes beside what is open counts, not the wish alone: many small ones must not grow into a wide one.
+
+    Raises Invalid that names the limit, or Forbidden where there are too many.
+    """
     faults: dict[str, list[str]] = {}
+    found = joined(wished, beside)
     if not (allowed.first_port <= wished.ports[0] and wished.ports[1] <= allowed.last_port):
         faults["first_port"] = [
             f"You may open the ports {allowed.first_port} to {allowed.last_port}; ask your operator."
         ]
-    elif wished.ports[1] - wished.ports[0] + 1 > allowed.ports_an_opening:
+    elif _count(wished.ports) > allowed.ports_an_opening:
         faults["last_port"] = [f"You may open {allowed.ports_an_opening} ports at once; ask your operator."]
+    elif found.there is None and _count(found.ports) > allowed.ports_an_opening:
+        faults["last_port"] = [
+            f"With those open beside it that is one opening of {_count(found.ports)} ports, and you may have "
+            f"{allowed.ports_an_opening} in one. Close some of them first, or ask your operator."
+        ]
     if wished.is_world and not allowed.may_open_to_world:
         faults["source"] = ["You may not open to the whole world; name your network, or ask your operator."]
     if faults:
         raise Invalid(faults)
-    if len(there) >= allowed.openings_a_lease:
+    if found.there is None and len(beside) - len(found.parts) >= allowed.openings_a_lease:
         raise Forbidden(
-            f"Your lease has {len(there)} of {allowed.openings_a_lease} openings; close one, or ask your operator.",
+            f"Your lease has {len(beside)} of {allowed.openings_a_lease} openings; close one, or ask your operator.",
             code="openings_used_up",
         )
+
+
+def _count(ports: tuple[int, int]) -> int:
+    return ports[1] - ports[0] + 1
 
 
 # Close

@@ -246,7 +246,7 @@ def test_a_customer_opens_within_the_limits_and_no_further(
     def opened(user: User = customer, **fields: Any) -> Opening:
         return network_requests.open_port_as_customer(user, lease, wish(**fields), by=actor_of(user))
 
-    faults = {
+    faults: dict[str, dict[str, Any]] = {
         "first_port": {"port": 22},
         "last_port": {"port": 8000, "last_port": 8005},
         "source": {"source": "0.0.0.0/0", "reason": "everybody shall see it"},
@@ -266,6 +266,38 @@ def test_a_customer_opens_within_the_limits_and_no_further(
         with pytest.raises(refusal):
             network_requests.close_port_as_customer(somebody, lease, mine.id, by=actor_of(somebody))
     assert ports(network_openings.wanted_of(host.machine, lease)) == [(8888, 8888), (8000, 8000)]
+
+
+def test_many_small_openings_do_not_grow_into_one_beyond_the_limit(host: Host, lease: Lease, customer: User) -> None:
+    def opened(first: int, last: int, **fields: Any) -> Opening:
+        wished = wish(first, last_port=last, **fields)
+        return network_requests.open_port_as_customer(customer, lease, wished, by=actor_of(customer))
+
+    opened(1024, 1122)
+    assert ports([opened(1123, 1123)]) == [(1024, 1123)], "a hundred ports, as many as one opening may have"
+    for first, last in ((1124, 1124), (1124, 1223), (1100, 1199)):
+        with pytest.raises(Invalid, match="Close some of them first") as refused:
+            opened(first, last)
+        assert list(refused.value.fields) == ["last_port"]
+    assert ports([opened(1125, 1224)]) == [(1125, 1224)], "a port between them, and they stay two"
+    with pytest.raises(Invalid, match="one opening of 201 ports, and you may have 100 in one"):
+        opened(1124, 1124)
+    assert ports([opened(1100, 1110)]) == [(1024, 1123)], "open already: nothing more comes of it"
+    assert ports(network_openings.wanted_of(host.machine, lease)) == [(1024, 1123), (1125, 1224)]
+
+
+def test_what_joins_an_opening_is_no_further_one(host: Host, lease: Lease, customer: User) -> None:
+    network_openings.set_limits(by=SYSTEM, openings_a_lease=2, ports_an_opening=5)
+
+    def opened(port: int) -> Opening:
+        return network_requests.open_port_as_customer(customer, lease, wish(port), by=actor_of(customer))
+
+    opened(8000), opened(8002)
+    assert ports([opened(8001)]) == [(8000, 8002)]
+    opened(9000)
+    with pytest.raises(Forbidden, match="2 of 2 openings"):
+        opened(9002)
+    assert ports(network_openings.wanted_of(host.machine, lease)) == [(8000, 8002), (9000, 9000)]
 
 
 def test_a_customer_closes_the_own_openings_and_not_the_machines(host: Host, lease: Lease, customer: User) -> None:
