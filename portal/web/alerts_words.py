@@ -15,10 +15,15 @@ def pgettext(_context: str, sentence: str) -> str:
 SENTENCES = (
     pgettext("refusal", "This always fires. Where it does not arrive, no other alert does."),
     pgettext("refusal", "None is needed."),
-    pgettext("refusal", "%(host)s does not answer: node_exporter could not be asked for two minutes."),
+    pgettext("refusal", "%(host)s does not answer: neither node_exporter nor its agent was heard for two minutes."),
     pgettext(
         "refusal",
         "Look whether the machine is up (console, power, network); its page says when its agent was last heard.",
+    ),
+    pgettext("refusal", "Machines whose agent reports and whose node_exporter cannot be asked: %(value)s."),
+    pgettext(
+        "refusal",
+        "Let Prometheus in (docs/operator.md, Monitoring): its list of targets names the machines. Until then all rests on the agents.",  # noqa: E501 - one sentence, as it stands in the rules
     ),
     pgettext("refusal", "The agent of %(host)s does not report."),
     pgettext("refusal", "Look at the host: `remotegpu-agent doctor`. A lease on it still ends by itself."),
@@ -49,7 +54,10 @@ SENTENCES = (
     ),
     pgettext("refusal", "A GPU of %(host)s answers with errors."),
     pgettext("refusal", "The GPU exporter of %(host)s does not answer, while the host does."),
-    pgettext("refusal", "Look at the unit: `systemctl status nvidia-gpu-exporter`. A hung nvidia-smi holds it up."),
+    pgettext(
+        "refusal",
+        "Look at the unit: `systemctl status nvidia-gpu-exporter`. A hung nvidia-smi holds it up, or Prometheus has not been let in.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "GPU %(uuid)s of %(host)s has %(value)s °C."),
     pgettext("refusal", "Look at fans, filters and the room. Above its limit the GPU slows down by itself."),
     pgettext("refusal", "Take load off it now, and look at fans and the room. The hardware may switch itself off."),
