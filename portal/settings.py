@@ -20,6 +20,18 @@ MIN_SECRET_BYTES = 32
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UNIX_SOCKET = "unix"  # among TRUSTED_PROXIES: who connects to the socket file has no address
 ENVIRONMENT = re.compile(r"[a-z][a-z0-9-]{0,31}")  # as the export's schema has it
+WEBHOOKS = {  # kind → the path of its call, so that its token goes nowhere else, and an example
+    "github": (
+        re.compile(r"(/api/v3)?/repos/[^/]+/[^/]+/dispatches"),
+        "https://api.github.com/repos/OWNER/NAME/dispatches",
+    ),
+    "gitlab": (
+        re.compile(r"(/[^/]+)*/api/v4/projects/[^/]+/trigger/pipeline"),
+        "https://gitlab.example.org/api/v4/projects/ID/trigger/pipeline",
+    ),
+}
+SIGNED = "signed"  # the kind of a receiver of one's own, wherever it is
+TOKEN = re.compile(r"[\x21-\x7e]{8,}")  # what fits into a header
 SAMPLES = ("changeme", "change-me", "secret", "example", "password", "sample")
 
 
@@ -64,7 +76,10 @@ class Settings:
     monitoring_silent_s: float = 360.0  # the Watchdog comes, or is fetched, every minute
     network_environment: str = "production"  # of which the export is; a stack of another one refuses it
     network_webhook_url: str | None = None  # the pipeline that is called when the network changes; without: it asks
+    network_webhook_kind: str = SIGNED  # who is called: a receiver of one's own, github, gitlab
     network_webhook_secret: str = field(default="", repr=False)
+    network_webhook_token: str = field(default="", repr=False)  # lets us in at GitHub or GitLab
+    network_webhook_ref: str = "main"  # the branch that GitLab runs
     metrics_allow: str = ""  # addresses and networks that read /metrics without a token
     secret_key: str = field(default="", repr=False)
     jwt_secret_key: str = field(default="", repr=False)
@@ -236,9 +251,20 @@ def _check_network(settings: Settings) -> None:
             f"NETWORK_ENVIRONMENT: {settings.network_environment!r} is no word such as production: a-z, 0-9 and '-', "
             "a letter first, at most 32"
         )
-    if settings.network_webhook_url is None:
+    _check_webhook(settings)
+
+
+def _check_webhook(settings: Settings) -> None:
+    kind, url = settings.network_webhook_kind, settings.network_webhook_url
+    if kind not in (SIGNED, *WEBHOOKS):
+        raise SettingsError(f"NETWORK_WEBHOOK_KIND: {kind!r} is none of {', '.join((SIGNED, *WEBHOOKS))}")
+    if kind == SIGNED and settings.network_webhook_token:
+        raise SettingsError("NETWORK_WEBHOOK_TOKEN: is for github and gitlab; say which in NETWORK_WEBHOOK_KIND")
+    if url is None:
+        if kind != SIGNED:
+            raise SettingsError(f"NETWORK_WEBHOOK_URL: not set, so {kind} cannot be called; {WEBHOOKS[kind][1]}")
         return
-    parts = urlsplit(settings.network_webhook_url)
+    parts = urlsplit(url)
     is_plain = parts.scheme == "http" and parts.hostname in LOOPBACK
     if (parts.scheme != "https" and not is_plain) or not parts.hostname or "@" in parts.netloc or parts.fragment:
         raise SettingsError(  # a token may be part of it, so it is not repeated
@@ -248,7 +274,16 @@ def _check_network(settings: Settings) -> None:
     if len(settings.network_webhook_secret) < MIN_SECRET_BYTES:
         raise SettingsError(
             f"NETWORK_WEBHOOK_SECRET: shorter than {MIN_SECRET_BYTES} characters; make one with `openssl rand -hex 32` "
-            "and give the same to the pipeline, which checks the signature with it"
+            "and give the same to a receiver of your own, which checks the signature with it"
+        )
+    if kind == SIGNED:
+        return
+    path, example = WEBHOOKS[kind]
+    if parts.query or not path.fullmatch(parts.path):
+        raise SettingsError(f"NETWORK_WEBHOOK_URL: is not one of {kind}, such as {example}")
+    if not TOKEN.fullmatch(settings.network_webhook_token):
+        raise SettingsError(
+            f"NETWORK_WEBHOOK_TOKEN: {kind} wants one, a single word; docs/network.md says how to get it"
         )
 
 

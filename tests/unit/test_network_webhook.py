@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote_plus
 
 import pytest
+import yaml
 
 from portal.db import atomic, connection, utcnow
 from portal.integrations import pipeline
@@ -23,6 +27,7 @@ from tests.support.network import zone
 from tests.support.one_answer import Answer, answering, saying, trickling
 from tests.support.waiting import until
 
+ROOT = Path(__file__).parents[2]
 SECRET = "0123456789abcdef" * 4
 SOON = timedelta(seconds=6)
 
@@ -32,10 +37,12 @@ def told(settings: Settings, database: Any) -> Any:
     """A pipeline that answers as the test says; yields what it heard."""
 
     @contextmanager
-    def called(answer: Answer) -> Iterator[list[bytes]]:
-        with answering(answer, after=b"}") as (url, heard):
-            object.__setattr__(settings, "network_webhook_url", f"{url}/hooks/network?ref=main")
-            object.__setattr__(settings, "network_webhook_secret", SECRET)
+    def called(
+        answer: Answer, *, after: bytes = b"}", path: str = "/hooks/network?ref=main", **given: str
+    ) -> Iterator[list[bytes]]:
+        with answering(answer, after=after) as (url, heard):
+            for name, value in {"url": url + path, "secret": SECRET, **given}.items():
+                object.__setattr__(settings, f"network_webhook_{name}", value)
             yield heard
 
     return called
@@ -81,6 +88,60 @@ def test_only_who_has_the_secret_can_have_signed_it(told: Any) -> None:
     assert headers["X-RemoteGPU-Signature"] == f"sha256={expected}"
     assert abs(int(stamp) - time.time()) < 60
     assert SECRET not in b"".join(heard).decode()
+
+
+TOKEN = "github_pat_marker/of+the=token"
+GITHUB = {"kind": "github", "path": "/repos/acme/network/dispatches", "token": TOKEN}
+GITLAB = {"kind": "gitlab", "path": "/api/v4/projects/17/trigger/pipeline", "token": TOKEN, "ref": "live"}
+
+
+def test_github_is_called_as_it_documents_a_repository_dispatch(told: Any) -> None:
+    zone()
+    with told(saying("204 No Content", ""), after=b"}}", **GITHUB) as heard:
+        assert network_webhook.call(utcnow() + SOON)
+    line, headers, body = request(heard)
+    assert line == "POST /repos/acme/network/dispatches HTTP/1.1"
+    assert headers["Authorization"] == f"Bearer {TOKEN}"
+    assert headers["Accept"] == "application/vnd.github+json"
+    assert headers["X-GitHub-Api-Version"] == "2022-11-28"
+    assert headers["Content-Type"] == "application/json"
+    assert headers["User-Agent"], "GitHub refuses who does not say who asks"
+    sent = json.loads(body)
+    assert sent.keys() == {"event_type", "client_payload"}
+    (named,) = yaml.safe_load((ROOT / "pulumi/ci/github-actions.yml").read_text())[True]["repository_dispatch"]["types"]
+    assert sent["event_type"] == named, "what the workflow runs for"
+    assert sent["client_payload"]["generation"] == 1
+    assert len(sent["client_payload"]) <= 10, "GitHub takes no more"
+    assert is_signed(headers, body)
+
+
+def test_gitlab_is_called_as_it_documents_a_pipeline_trigger(told: Any) -> None:
+    zone()
+    with told(saying("201 Created", {"id": 1}), after=b"&ref=live", **GITLAB) as heard:
+        assert network_webhook.call(utcnow() + SOON)
+    line, headers, body = request(heard)
+    assert line == "POST /api/v4/projects/17/trigger/pipeline HTTP/1.1"
+    assert headers["Content-Type"] == "application/x-www-form-urlencoded"
+    assert parse_qs(body.decode()) == {"token": [TOKEN], "ref": ["live"]}, "and no variable, which projects may refuse"
+    assert "Authorization" not in headers
+    assert is_signed(headers, body)
+
+
+@pytest.mark.parametrize(("given", "after"), [(GITHUB, b"}}"), (GITLAB, b"&ref=live")], ids=["github", "gitlab"])
+def test_what_the_pipeline_repeats_of_the_token_reaches_nobody(
+    told: Any, given: dict[str, str], after: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    zone()
+    echo = f"bad credentials: {TOKEN} {quote_plus(TOKEN)} {SECRET}"
+    with told(saying("401 Unauthorized", echo), after=after, **given):
+        assert not network_webhook.call(utcnow() + SOON)
+    assert network.state().last_error == "The pipeline refuses: 401 bad credentials: *** *** ***."
+    assert TOKEN not in caplog.text
+
+
+def is_signed(headers: dict[str, str], body: bytes) -> bool:
+    said = headers["X-RemoteGPU-Timestamp"].encode() + b"." + body
+    return headers["X-RemoteGPU-Signature"] == "sha256=" + hmac.new(SECRET.encode(), said, hashlib.sha256).hexdigest()
 
 
 @pytest.mark.parametrize("status", ["500 Internal Server Error", "404 Not Found", "301 Moved Permanently"])
@@ -172,6 +233,18 @@ def test_without_a_pipeline_nothing_is_called_and_nothing_fails(database: Any) -
     assert network.state().failures == 0
 
 
+AT_GITHUB = {
+    "NETWORK_WEBHOOK_KIND": "github",
+    "NETWORK_WEBHOOK_URL": "https://api.github.com/repos/acme/network/dispatches",
+    "NETWORK_WEBHOOK_TOKEN": TOKEN,
+}
+
+
+def environ_of(folder: Path, **given: str) -> dict[str, str]:
+    secrets = dict.fromkeys(("SECRET_KEY", "JWT_SECRET_KEY", "ENCRYPTION_KEY"), "test " + "0123456789abcdef" * 3)
+    return {"INSTANCE_DIR": str(folder), "NETWORK_WEBHOOK_SECRET": SECRET, **secrets, **given}
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -184,16 +257,60 @@ def test_without_a_pipeline_nothing_is_called_and_nothing_fails(database: Any) -
             "NETWORK_WEBHOOK_SECRET",
         ),
         ({"NETWORK_ENVIRONMENT": "Production!"}, "NETWORK_ENVIRONMENT"),
+        ({"NETWORK_WEBHOOK_KIND": "jenkins"}, "NETWORK_WEBHOOK_KIND"),
+        ({"NETWORK_WEBHOOK_KIND": "github"}, "NETWORK_WEBHOOK_URL"),
+        ({"NETWORK_WEBHOOK_TOKEN": TOKEN}, "NETWORK_WEBHOOK_TOKEN"),
+        ({**AT_GITHUB, "NETWORK_WEBHOOK_TOKEN": ""}, "NETWORK_WEBHOOK_TOKEN"),
+        ({**AT_GITHUB, "NETWORK_WEBHOOK_TOKEN": "user:secret\r\nX-Evil: 1"}, "NETWORK_WEBHOOK_TOKEN"),
+        ({**AT_GITHUB, "NETWORK_WEBHOOK_URL": "https://github.com/acme/network"}, "NETWORK_WEBHOOK_URL"),
+        ({**AT_GITHUB, "NETWORK_WEBHOOK_KIND": "gitlab"}, "NETWORK_WEBHOOK_URL"),
     ],
 )
 def test_a_setting_that_would_send_it_elsewhere_or_unsigned_is_a_refusal_to_start(
     tmp_path: Any, given: dict[str, str], named: str
 ) -> None:
-    secrets = dict.fromkeys(("SECRET_KEY", "JWT_SECRET_KEY", "ENCRYPTION_KEY"), "test " + "0123456789abcdef" * 3)
-    environ = {"INSTANCE_DIR": str(tmp_path), "NETWORK_WEBHOOK_SECRET": SECRET, **secrets, **given}
-    with pytest.raises(SettingsError, match=named) as refused:
-        load(environ)
+    with pytest.raises(SettingsError, match=f"^{named}:") as refused:
+        load(environ_of(tmp_path, **given))
     assert "user:secret" not in str(refused.value)
-    fine = {**environ, "NETWORK_ENVIRONMENT": "staging", "NETWORK_WEBHOOK_SECRET": SECRET}
-    loaded = load({**fine, "NETWORK_WEBHOOK_URL": "http://127.0.0.1:1/hook"})
-    assert SECRET not in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"NETWORK_WEBHOOK_URL": "http://127.0.0.1:1/hook"},
+        AT_GITHUB,
+        {**AT_GITHUB, "NETWORK_WEBHOOK_URL": "https://git.example.org/api/v3/repos/acme/network/dispatches"},
+        {
+            **AT_GITHUB,
+            "NETWORK_WEBHOOK_KIND": "gitlab",
+            "NETWORK_WEBHOOK_URL": "https://git.example.org/api/v4/projects/acme%2Fnetwork/trigger/pipeline",
+        },
+    ],
+)
+def test_each_kind_of_pipeline_can_be_set_and_no_secret_is_in_what_is_printed(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    loaded = load(environ_of(tmp_path, NETWORK_ENVIRONMENT="staging", **given))
+    called = pipeline.of(loaded)
+    assert called is not None
+    assert SECRET not in repr(loaded) + repr(called)
+    assert TOKEN not in repr(loaded) + repr(called)
+
+
+def test_the_guides_way_to_check_a_call_believes_ours_and_no_other(told: Any) -> None:
+    """The lines that operators copy are the ones that run here."""
+    guide = (ROOT / "docs" / "network.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    place: dict[str, Any] = {"hmac": hmac, "hashlib": hashlib, "time": time, "Mapping": Mapping}
+    exec(lines, place)  # noqa: S102 - of our own guide
+    is_ours = place["is_from_the_portal"]
+    zone()
+    with told(saying("200 OK", {})) as heard:
+        assert network_webhook.call(utcnow() + SOON)
+    _, headers, body = request(heard)
+    assert is_ours(headers, body, SECRET)
+    assert not is_ours(headers, body + b" ", SECRET)
+    assert not is_ours(headers, body, SECRET[::-1])
+    old = str(int(headers["X-RemoteGPU-Timestamp"]) - 400)
+    resigned = {"X-RemoteGPU-Timestamp": old, "X-RemoteGPU-Signature": pipeline.signature(SECRET, old, body)}
+    assert not is_ours(resigned, body, SECRET), "an old call, sent again"
