@@ -6,6 +6,7 @@ document of a run only, which lies in that run's private directory. A machine wi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from portal.db import utcnow
 from portal.errors import Invalid
-from portal.models import Lease, Machine, Run
+from portal.models import Lease, Machine, Opening, Run
 from portal.models.states import LEASE_OPEN
 from portal.services import agents, config, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM
@@ -47,6 +48,7 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
     if for_run is not None and for_run.run.playbook == login_keys.PLAYBOOK:
         login_keys.begin(for_run.run)
     ways = login_keys.ways()
+    open_ports = _ports_of_machines()
     leased = {row.machine_id for row in Lease.select(Lease.machine).where(Lease.state << LEASE_OPEN)}
     for machine in sorted(chosen, key=lambda each: each.name):
         if machine.host_key is None:
@@ -54,6 +56,7 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
             continue
         operator_keys = ways.wanted_lines(machine, purpose=purpose)
         entry = _host(machine, is_leased=machine.id in leased, operator_keys=operator_keys)
+        entry["vars"]["remotegpu_open_ports"] = sorted(open_ports[machine.id])
         try:
             if for_run is not None:
                 _add_secrets(entry, machine, for_run, fallback=ways.fallback_file(machine))
@@ -62,6 +65,16 @@ def document(chosen: Iterable[Machine], *, for_run: RunFiles | None = None) -> d
             continue
         hosts.append(entry)
     return {"schema": SCHEMA, "generated_at": utcnow().isoformat(), "hosts": hosts, "left_out": left_out}
+
+
+def _ports_of_machines() -> dict[int, set[int]]:
+    """The TCP ports that stay open while nobody has leased a machine: whoever scans it will find them."""
+    ports: dict[int, set[int]] = defaultdict(set)
+    now = utcnow()
+    of_machine = (Opening.lease.is_null()) & Opening.closed_at.is_null() & (Opening.protocol == "tcp")
+    for each in Opening.select().where(of_machine & (Opening.ends_at.is_null() | (Opening.ends_at > now))):
+        ports[each.machine_id] |= set(range(each.first_port, each.last_port + 1))
+    return ports
 
 
 def _host(machine: Machine, *, is_leased: bool, operator_keys: list[str]) -> dict[str, Any]:

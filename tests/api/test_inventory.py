@@ -10,10 +10,13 @@ import pytest
 from flask.testing import FlaskClient
 
 from portal.db import utcnow
-from portal.models import User
-from portal.services import tokens, vault
+from portal.models import Opening, Tenant, User
+from portal.services import network_requests, tokens, vault
+from portal.services.actors import SYSTEM
 from tests.conftest import API, SignedIn
 from tests.factories import actor_of
+from tests.support.network import wish
+from tests.support.rental import allocate, ready_host
 from tests.support.runs import KEY, make_machine
 
 SECRET = "s3cret-of-first-contact"
@@ -42,6 +45,26 @@ def test_a_shell_with_a_token_reads_the_machines(read: Callable[[], Any]) -> Non
     assert host["groups"] == ["gpu_hosts"]
     assert host["vars"]["remotegpu_machine_id"] == machine.id
     assert host["vars"]["remotegpu_lease_active"] is False
+
+
+def test_ports_that_a_machine_has_open_for_itself_are_named_and_no_others(
+    read: Callable[[], Any], tenant: Tenant
+) -> None:
+    """A scan from outside will find them, and finds nothing else right."""
+    host = ready_host("gpu-1")
+    make_machine("gpu-2")
+
+    def opened(port: int, **fields: Any) -> Opening:
+        lease = fields.pop("lease", None)
+        return network_requests.open_port(host.machine, wish(port, **fields), by=SYSTEM, lease=lease)
+
+    opened(7000, last_port=7002)
+    opened(53, protocol="udp")
+    opened(8888, lease=allocate(host, tenant))
+    network_requests.close_port(opened(9998), by=SYSTEM)
+    Opening.update(ends_at=utcnow() - timedelta(seconds=1)).where(Opening.id == opened(9999).id).execute()
+    named = {each["name"]: each["vars"]["remotegpu_open_ports"] for each in read().json["hosts"]}
+    assert named == {"gpu-1": [7000, 7001, 7002], "gpu-2": []}
 
 
 def test_a_gateway_is_in_a_group_of_its_own(read: Callable[[], Any]) -> None:

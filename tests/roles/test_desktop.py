@@ -132,7 +132,7 @@ def test_the_sites_own_file_opens_rdp_to_whom_it_names_and_to_nobody_else(
     said = {"desktop_xrdp_sources": sources, "desktop_xrdp_port": port}
     allowed = evaluate(site["firewall_allow"], "firewall", "trixie", **said)
     assert [(each["port"], each["sources"]) for each in allowed] == opened
-    assert evaluate(site["verify_allowed_ports"], "firewall", "trixie", **said) == scanned
+    assert evaluate("{{ verify_allowed_ports }}", "verify", "trixie", firewall_allow=allowed) == scanned
 
 
 # --- what both kinds stand on

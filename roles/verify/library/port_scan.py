@@ -4,16 +4,22 @@
 A connect scan without root: every port gets one connection attempt, many at a time. Refused and unanswered are both
 closed; what could not be asked at all (no route, no permission) is `unreachable`, and is for the caller to judge. Here
 is no opinion about which ports may be open.
+
+Addresses that the caller names have to be asked. Those that the host says it has (`own`) are asked as far as there is a
+way to them from here: a controller without IPv6, or an address of another network, proves nothing against a host.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import re
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +36,11 @@ options:
     type: list
     elements: str
     required: true
+  own:
+    description:
+      - What C(ip -json address show scope global) says on the host. Its further addresses are scanned as well.
+      - Without it only O(addresses) are scanned.
+    type: str
   first:
     description: The first port.
     type: int
@@ -51,6 +62,11 @@ scans:
   returned: always
   type: list
   elements: dict
+no_way:
+  description: The host's own addresses to which nothing leads from here.
+  returned: always
+  type: list
+  elements: str
 """
 
 UNREACHABLE = {
@@ -64,6 +80,8 @@ UNREACHABLE = {
 }
 IN_FLIGHT_LIMIT = 16_000
 KEPT_BACK = 64  # descriptors that somebody else in this process may need
+OF_DOCKER = re.compile(r"docker0\Z|br-[0-9a-f]{12}\Z")  # their addresses are the host's towards its containers only
+NOT_IN_USE = ("deprecated", "tentative", "dadfailed")
 
 
 @dataclass
@@ -89,6 +107,20 @@ def addresses_of(name: str) -> list[str]:
     """Every IP address of a name, IPv4 first. Raises OSError when it has none."""
     found = {info[4][0] for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     return sorted((str(each) for each in found), key=lambda each: (":" in each, each))
+
+
+def own_addresses(said: str) -> list[str]:
+    """The addresses in `ip -json address`, without those of Docker's bridges. Raises ValueError when it is none."""
+    try:
+        return [
+            str(address["local"])
+            for interface in json.loads(said)
+            if "ifname" in interface and not OF_DOCKER.match(interface["ifname"])  # ip leaves {} where it filtered
+            for address in interface["addr_info"]
+            if not any(address.get(flag) for flag in NOT_IN_USE)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the host does not say which addresses it has: {said[:200] or 'no answer'}") from error
 
 
 def room_for_sockets() -> int:
@@ -150,10 +182,18 @@ def _collect(
         attempt.close()
 
 
+def scan_all(addresses: Sequence[str], ports: Sequence[int], timeout_s: float) -> list[Scan]:
+    """All at the same time: most of a scan is waiting for answers that do not come."""
+    room = max(1, room_for_sockets() // len(addresses))
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return list(pool.map(lambda address: scan(address, ports, timeout_s, room), addresses))
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "addresses": {"type": "list", "elements": "str", "required": True},
+            "own": {"type": "str"},
             "first": {"type": "int", "default": 1},
             "last": {"type": "int", "default": 65535},
             "timeout": {"type": "float", "default": 1.3},
@@ -165,19 +205,18 @@ def main() -> None:
         module.fail_json(
             msg=f"first ({wanted['first']}) and last ({wanted['last']}) must be ports from 1 to 65535, in this order"
         )
-    scans = []
-    room = room_for_sockets()
-    seen: set[str] = set()
-    for name in wanted["addresses"]:
-        try:
-            addresses = addresses_of(name)
-        except OSError as error:
-            module.fail_json(msg=f"{name} has no address: {error}")
-        for address in addresses:
-            if address not in seen:
-                seen.add(address)
-                scans.append(scan(address, range(wanted["first"], wanted["last"] + 1), wanted["timeout"], room))
-    module.exit_json(changed=False, scans=[vars(each) for each in scans])
+    try:
+        named = {address: None for name in wanted["addresses"] for address in addresses_of(name)}
+        own = [] if wanted["own"] is None else own_addresses(wanted["own"])
+    except OSError as error:
+        module.fail_json(msg=f"{', '.join(wanted['addresses'])}: one has no address: {error}")
+    except ValueError as error:
+        module.fail_json(msg=str(error))
+    addresses = list(named | dict.fromkeys(own))
+    scans = scan_all(addresses, range(wanted["first"], wanted["last"] + 1), wanted["timeout"])
+    asked = [each for each in scans if each.address in named or each.open or not each.unreachable]
+    no_way = [each.address for each in scans if each not in asked]
+    module.exit_json(changed=False, scans=[vars(each) for each in asked], no_way=no_way)
 
 
 if __name__ == "__main__":
