@@ -49,6 +49,7 @@ STUB = ROOT / "molecule" / "nvidia_gpu_exporter" / "files" / "nvidia_gpu_exporte
 STAND_INS = (
     "site: the GPUs are a fake NVML and nvidia-smi that answer as recorded",
     "site: NVIDIA's driver and container toolkit are empty packages of the real names and versions",
+    "site: what hosts would fetch from Debian and the Python index is in their images already",
     "site: Grafana, guacd and Harbor are left out; their roles are converged by their own scenarios",
 )
 
@@ -296,6 +297,13 @@ class Site:
             "admin/alerts", is_open=str(is_open).lower(), page_size=200, **filters
         )["items"]
         return items
+
+    def verdict(self, host: Host) -> dict[str, Any]:
+        """What the newest reclaim of a host was proven by, from its signed report."""
+        (reclaim, *_) = self.world.admin.get("admin/reclaims", machine_id=self.world.machines[host.name])["items"]
+        report = json.loads(self.world.admin.download(f"admin/reclaims/{reclaim['id']}/report"))
+        verdict: dict[str, Any] = report["report"]["verification"]["verdict"]
+        return verdict
 
     def page(self, path: str) -> str:
         """A page of the portal as the admin sees it."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from tests.e2e.world import RECLAIM_TIMEOUT_S
 from tests.site.conftest import Rounds
-from tests.site.faults import FAULTS, Fault
-from tests.site.site import Site
+from tests.site.faults import FAULTS, FREE, Fault
+from tests.site.site import LEASED, Site
+from tests.support.scanning import EVERY_PORT, USUAL_UDP, Scanner
+
+DOORS = {"tcp/22": "syn-ack", "tcp/80": "syn-ack", "tcp/443": "syn-ack"}
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(2400)]
 
@@ -39,6 +45,26 @@ def test_nothing_of_the_control_plane_has_failed(site: Site) -> None:
     units = "--unit=remotegpu-* --unit=nginx --unit=prometheus* --unit=postgresql*"
     errors = site.control.run(f"journalctl --quiet --boot --priority=err --no-pager --output=short {units}")
     assert errors.stdout == ""
+
+
+def test_a_neighbour_finds_three_doors_of_the_control_plane_and_no_other(site: Site) -> None:
+    """Every port of TCP, and UDP's usual ones, over IPv4 and IPv6: a refusal would be an answer, too."""
+    neighbour, control = Scanner.on(site.hosts[LEASED]), site.control
+    addresses = [control.address, control.address_v6]
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        heard = pool.map(lambda each: neighbour.hear(str(each), tcp=EVERY_PORT, udp=USUAL_UDP, again=DOORS), addresses)
+        assert list(heard) == [DOORS, DOORS]
+
+
+def test_a_watched_machine_is_rented_and_proven_clean_again(site: Site) -> None:
+    """Who scans it is the control plane, to which its exporters are open: at both of its addresses."""
+    host, world = site.hosts[FREE], site.world
+    world.allocate(host, world.tenant("Initech"), lasts_s=3600)
+    world.admin.post(f"admin/machines/{world.machines[host.name]}/reclaim", reason="end", force=True, confirm=host.name)
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+    (scanned,) = [check for check in site.verdict(host)["checks"] if check["id"] == "ports_from_outside"]
+    found = {scan["address"]: scan["open"] for scan in scanned["evidence"]["scans"]}
+    assert found == {host.address: [22, 9100, 9835], host.address_v6: [22]}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))

@@ -27,6 +27,7 @@ import pytest
 from tests.hosts import Host, boot, gateway_address, unique
 from tests.integration.agent.conftest import Lease, Site, install_agent
 from tests.integration.agent.portal_double import Portal, in_seconds
+from tests.support import scanning
 from tests.support.rendering import evaluate, render
 from tests.support.scanning import Scanner, build_listener
 from tests.support.waiting import until
@@ -58,12 +59,7 @@ CLOSED = {
 }
 CLOSED_OF_THE_LEASE = {"tcp/7000": "syn-ack", "udp/7001": "udp-response", "tcp/7002": "syn-ack", "tcp/7003": "reset"}
 
-# DNS, DHCP, TFTP, RPC, NTP, NetBIOS, SNMP, LDAP, IKE, syslog, RIP, DHCPv6, IPMI, OpenVPN, SQL, L2TP, RADIUS, SSDP, NFS,
-# STUN, NAT-T, SIP, mDNS, LLMNR, VXLAN, Geneve, WireGuard, RoCE; then what listens here.
-USUAL_UDP = (
-    "53,67-69,111,123,137-138,161-162,389,443,500,514,520,546-547,623,1194,1434,1701,1812-1813,1900,2049,3478,4500,"
-    "4789,4791,5060,5353,5355,6081,8472,51820,7001,8092-8093,8101-8102"
-)
+USUAL_UDP = f"{scanning.USUAL_UDP},7001,8092-8093,8101-8102"  # and what listens here
 NOBODY = "port-unreach"
 LISTENING = "1-1024,7000-7003,8090-8102,9100,9835"  # what listens here, and where one would look for more
 # What a lease opens of that, and how the openings are dropped that its owner's firewall has, by somebody else.
