@@ -31,6 +31,11 @@ def schema() -> dict[str, Any]:
     return document
 
 
+def words(definition: str) -> tuple[str, ...]:
+    """The closed list of words that a definition is, e.g. `cleaning_step`."""
+    return tuple(schema()["definitions"][definition]["enum"])
+
+
 def read(body: bytes, definition: str) -> dict[str, Any]:
     """The message in `body`, checked against `definition` (e.g. `sync_request`).
 

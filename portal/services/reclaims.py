@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, NotFound, Unavailable
+from portal.integrations import protocol
 from portal.models import Command, Lease, Machine, Reclaim, Run
 from portal.models.states import LEASE_OPEN, RUN_ENDED
 from portal.services import agents, audit, batch, commands, events, evidence, machines, reports, runs, vault
@@ -27,6 +28,8 @@ from portal.services.transitions import WrongState, move
 CLEAN_DEADLINE = timedelta(minutes=20)  # a cleaning that has not moved for longer hangs; one that moves may take hours
 VERIFY_DEADLINE = timedelta(hours=2)  # from when verifying was ordered: waiting for a worker, and the run itself
 GOOD = ("passed", "not_applicable")
+FROM_OUTSIDE = ("ports_from_outside", "login_from_outside")  # roles/verify sees these itself
+OLDER_AGENT = "An older agent does not know them: upgrade it, then reclaim again."
 ROOT_TENANT = "The tenant had root and could deceive every check on the host: install it anew, then say so."
 
 
@@ -259,7 +262,7 @@ def cleaned(command: Command) -> None:
         _refuse_other_lease(reclaim)
         if reclaim.state != "cleaning":
             raise WrongState(f"Reclaim {reclaim.id} is {reclaim.state}, it awaits no cleaning.", state=reclaim.state)
-        reasons = _faults(command.result, "steps")
+        reasons = _faults(command.result, "steps", protocol.words("cleaning_step"))
         if command.state != "done":
             reasons.insert(0, f"The agent could not clean: {command.message or 'it does not say why'}")
         if reasons:
@@ -268,7 +271,7 @@ def cleaned(command: Command) -> None:
             _verify(reclaim)
 
 
-def _faults(verdict: Any, part: str) -> list[str]:
+def _faults(verdict: Any, part: str, required: Sequence[str]) -> list[str]:
     """Why this result proves nothing; empty if it does. Nothing said is failed, as is everything but a plain pass."""
     if not isinstance(verdict, Mapping):
         return [f"There is no result: {part} are missing."]
@@ -276,6 +279,9 @@ def _faults(verdict: Any, part: str) -> list[str]:
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         return [f"The result holds no {part}."]
     faults = [_fault(step) for step in steps if not isinstance(step, Mapping) or step.get("result") not in GOOD]
+    said = {step.get("id") for step in steps if isinstance(step, Mapping)}
+    if missing := [name for name in required if name not in said]:
+        faults.append(f"Nothing is said of the {part} {', '.join(missing)}. {OLDER_AGENT}")
     if not faults and verdict.get("passed") is not True:
         faults.append("The result does not say that all of it passed.")
     return faults
@@ -356,7 +362,7 @@ def _verdict_faults(run: Run | None, machine: Machine) -> list[str]:
     if run is None:
         return ["The verifying run is gone."]
     verdict = (run.verdicts or {}).get(machine.name)
-    reasons = _faults(verdict, "checks")
+    reasons = _faults(verdict, "checks", (*FROM_OUTSIDE, *protocol.words("host_check")))
     if run.state != "succeeded":
         reasons.append(f"The verifying run {run.id} is {run.state}: {run.reason or 'see its output'}")
     return reasons

@@ -12,6 +12,7 @@ import pytest
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
+from portal.integrations import protocol
 from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Run, Tenant, User
 from portal.services import commands, keys, leases, machines, provisioning, reclaims, reports, retirement, runs
 from portal.services.actors import SYSTEM
@@ -38,6 +39,13 @@ def ended(host: Host, tenant: Tenant) -> Lease:
 def actions_of(machine: Host) -> list[str]:
     """What the trail says of the machine and its reclaims, in order."""
     return [entry.action for entry in AuditEntry.select().order_by(AuditEntry.id)]
+
+
+def without(check: str) -> tuple[dict[str, Any], str]:
+    """A verdict that says nothing of one check, and what is said of it."""
+    said = verdict()
+    kept = [each for each in said["checks"] if each["id"] != check]
+    return {**said, "checks": kept}, f"Nothing is said of the checks {check}. An older agent does not know them"
 
 
 # The way that ends well
@@ -80,8 +88,10 @@ def test_the_report_says_who_what_and_why_and_is_signed(host: Host, ended: Lease
     assert report["machine"] == {"id": host.id, "name": "gpu-1"}
     assert (report["lease"]["id"], report["lease"]["uid"]) == (ended.id, ended.uid)
     assert report["baseline"]["sha256"] == machines.find_baseline(host.machine).digest
-    assert [step["id"] for step in report["cleaning"]["result"]["steps"]] == ["processes", "home"]
-    assert [check["id"] for check in report["verification"]["verdict"]["checks"]][:1] == ["ports_from_outside"]
+    steps = [step["id"] for step in report["cleaning"]["result"]["steps"]]
+    assert steps == list(protocol.words("cleaning_step"))
+    checks = [check["id"] for check in report["verification"]["verdict"]["checks"]]
+    assert checks == [*reclaims.FROM_OUTSIDE, *protocol.words("host_check")]
     assert [gpu["uuid"] for gpu in report["gpus"]] == host.gpu_uuids
     assert report["previous_report_sha256"] is None
 
@@ -133,14 +143,14 @@ def test_there_is_no_report_before_the_end(host: Host, ended: Lease) -> None:
 @pytest.mark.parametrize("result", ["failed", "unknown"])
 def test_a_cleaning_step_that_did_not_pass_quarantines_with_its_reason(host: Host, ended: Lease, result: str) -> None:
     reclaims.advance_due()
-    host.answers("clean", clean_result(processes="passed", home=result))
+    host.answers("clean", clean_result(home=result))
     assert (reclaim_of(ended).state, host.state) == ("failed", "quarantined")
     assert host.machine.state_reason == f"home {result}: home is still there"
 
 
 def test_a_step_that_is_not_applicable_is_no_fault(host: Host, ended: Lease) -> None:
     reclaims.advance_due()
-    host.answers("clean", clean_result(processes="passed", containers="not_applicable"))
+    host.answers("clean", clean_result(containers="not_applicable"))
     assert reclaim_of(ended).state == "verifying"
 
 
@@ -156,6 +166,45 @@ def test_a_cleaning_without_steps_proves_nothing(host: Host, ended: Lease) -> No
     host.answers("clean", {**clean_result(), "steps": []})
     assert host.state == "quarantined"
     assert "no steps" in str(host.machine.state_reason)
+
+
+@pytest.mark.parametrize("missing", ["loader", "account"])
+def test_a_cleaning_that_lacks_a_step_proves_nothing_and_says_the_way_out(
+    host: Host, ended: Lease, missing: str
+) -> None:
+    reclaims.advance_due()
+    said = clean_result()
+    host.answers("clean", {**said, "steps": [step for step in said["steps"] if step["id"] != missing]})
+    assert (reclaim_of(ended).state, host.state) == ("failed", "quarantined")
+    assert host.machine.state_reason == (
+        f"Nothing is said of the steps {missing}. An older agent does not know them: upgrade it, then reclaim again."
+    )
+
+
+def test_one_step_that_passed_is_not_all_of_them(host: Host, ended: Lease) -> None:
+    reclaims.advance_due()
+    first, *others = clean_result()["steps"]
+    host.answers("clean", {**clean_result(), "steps": [first]})
+    assert host.state == "quarantined"
+    assert f"steps {', '.join(step['id'] for step in others)}." in str(host.machine.state_reason)
+
+
+def test_a_step_that_this_portal_does_not_know_counts_as_well(host: Host, ended: Lease) -> None:
+    reclaims.advance_due()
+    host.answers("clean", clean_result(of_a_newer_agent="failed"))
+    assert host.machine.state_reason == "of_a_newer_agent failed: of_a_newer_agent is still there"
+
+
+def test_after_an_upgrade_of_the_agent_the_same_lease_is_reclaimed_again(
+    host: Host, ended: Lease, operator: User
+) -> None:
+    reclaims.advance_due()
+    said = clean_result()
+    host.answers("clean", {**said, "steps": said["steps"][:-1]})
+    runs.queue("upgrade_agent", [host.machine], by=SYSTEM)
+    reclaims.again(host.machine, by=actor_of(operator), reason="its agent is upgraded")
+    host.answers("clean", clean_result())
+    assert reclaim_of(ended).state == "verifying"
 
 
 def test_an_agent_that_falls_silent_while_cleaning_quarantines(host: Host, ended: Lease) -> None:
@@ -240,6 +289,10 @@ def test_what_an_agent_says_of_the_work_of_another_is_nothing(host: Host, ended:
         ({**verdict(), "passed": False}, "does not say that all of it passed"),
         ({**verdict(), "passed": "yes"}, "does not say that all of it passed"),
         ({"passed": True, "checks": ["fine"]}, "not described"),
+        without("ports_from_outside"),
+        without("login_from_outside"),
+        without("account"),
+        without("listening_ports"),
         ({"passed": True, "checks": "fine"}, "no checks"),
     ],
 )

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from portal.db import atomic, utcnow
+from portal.integrations import protocol
 from portal.models import Command, Lease, Machine, MachineReport, Reclaim, Run, Tenant
 from portal.services import agents, commands, config, leases, machines, provisioning, reclaims, runs
 from portal.services.actors import SYSTEM, Actor
@@ -124,8 +125,7 @@ def baseline() -> dict[str, Any]:
 
 
 def steps(**results: str) -> list[dict[str, Any]]:
-    """Cleaning steps with these results; by default two that passed."""
-    wanted = results or {"processes": "passed", "home": "passed"}
+    """The cleaning steps of an agent that passed them all, but for these results."""
     return [
         {
             "id": name,
@@ -136,7 +136,7 @@ def steps(**results: str) -> list[dict[str, Any]]:
             "after": [],
             "duration_s": 0.25,
         }
-        for name, result in wanted.items()
+        for name, result in (dict.fromkeys(protocol.words("cleaning_step"), "passed") | results).items()
     ]
 
 
@@ -155,8 +155,8 @@ def clean_result(**results: str) -> dict[str, Any]:
 
 
 def verdict(**results: str) -> dict[str, Any]:
-    """What verify.yml says of a host; by default that all of it passed."""
-    wanted = results or {"ports_from_outside": "passed", "login_from_outside": "passed", "accounts": "passed"}
+    """What verify.yml says of a host: that all of it passed, but for these results."""
+    wanted = dict.fromkeys((*reclaims.FROM_OUTSIDE, *protocol.words("host_check")), "passed") | results
     checks: list[dict[str, Any]] = [
         {"id": name, "result": result, "reason": None if result == "passed" else f"{name} was seen", "evidence": {}}
         for name, result in wanted.items()

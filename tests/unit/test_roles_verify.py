@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from portal.integrations import protocol
+from portal.services import reclaims
+from tests.support import rendering
+
 ROLE = Path(__file__).parents[2] / "roles/verify"
 
 
@@ -131,7 +135,7 @@ def test_only_a_real_no_is_a_refused_login(attempt: dict[str, Any], result: str)
 
 def test_what_the_host_found_is_taken_over() -> None:
     answer = said(check(), check("failed", id="cron", reason="a crontab of lease17"), check("not_applicable", id="gpu"))
-    judged = judge.host_checks(answer)
+    judged = judge.host_checks(answer, ["accounts"])
     assert [(each["id"], each["result"]) for each in judged] == [
         ("accounts", "passed"),
         ("cron", "failed"),
@@ -167,14 +171,39 @@ def test_what_the_host_found_is_taken_over() -> None:
     ],
 )
 def test_an_answer_that_is_none_is_never_a_yes(answer: dict[str, Any]) -> None:
-    judged = judge.host_checks(answer)
+    judged = judge.host_checks(answer, ["accounts"])
     assert judged
     assert not judge.verdict(judged, "gpu-1", "", "")["passed"]
     assert "unknown" in [each["result"] for each in judged]
 
 
+def test_a_check_that_the_host_does_not_speak_of_is_unknown() -> None:
+    judged = judge.host_checks(said(check()), ["swap", "accounts", "mounts"])
+    assert [(each["id"], each["result"]) for each in judged] == [
+        ("accounts", "passed"),
+        ("swap", "unknown"),
+        ("mounts", "unknown"),
+    ]
+    whole = judge.verdict(judged, "gpu-1", "", "")
+    assert whole["passed"] is False
+    assert "swap unknown: the host's answer says nothing of it; an older agent does not know it: upgrade it" in (
+        judge.reasons(whole)
+    )
+
+
+def test_the_role_requires_what_the_protocol_says() -> None:
+    assert rendering.evaluate("{{ __verify_required }}", "verify", "bookworm") == list(protocol.words("host_check"))
+
+
+def test_what_the_role_looks_at_from_outside_is_what_the_portal_wants_to_hear_of() -> None:
+    made = (judge.ports_check({"scans": []}, [22], 22), judge.login_check({}, "lease17"))
+    assert tuple(each["id"] for each in made) == reclaims.FROM_OUTSIDE
+
+
 def test_a_host_that_was_lost_before_the_question_is_unknown() -> None:
-    (only,) = judge.host_checks({"unreachable": True, "msg": "gone"}, {"unreachable": True, "msg": "gone"})
+    (only,) = judge.host_checks(
+        {"unreachable": True, "msg": "gone"}, ["accounts"], {"unreachable": True, "msg": "gone"}
+    )
     assert only["result"] == "unknown"
     assert "cannot be reached" in only["reason"]
 

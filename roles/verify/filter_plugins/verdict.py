@@ -20,6 +20,7 @@ GOOD = ("passed", "not_applicable")
 RESULTS = (*GOOD, "failed", "unknown")
 ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 REASON_LIMIT = 2000
+OLDER_AGENT = "the host's answer says nothing of it; an older agent does not know it: upgrade it, then try again"
 REFUSED = re.compile(r"Permission denied \(publickey")
 
 
@@ -57,10 +58,13 @@ def login_check(attempt: Mapping[str, Any], login: str) -> Check:
     return _check("login_from_outside", result, reason, evidence, _duration_s(attempt))
 
 
-def host_checks(answer: Mapping[str, Any], room: Mapping[str, Any] | None = None) -> list[Check]:
+def host_checks(
+    answer: Mapping[str, Any], required: Sequence[str], room: Mapping[str, Any] | None = None
+) -> list[Check]:
     """What `remotegpu-agent verify --json` found, or one check that says why there is no answer.
 
-    `room` is what became of the question's folder: without it the question was never asked.
+    Each id of `required` that the answer lacks is a check of its own, and unknown. `room` is what became of the
+    question's folder: without it the question was never asked.
     """
     for step in (room or {}, answer):
         if step.get("unreachable"):
@@ -77,7 +81,8 @@ def host_checks(answer: Mapping[str, Any], room: Mapping[str, Any] | None = None
         return [_silent("the host's answer holds no check", answer)]
     if passed is not all(each["result"] in GOOD for each in checks):
         checks.append(_silent("the host's answer contradicts its own checks", answer))
-    return checks
+    known = {each["id"] for each in checks}
+    return checks + [_check(name, "unknown", OLDER_AGENT, None, 0) for name in required if name not in known]
 
 
 def _taken_apart(each: Any) -> Check:

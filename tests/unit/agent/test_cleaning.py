@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 from collections.abc import Iterable, Iterator
@@ -296,6 +297,12 @@ def accounts_of(passwd: dict[str, list[str]]) -> list[accounts.User]:
 def test_every_step_has_a_check_that_looks_with_other_eyes() -> None:
     assert {step.id for step in cleaning.STEPS} - verify.CHECKS.keys() - {"loader"} == set()
     assert "loader" in verify.CHECKS
+
+
+def test_the_agent_says_what_the_protocol_requires_of_a_clean_host() -> None:
+    said = json.loads((Path(__file__).parents[3] / "agent/protocol/protocol.schema.json").read_text())["definitions"]
+    assert {step.id for step in cleaning.STEPS} == set(said["cleaning_step"]["enum"])
+    assert verify.CHECKS.keys() == set(said["host_check"]["enum"])
 
 
 def test_every_section_of_files_is_restored_and_verified() -> None:
