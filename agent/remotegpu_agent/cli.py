@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--json", action="store_true", help="for programs")
     baseline = words.add_parser("baseline", help="the host's present state, as a baseline")
     baseline.add_argument("--json", action="store_true", help="for programs")
-    words.add_parser("nvml-child", help=argparse.SUPPRESS)
+    nvml_child = words.add_parser("nvml-child", help=argparse.SUPPRESS)
+    nvml_child.add_argument("--as-root", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     word: Any = globals()[f"_{options.word.replace('-', '_')}"]
     return int(word(options))
@@ -330,11 +331,11 @@ def _baseline(_: argparse.Namespace) -> int:
     return 0
 
 
-def _nvml_child(_: argparse.Namespace) -> int:
+def _nvml_child(options: argparse.Namespace) -> int:
     from remotegpu_agent import gpu_child
 
     # The user is the configuration's; the child reads it itself, since root's files are out of reach a line later.
-    gpu_child.main(_load().nvml_user)
+    gpu_child.main(None if options.as_root else _load().nvml_user)
     return 0
 
 

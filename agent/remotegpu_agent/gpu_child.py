@@ -1,9 +1,10 @@
 """The process that speaks with NVML, and nothing else: a hung driver hangs it alone.
 
-It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library, and
-ends with its parent. Every field is read by itself: an error is that field's null and a note, never another field's.
-Here are the oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py keeps the deadline and checks the process ids.
-An XID is an event, told once: it is remembered until the driver is loaded again.
+It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library (in
+the service; verification asks as root), and ends with its parent. Every field is read by itself: an error is that
+field's null and a note, never another field's. Here are the oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py
+keeps the deadline and checks the process ids. An XID is an event, told once: it is remembered until the driver is
+loaded again.
 """
 
 import contextlib
@@ -32,11 +33,13 @@ HOTTEST_C, MOST_MILLIWATTS = 250, 100_000_000  # what is more is a driver's blan
 _PR_SET_PDEATHSIG = 1
 
 
-def main(user: str) -> None:
-    """Answer probes until the input ends."""
+def main(user: str | None) -> None:
+    """Answer probes until the input ends: as this user, or as whoever we are."""
     with contextlib.suppress(ImportError):
         import pynvml  # noqa: F401 - now: the unpacked program is out of reach for anybody but root
-    drop_privileges(user)
+    if user is not None:
+        drop_privileges(user)
+    end_with_parent()
     is_ready = False
     for _ in sys.stdin:
         answer, is_ready = probe(is_ready)
@@ -55,8 +58,12 @@ def drop_privileges(user: str) -> None:
         os.setgroups([])
         os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
-    # After the change of user, which would clear it. TERM: an NVML client that is killed outright can leave the
-    # GPU unusable.
+
+
+def end_with_parent() -> None:
+    """After a change of user, which would clear it. By TERM: an NVML client that is killed outright can leave the GPU
+    unusable.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1:
         raise SystemExit("the agent is gone")

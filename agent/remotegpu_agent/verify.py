@@ -1,8 +1,9 @@
 """Verifying that a host is what its baseline says, and that nothing of a lease is left: only looking, with other eyes.
 
 Cleaning reads /proc, system calls and Docker's socket in Python; here the host's own programs are asked (find, ps, ss,
-getent, nft, docker, loginctl, dpkg), so that one blind spot does not hide the same thing twice. It shares nothing with
-`cleaning/` but the baseline. What can only be seen from outside (open ports, a real login) is the playbook's.
+getent, nft, docker, loginctl, dpkg) and the GPUs' driver, so that one blind spot does not hide the same thing twice. It
+shares nothing with `cleaning/` but the baseline. What can only be seen from outside (open ports, a real login) is the
+playbook's.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline, openings
-from remotegpu_agent.observe import accounts, firewall, mounts
+from remotegpu_agent.observe import accounts, firewall, gpus, mounts
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
 _CLOSED_STORES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/remotegpu-agent", "/var/lib/remotegpu-tasks")
 _LEASE_UIDS = (20000, 59999)
+# Beside its reserve an idle driver shows some MiB as used; the smallest CUDA context there is takes about 100.
+_IDLE_GPU_BYTES = 64 * 1024**2
+_GPU_SETTLES_S = 5.0  # how long the driver may take to free the memory of a process that was killed
 
 
 class NotApplicable(Exception):
@@ -158,9 +162,55 @@ def _gpu_holders(asked: Asked) -> Iterator[str]:
     links = run(["find", *folders, "-maxdepth", "1", "-lname", "/dev/nvidia*", "-printf", "%h %l\n"], ok=(0, 1))
     for folder, device in sorted({tuple(line.split(" ", 1)) for line in links.splitlines()}):
         pid = folder.split("/")[2]
-        unit, _, command = run(["ps", "-o", "unit=,args=", "-p", pid], ok=(0, 1)).strip().partition(" ")
-        if command and unit not in (*asked.sections["gpu_holders"], "remotegpu-agent.service"):
-            yield f"process {pid} ({command.strip()[:200]}) holds {device}"
+        unit, command = _unit_and_command(pid)
+        if command and not _may_hold_gpus(unit, asked):
+            yield f"process {pid} ({command}) holds {device}"
+
+
+def _unit_and_command(pid: str) -> tuple[str, str]:
+    """The system's service of a process, and what it runs: nothing, of one that has gone."""
+    unit, _, command = run(["ps", "-o", "unit=,args=", "-p", pid], ok=(0, 1)).strip().partition(" ")
+    return unit, command.strip()[:200]
+
+
+def _may_hold_gpus(unit: str, asked: Asked) -> bool:
+    return unit in (*asked.sections["gpu_holders"], "remotegpu-agent.service")
+
+
+def _gpu_memory(asked: Asked) -> list[str]:
+    """As the driver tells it: memory can stay behind without anybody who holds a device."""
+    settled_at = time.monotonic() + _GPU_SETTLES_S
+    while (found := list(_in_use_of_gpus(gpus.ask(), asked))) and time.monotonic() < settled_at:
+        time.sleep(0.5)
+    return found
+
+
+def _in_use_of_gpus(report: dict[str, Any], asked: Asked) -> Iterator[str]:
+    if report["state"] != "ok" or not report["gpus"]:
+        if not gpus.are_there() and not asked.sections["gpu_holders"]:
+            raise NotApplicable("this host has no GPU")
+        yield f"the driver tells of no GPU ({report['state']}): {report['message'] or 'it counts none'}"
+        return
+    if report["message"]:
+        yield report["message"]
+    for gpu in report["gpus"]:
+        yield from _in_use_of(gpu, asked)
+
+
+def _in_use_of(gpu: dict[str, Any], asked: Asked) -> Iterator[str]:
+    name = f"GPU {gpu['index']} ({gpu['uuid']})"
+    used, listed = gpu["memory_used_bytes"], gpu["processes"]
+    if used is None or listed is None:
+        why = "; ".join(error["message"] for error in gpu["errors"]) or "no reason is given"
+        yield f"{name} does not tell what it is used for: {why}"
+    for process in listed or ():
+        unit, command = _unit_and_command(str(process["pid"]))
+        if _may_hold_gpus(unit, asked):
+            used = None if used is None else used - (process["memory_bytes"] or 0)
+        elif command:
+            yield f"process {process['pid']} ({command}) runs on {name}"
+    if used is not None and used > _IDLE_GPU_BYTES:
+        yield f"{used // 1024**2} MiB of {name} are in use"
 
 
 def _tasks(asked: Asked) -> Iterator[str]:
@@ -318,11 +368,14 @@ def _with_parents(path: str, roots: list[str]) -> Iterator[str]:
 
 
 def _add_digests(found: dict[str, dict[str, Any]]) -> None:
-    paths = [path for path, entry in found.items() if entry["type"] == "file"]
+    for path, digest in _digests([path for path, entry in found.items() if entry["type"] == "file"]):
+        found[path]["sha256"] = digest
+
+
+def _digests(paths: list[str]) -> Iterator[tuple[str, str]]:
     for first in range(0, len(paths), 500):
         for line in run(["sha256sum", "-z", "--", *paths[first : first + 500]]).split("\0")[:-1]:
-            digest, path = line[:64], line[66:]
-            found[path]["sha256"] = digest
+            yield line[66:], line[:64]
 
 
 def _running_units(asked: Asked) -> Iterator[str]:
@@ -364,17 +417,22 @@ def _database(asked: Asked, database: str, *, secret: bool) -> Iterator[str]:
 
 
 def _special_files(asked: Asked) -> Iterator[str]:
+    """The content is read of those of the baseline alone: a tenant's own may be terabytes, and are named anyway."""
     known = asked.sections["special_files"]
     lending = set(_find_everywhere("-type", "f", "-perm", "/6000"))
     capable = {path for path in _find_everywhere("-type", "f") if _capabilities(path)}
+    digests = dict(_digests(sorted(path for path in lending | capable if known.get(path, {}).get("sha256"))))
     for path in sorted(lending | capable):
         if path not in known:
             yield f"{path} lends power and is not in the baseline"
             continue
-        mode, uid = run(["stat", "-c", "%a %u", "--", path]).split()
-        now = {"mode": int(mode, 8), "uid": int(uid), "capabilities": _capabilities(path)}
-        if {key: known[path][key] for key in now} != now:
+        mode, uid, gid, size = run(["stat", "-c", "%a %u %g %s", "--", path]).split()
+        now = {"mode": int(mode, 8), "uid": int(uid), "gid": int(gid), "capabilities": _capabilities(path)}
+        content = {"sha256": digests[path]} if path in digests else {"size": int(size)}  # of a large one that is known
+        if not now.items() <= known[path].items():
             yield f"{path} lends other power than in the baseline"
+        if not content.items() <= known[path].items():
+            yield f"{path} has another content than in the baseline"
 
 
 def _capabilities(path: str) -> str | None:
@@ -533,6 +591,7 @@ CHECKS: dict[str, Check] = {
     "connections": _connections,
     "processes": _lease_processes,
     "gpu_holders": _gpu_holders,
+    "gpu_memory": _gpu_memory,
     "tasks": _tasks,
     "linger": _linger,
     "user_units": _user_units,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pynvml
+
 from tests.hosts import Host, boot, unique
 from tests.hosts.owner import keeps_hosts
 from tests.support.dirt import IMPORT_IMAGE, PACKAGES, Tenant
@@ -48,6 +50,14 @@ except cleaning.Refused as refused:
     json.dump({"refused": str(refused)}, sys.stdout)
 """
 
+
+_PROGRAM = """#!/usr/bin/python3 -I
+import sys
+sys.path.insert(0, "/opt/remotegpu/source")
+sys.dont_write_bytecode = True
+from remotegpu_agent import cli
+sys.exit(cli.main())
+"""
 
 _HIS = (
     "getent passwd ops root installer; getent shadow ops root; cat /etc/sudoers.d/*; nft list table inet remotegpu",
@@ -106,9 +116,13 @@ class CleanedHost:
                       f" --shell /bin/bash --create-home --key HOME_MODE=0700 --password '*' {LOGIN}")  # fmt: skip
         self.tenant = Tenant.of(self.host, LOGIN)
 
+    def order(self) -> dict[str, Any]:
+        """What the portal would say to have the lease cleaned away."""
+        named = {"lease_id": LEASE_ID, "machine_id": MACHINE_ID, "login": LOGIN, "uid": UID}
+        return {**named, "baseline": self.baseline}
+
     def clean(self, **changed: Any) -> dict[str, Any]:
-        args = {"lease_id": LEASE_ID, "machine_id": MACHINE_ID, "login": LOGIN, "uid": UID, "baseline": self.baseline}
-        return _call(self.host, "clean", {**args, **changed})
+        return _call(self.host, "clean", {**self.order(), **changed})
 
     def verify(self) -> dict[str, Any]:
         asked = {"schema": 1, "machine_id": MACHINE_ID, "lease_id": LEASE_ID, "login": LOGIN, "uid": UID}
@@ -135,11 +149,15 @@ def result_of(items: list[dict[str, Any]], name: str) -> tuple[str, str]:
 
 
 def _push(host: Host) -> None:
+    """The agent's source with the one package that reads GPUs, and its program, which is not built for this."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         archive.add(PACKAGE, "remotegpu_agent", filter=lambda each: None if "__pycache__" in each.name else each)
+        archive.add(pynvml.__file__, "pynvml.py")
     host.run("rm -rf /opt/remotegpu/source && mkdir -p /opt/remotegpu/source && tar -C /opt/remotegpu/source -xf -",
              stdin=packed.getvalue())  # fmt: skip
+    host.put("/usr/local/bin/remotegpu-agent", _PROGRAM, mode="0755")
+    host.put("/etc/remotegpu/agent.json", '{"portal_url": ""}')
 
 
 def _call(host: Host, what: str, given: dict[str, Any]) -> dict[str, Any]:

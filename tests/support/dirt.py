@@ -54,7 +54,8 @@ Do = Callable[[Host, Tenant], Any]
 class Way:
     """One way to dirty a host. The cleaning step and the check of this id must say the text that `mark` answers with.
 
-    Ask for the mark while the dirt is there: it may be the number of a process.
+    Ask for the mark while the dirt is there: it may be the number of a process. `step` is given where the cleaning step
+    has another id than the check.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Way:
     seen: Callable[[Host, Tenant], bool]
     id: str
     mark: Callable[[Host, Tenant], str]
+    step: str = ""
+
+    @property
+    def step_id(self) -> str:
+        """The cleaning step that is to find it."""
+        return self.step or self.id
 
 
 def is_named(items: Sequence[Mapping[str, Any]], name: str, mark: str) -> bool:
@@ -207,6 +214,27 @@ def _open_a_port(host: Host, _tenant: Tenant) -> None:
     host.run(f"nft add element inet remotegpu openings {{ {element} timeout 1d }}")
 
 
+# --- the GPUs
+
+_HOLDS_A_GPU = (
+    "touch /dev/nvidia-left; chmod 666 /dev/nvidia-left; setsid -f setpriv --reuid {uid} --regid {uid} --clear-groups"
+    " sleep {seconds} </dev/nvidia-left >/dev/null 2>&1"
+)
+
+
+def _hold_a_gpu(seconds: int) -> Do:
+    return lambda host, tenant: host.run(_HOLDS_A_GPU.format(uid=tenant.uid, seconds=seconds))
+
+
+def _use_gpu_memory(host: Host, tenant: Tenant) -> None:
+    """The driver lists a process of the tenant with 2 GiB. Its scenario lies in /etc, where cleaning puts it back: then
+    the memory is free, as it is once a real process has died.
+    """
+    _hold_a_gpu(90011)(host, tenant)
+    pid = int(host.run(["pgrep", "-n", "-u", str(tenant.uid), "-f", "sleep 90011"]).stdout)
+    host.gpu.show(host.gpu.scenario.using(0, {pid: 2 << 30}))
+
+
 # --- the table
 
 WAYS: tuple[Way, ...] = (
@@ -331,10 +359,9 @@ WAYS: tuple[Way, ...] = (
                    " time.sleep(90010)' >/dev/null 2>&1"),
         _says("timeout 10 sh -c 'until ss -Htn state established | grep :31339; do sleep 0.1; done'", ":31339"),
         "connections", _text(":31339")),
-    Way("GPU held", _as_root("touch /dev/nvidia-left; chmod 666 /dev/nvidia-left;"
-                             " setsid -f setpriv --reuid {uid} --regid {uid} --clear-groups"
-                             " sleep 90009 </dev/nvidia-left >/dev/null 2>&1"),
-        _runs("sleep 90009"), "gpu_holders", _pid_of("sleep 90009")),
+    Way("GPU held", _hold_a_gpu(90009), _runs("sleep 90009"), "gpu_holders", _pid_of("sleep 90009")),
+    Way("GPU memory", _use_gpu_memory, _says("nvidia-smi --query-compute-apps=pid --format=csv,noheader", r"\d"),
+        "gpu_memory", _pid_of("sleep 90011"), step="gpu_holders"),
     Way("mail", _as_root("install -o {login} -m 0600 /dev/null /var/mail/{login}"), _exists("/var/mail/{login}"),
         "records", _text("/var/mail/{login}")),
     Way("core dump",
@@ -370,6 +397,17 @@ def immutable(host: Host, path: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["chattr", "-i", str(outside)], check=True)
+
+
+@contextlib.contextmanager
+def replaced_program(host: Host, path: str) -> Iterator[None]:
+    """Another content in a program that lends power, with everything else as it was; the right one in the end."""
+    kept = "/root/kept.tar"  # by itself it would lend power in another place
+    host.run(f'mode=$(stat -c %a {path}) && tar -cPf {kept} {path} && cat /bin/sleep >{path} && chmod "$mode" {path}')
+    try:
+        yield
+    finally:
+        host.run(f"tar -xpPf {kept} && rm {kept}")
 
 
 _LISTEN = """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
 from jsonschema import Draft7Validator
 
+from remotegpu_agent.cleaning import STEPS
 from tests.hosts.fixtures import EACH_SUITE
 from tests.integration.agent.test_baseline import SCHEMA
 from tests.support import dirt
-from tests.support.cleaned_host import CleanedHost, findings, leased_host, result_of
+from tests.support.cleaned_host import MACHINE_ID, CleanedHost, findings, leased_host, result_of
 from tests.support.waiting import until
 
 # The rental plants the same table on both suites in `make test`; the corners are told here.
@@ -54,7 +56,7 @@ def test_a_host_dirtied_in_every_way_is_clean_again_and_the_operators_own_is_unt
     ]
     assert unverified == []
     assert [way.name for way in dirt.WAYS if result_of(without_cleaning["checks"], way.id)[0] != "failed"] == []
-    assert [way.name for way in dirt.WAYS if not dirt.is_named(cleaned["steps"], way.id, marks[way.name])] == []
+    assert [way.name for way in dirt.WAYS if not dirt.is_named(cleaned["steps"], way.step_id, marks[way.name])] == []
     assert findings(cleaned["steps"]) == []
     assert findings(leased.verify()["checks"]) == []
     assert [way.name for way in dirt.WAYS if way.seen(host, tenant)] == []
@@ -80,6 +82,18 @@ def test_a_leftover_made_immutable_from_outside_fails_by_name_and_is_not_moved_a
     assert result_of(cleaned["steps"], "home")[0] == "failed"
     assert path in result_of(cleaned["steps"], "owned_files")[1]
     assert path in result_of(checked["checks"], "owned_files")[1]
+
+
+def test_a_set_uid_program_with_another_content_fails_by_its_name_and_is_left_to_an_operator(
+    leased: CleanedHost,
+) -> None:
+    """The baseline holds its digest alone: it cannot be put back."""
+    with dirt.replaced_program(leased.host, "/usr/bin/chfn"):
+        cleaned, checked = leased.clean(), leased.verify()
+    for items in (cleaned["steps"], checked["checks"]):
+        result, reason = result_of(items, "special_files")
+        assert (result, "/usr/bin/chfn" in reason, "another content" in reason) == ("failed", True, True)
+    assert findings(leased.verify()["checks"]) == []
 
 
 def test_a_listener_without_a_process_fails_by_its_port(leased: CleanedHost) -> None:
@@ -111,6 +125,27 @@ def test_a_stranger_who_holds_a_gpu_is_named_and_not_killed(leased: CleanedHost)
     until(lambda: not leased.host.run(["test", "-d", f"/proc/{pid}"], check=False).ok, "the holder to be gone")
 
 
+def test_gpu_memory_that_nobody_seems_to_use_fails_by_the_card_and_so_does_a_card_that_does_not_tell(
+    leased: CleanedHost,
+) -> None:
+    idle = leased.host.gpu.scenario
+    assert result_of(leased.verify()["checks"], "gpu_memory") == ("passed", "")
+    told = {
+        f"2048 MiB of GPU 1 ({idle.uuids[1]}) are in use": idle.having("gpu1", memory_used=str(2 << 30)),
+        f"GPU 1 ({idle.uuids[1]}) does not tell": idle.having(
+            "gpu1", compute_processes="!UNKNOWN", memory_used="!UNKNOWN"
+        ),
+        "the driver tells of no GPU (mismatch)": idle.mismatch(),
+    }
+    try:
+        for text, scenario in told.items():
+            leased.host.gpu.show(scenario)
+            result, reason = result_of(leased.verify()["checks"], "gpu_memory")
+            assert (result, text in reason) == ("failed", True), reason
+    finally:
+        leased.host.gpu.show(idle)
+
+
 def test_a_container_of_nobody_known_survives_and_is_named(leased: CleanedHost) -> None:
     leased.host.run("docker run -d --name stranger kept:image $(command -v sleep) 70002")
     cleaned, checked = leased.clean(), leased.verify()
@@ -118,6 +153,34 @@ def test_a_container_of_nobody_known_survives_and_is_named(leased: CleanedHost) 
     for result, reason in (result_of(cleaned["steps"], "containers"), result_of(checked["checks"], "containers")):
         assert (result, "stranger" in reason) == ("failed", True)
     leased.host.run("docker rm -f stranger")
+
+
+def test_an_operator_cleans_from_the_hosts_own_shell(leased: CleanedHost) -> None:
+    """`remotegpu-agent clean`, with the portal away: the same order, the same refusals, and words for a person."""
+    host, path = leased.host, f"{leased.tenant.home}/kept"
+    ordered = leased.order()
+    host.put("/root/order.json", json.dumps(ordered), mode="0600")
+    host.put("/root/other.json", json.dumps(ordered | {"machine_id": MACHINE_ID + 1}), mode="0600")
+    clean = "remotegpu-agent clean --request /root/"
+    assert "not enrolled" in host.run(f"{clean}order.json", check=False).stderr
+    credential = {"machine_id": MACHINE_ID, "credential_id": 1, "credential": "of this host"}
+    host.put("/var/lib/remotegpu-agent/credential.json", json.dumps(credential), mode="0600")
+    refused = host.run(f"{clean}other.json", check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "remotegpu-agent: not cleaned: the order is for machine 2, this is machine 1\n"
+
+    host.put(path, "weights\n", owner=leased.tenant.login)
+    with dirt.immutable(host, path):
+        failed = host.run(f"{clean}order.json", check=False)
+    assert (failed.returncode, json.loads(failed.stdout)["passed"]) == (1, False)
+    assert f"FAILED home: {leased.tenant.home}" in failed.stderr
+    assert "What is named above is still there; run it again" in failed.stderr
+    cleaned = host.run(f"{clean}order.json")
+    valid("clean_result", json.loads(cleaned.stdout))
+    assert cleaned.stderr == f"clean: nothing of the lease is left ({len(STEPS)} steps)\n"
+    assert host.run(["id", leased.tenant.login], check=False).returncode == 1
+    assert not host.run(["test", "-e", leased.tenant.home], check=False).ok
+    assert "lease.cleaned" in host.read("/var/lib/remotegpu-agent/journal.jsonl")
 
 
 def test_nothing_is_touched_while_another_lease_is_open(leased: CleanedHost) -> None:

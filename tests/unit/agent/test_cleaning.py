@@ -320,7 +320,8 @@ def test_nothing_is_started_before_the_loaders_settings_are_back_and_the_account
 
 def test_the_table_of_dirt_names_steps_and_checks_that_exist() -> None:
     assert len(WAYS) == len({way.name for way in WAYS}) >= 25
-    assert {way.id for way in WAYS} <= {step.id for step in cleaning.STEPS} & verify.CHECKS.keys()
+    assert {way.id for way in WAYS} <= verify.CHECKS.keys()
+    assert {way.step_id for way in WAYS} <= {step.id for step in cleaning.STEPS}
 
 
 # --- the ruleset

@@ -1,0 +1,155 @@
+"""What verification makes of what it sees on a host, without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remotegpu_agent import gpu_child, verify
+from remotegpu_agent.observe import files, gpus
+
+MIB = 1024**2
+ASKED = verify.Asked(17, "lease17", 20017, {"gpu_holders": ["exporter.service"]})
+IDLE = {"index": 0, "uuid": "GPU-1", "errors": [], "state": "ok"} | dict.fromkeys(gpu_child.FIELDS)
+IDLE |= {"memory_used_bytes": 15 * MIB, "processes": []}
+
+
+def reported(*gpu: dict[str, Any], state: str = "ok", message: str | None = None) -> dict[str, Any]:
+    return {"state": state, "message": message, "gpus": list(gpu)}
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str | None]]:
+    """Result and reason of the check of GPU memory, where the driver says that."""
+    monkeypatch.setattr(verify, "_GPU_SETTLES_S", 0)
+
+    def judge(report: dict[str, Any], asked: verify.Asked = ASKED) -> tuple[str, str | None]:
+        monkeypatch.setattr(gpus, "ask", lambda: report)
+        check = verify._checked("gpu_memory", verify._gpu_memory, asked)
+        return check["result"], check["reason"]
+
+    return judge
+
+
+Judged = Callable[..., tuple[str, str | None]]
+
+
+def test_an_idle_gpu_passes_with_the_little_that_its_driver_uses(judged: Judged) -> None:
+    assert judged(reported(IDLE)) == ("passed", None)
+    assert judged(reported(IDLE | {"memory_used_bytes": 64 * MIB})) == ("passed", None)
+
+
+def test_memory_that_is_in_use_fails_also_where_no_process_is_listed(judged: Judged) -> None:
+    assert judged(reported(IDLE, IDLE | {"index": 1, "uuid": "GPU-2", "memory_used_bytes": 65 * MIB})) == (
+        "failed",
+        "65 MiB of GPU 1 (GPU-2) are in use",
+    )
+
+
+def test_a_process_that_is_listed_fails_by_name_also_where_its_memory_is_unknown(judged: Judged) -> None:
+    listed = [{"pid": os.getpid(), "memory_bytes": None, "uid": 0}]
+    result, reason = judged(reported(IDLE | {"processes": listed}))
+    assert result == "failed"
+    assert reason is not None
+    assert reason.startswith(f"process {os.getpid()} (")
+    assert reason.endswith(") runs on GPU 0 (GPU-1)")
+
+
+def test_what_a_service_of_the_baseline_uses_is_no_tenants(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_unit_and_command", lambda _pid: ("exporter.service", "/usr/bin/exporter"))
+    listed = [{"pid": 4711, "memory_bytes": 500 * MIB, "uid": 0}]
+    assert judged(reported(IDLE | {"processes": listed, "memory_used_bytes": 520 * MIB})) == ("passed", None)
+    more = judged(reported(IDLE | {"processes": listed, "memory_used_bytes": 600 * MIB}))
+    assert more == ("failed", "100 MiB of GPU 0 (GPU-1) are in use")
+
+
+@pytest.mark.parametrize("silent", ["memory_used_bytes", "processes"])
+def test_a_gpu_that_does_not_tell_is_not_clean(judged: Judged, silent: str) -> None:
+    errors = [{"field": silent, "code": 15, "message": "GPU is lost"}]
+    assert judged(reported(IDLE | {silent: None, "errors": errors})) == (
+        "failed",
+        "GPU 0 (GPU-1) does not tell what it is used for: GPU is lost",
+    )
+    unnamed = reported(IDLE, message="1 of 2 GPUs do not tell their UUID")
+    assert judged(unnamed) == ("failed", "1 of 2 GPUs do not tell their UUID")
+
+
+@pytest.mark.parametrize("state", ["no_library", "driver_not_loaded", "mismatch", "error", "stale"])
+def test_a_driver_that_does_not_answer_passes_only_where_there_never_was_a_gpu(
+    judged: Judged, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, without = reported(state=state, message="it hangs"), verify.Asked(17, "lease17", 20017, {"gpu_holders": []})
+    said = ("failed", f"the driver tells of no GPU ({state}): it hangs")
+    monkeypatch.setattr(gpus, "are_there", lambda: True)
+    assert judged(silent, without) == said
+    monkeypatch.setattr(gpus, "are_there", lambda: False)
+    assert judged(silent) == said, "a service of the baseline held one"
+    assert judged(silent, without) == ("not_applicable", "this host has no GPU")
+
+
+def test_a_look_that_is_early_is_repeated_until_the_driver_has_freed_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = iter([reported(IDLE | {"memory_used_bytes": 900 * MIB}), reported(IDLE)])
+    monkeypatch.setattr(gpus, "ask", lambda: next(looks))
+    assert verify._gpu_memory(ASKED) == []
+
+
+# --- programs that lend power
+
+
+def change_mode(program: Path) -> None:
+    program.chmod(0o2755)
+
+
+def change_content(program: Path) -> None:
+    """Of the same length, and as mighty as before."""
+    program.write_bytes(b"#!/bin/si\n")
+    program.chmod(0o4755)
+
+
+def change_nothing(program: Path) -> None:
+    program.touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_nothing, []),
+        (change_mode, ["{} lends other power than in the baseline"]),
+        (change_content, ["{} has another content than in the baseline"]),
+    ],
+)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_program_that_lends_power_is_compared_in_mode_and_content(
+    change: Callable[[Path], None], said: list[str], is_large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(b"#!/bin/sh\n")
+    program.chmod(0o4755)
+    if is_large:
+        monkeypatch.setattr(files, "_DIGEST_LIMIT_BYTES", 5)
+    known = {str(program): {**(files.look_at(str(program)) or {}), "capabilities": None}}
+    monkeypatch.setattr(verify, "_find_everywhere", lambda *_words: iter([str(program)]))
+    change(program)
+    if is_large and change is change_content:
+        program.write_bytes(b"#!/bin/sh, and more\n")
+        program.chmod(0o4755)
+    found = list(verify._special_files(verify.Asked(None, None, None, {"special_files": known})))
+    assert found == [text.format(program) for text in said]
+
+
+def test_the_content_of_a_program_that_a_tenant_left_is_never_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "left"
+    program.touch(0o755)
+    program.chmod(0o4755)
+    monkeypatch.setattr(verify, "_find_everywhere", lambda *_words: iter([str(program)]))
+    monkeypatch.setattr(verify, "run", lambda argv, **_: pytest.fail(f"started {argv}"))
+    found = list(verify._special_files(verify.Asked(None, None, None, {"special_files": {}})))
+    assert found == [f"{program} lends power and is not in the baseline"]
