@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,11 +18,12 @@ from typing import Any
 import peewee
 
 from portal.db import atomic, utcnow
-from portal.integrations.network_format import document, names
+from portal.errors import Conflict
+from portal.integrations.network_format import desired, document
 from portal.integrations.network_format import openings as rules
 from portal.integrations.protocol import format_time
 from portal.models import AppliedNetwork, DnsZone, Lease, Machine, NetworkExport, Opening, SecurityGroup
-from portal.services import config, network, network_names, network_openings
+from portal.services import config, network, network_names, network_openings, network_trial
 
 LOG = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ OF_OPENING = (
 BEHIND_GROUPS = Machine.select(Machine.id).where(Machine.security_group.is_null(False))
 
 
+class ExportUnfit(Conflict):
+    """Something is wanted that no stack would take, and that could not be left out by itself."""
+
+    code = "export_unfit"
+
+
 @dataclass
 class Body:
     """Before it is sealed. `left_out`: key and reason of what is wanted and no stack would take."""
@@ -62,21 +69,31 @@ class Body:
 def body(now: datetime) -> Body:
     """What is wanted now, without generation; in a handful of queries, whatever the size of the fleet."""
     left_out: list[dict[str, str]] = []
-    fleet = list(Machine.select(*OF_MACHINE).where(Machine.state != "retired").order_by(Machine.id))
+    fleet = _fleet()
     known = {machine.id: machine for machine in fleet}
     zones = list(DnsZone.select().order_by(DnsZone.id))
-    groups = list(SecurityGroup.select().order_by(SecurityGroup.id))
-    entries = list(_fitting(_names(fleet, known), left_out))
-    holes = list(_openings(known, now, left_out))
+    groups = _fitting_groups(left_out)
+    entries = _fitting(_names(fleet, known), network_trial.Zones(map(network_names.row_of_zone, zones)), left_out)
+    holes = list(_openings(known, now, left_out, groups={row["key"] for row in groups}))
     rows = {
         "environment": environment(),
         "machines": [{"key": network_names.key_of_machine(each.id), "name": each.name} for each in fleet],
         "zones": [network_names.row_of_zone(zone) for zone in zones],
-        "groups": [row_of_group(group) for group in groups],
+        "groups": groups,
         "names": entries,
         "openings": holes,
     }
     return Body(rows, left_out)
+
+
+def names_wanted() -> Iterator[Row]:
+    """Every name, fit or not."""
+    fleet = _fleet()
+    yield from _names(fleet, {machine.id: machine for machine in fleet})
+
+
+def _fleet() -> list[Machine]:
+    return list(Machine.select(*OF_MACHINE).where(Machine.state != "retired").order_by(Machine.id))
 
 
 def _names(fleet: list[Machine], known: dict[int, Machine]) -> Iterator[Row]:
@@ -92,26 +109,44 @@ def _names(fleet: list[Machine], known: dict[int, Machine]) -> Iterator[Row]:
             yield from network_names.of_machine(machine, zone)
 
 
-def _fitting(rows: Iterator[Row], left_out: list[dict[str, str]]) -> Iterator[Row]:
+def _fitting(rows: Iterator[Row], zones: network_trial.Zones, left_out: list[dict[str, str]]) -> list[Row]:
     """Those that no stack would refuse, each name and type once, and nothing beside a CNAME."""
+    fit: dict[str, tuple[Row, document.Name]] = {}
     at_name: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        faults = network_names.faults_of(row)
-        if not faults:
-            row = {**row, "name": names.canonical(row["name"])}
-            there = at_name.setdefault((row["zone"], row["name"]), {})
-            if (
-                other := there.get(row["type"])
-                or there.get("CNAME")
-                or (row["type"] == "CNAME" and next(iter(there.values()), None))
-            ):
-                faults = [f"{other} stands at {row['name']} already."]
-            else:
-                there[row["type"]] = row["key"]
-        if faults:
-            left_out.append({"key": row["key"], "reason": " ".join(faults)})
+        try:
+            entry = zones.entry(row)
+        except network_trial.Unfit as unfit:
+            left_out.append({"key": row["key"], "reason": str(unfit)})
+            continue
+        there = at_name.setdefault((entry.zone, entry.name), {})
+        if other := _in_the_way(entry, there):
+            left_out.append({"key": row["key"], "reason": f"{other} stands at {entry.name} already."})
+            continue
+        there[entry.type] = entry.key
+        fit[entry.key] = ({**row, "name": entry.name}, entry)
+    for key, reason in list(desired.proxied_to_private(entry for _, entry in fit.values())):
+        left_out.append({"key": key, "reason": reason})
+        del fit[key]
+    return [row for row, _ in fit.values()]
+
+
+def _in_the_way(entry: document.Name, there: dict[str, str]) -> str | None:
+    """The key of what stands at the same name and bears nothing of this type beside it."""
+    if entry.type == "CNAME":
+        return next(iter(there.values()), None)
+    return there.get(entry.type) or there.get("CNAME")
+
+
+def _fitting_groups(left_out: list[dict[str, str]]) -> list[Row]:
+    rows = []
+    for group in SecurityGroup.select().order_by(SecurityGroup.id):
+        row = row_of_group(group)
+        if (reason := desired.unfit_group(document.Group(**row))) is None:
+            rows.append(row)
         else:
-            yield row
+            left_out.append({"key": group.key, "reason": reason})
+    return rows
 
 
 def row_of_group(group: SecurityGroup) -> Row:
@@ -122,8 +157,10 @@ def row_of_group(group: SecurityGroup) -> Row:
     }  # fmt: skip
 
 
-def _openings(known: dict[int, Machine], now: datetime, left_out: list[dict[str, str]]) -> Iterator[Row]:
-    """Of machines that stand behind a group; the hosts' own firewalls are told by sync."""
+def _openings(
+    known: dict[int, Machine], now: datetime, left_out: list[dict[str, str]], *, groups: Container[str]
+) -> Iterator[Row]:
+    """Of machines that stand behind one of these groups; the hosts' own firewalls are told by sync."""
     rows = (
         Opening.select(*OF_OPENING, *OF_LEASE)
         .join(Lease, peewee.JOIN.LEFT_OUTER)
@@ -135,6 +172,9 @@ def _openings(known: dict[int, Machine], now: datetime, left_out: list[dict[str,
         if machine is None or machine.security_group_id is None or not network_openings.is_wanted(opening, now):
             continue
         row = row_of_opening(opening, machine)
+        if row["group"] not in groups:
+            left_out.append({"key": row["key"], "reason": f"Its security group {row['group']} is left out."})
+            continue
         try:
             rules.opening(row["key"], row["protocol"], (opening.first_port, opening.last_port), row["source"])
         except rules.BadOpening as error:
@@ -146,7 +186,7 @@ def _openings(known: dict[int, Machine], now: datetime, left_out: list[dict[str,
 def openings_behind(group: SecurityGroup, now: datetime) -> Iterator[Row]:
     """What this group shall let in now."""
     members = list(Machine.select().where(Machine.security_group == group, Machine.state != "retired"))
-    yield from _openings({machine.id: machine for machine in members}, now, [])
+    yield from _openings({machine.id: machine for machine in members}, now, [], groups={group.key})
 
 
 def row_of_opening(opening: Opening, machine: Machine) -> Row:
@@ -176,7 +216,7 @@ def environment() -> str:
 def current() -> NetworkExport:
     """The document of this generation: written by whoever asks first, the same bytes for all who follow.
 
-    Raises NetworkFrozen after a restoration.
+    Raises NetworkFrozen after a restoration, and ExportUnfit.
     """
     row = network.state()
     network.refuse_frozen(row)
@@ -207,7 +247,10 @@ def _keep(built: Body, now: datetime) -> NetworkExport:
     if kept is not None:
         return kept
     sealed = document.seal({**built.rows, "generation": row.generation, "generated_at": format_time(now)})
-    document.parse(sealed)  # a fault in what was let in is found here, before it stops every stack
+    try:
+        document.parse(sealed)  # a fault in what was let in is found here, before it stops every stack
+    except document.BadDocument as error:
+        raise ExportUnfit(f"No stack would take the export, so none is given out: {error}") from None
     export: NetworkExport = NetworkExport.create(
         generation=row.generation,
         checksum=sealed["checksum"],

@@ -14,14 +14,15 @@ import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict, Invalid, NotFound
-from portal.integrations.network_format import desired, document, names, records, settings
+from portal.integrations.network_format import names, records
 from portal.models import DnsRecord, DnsZone, Lease, Machine, User
 from portal.models.states import RECORD_PURPOSES, RECORD_TYPES
-from portal.services import audit, events, network, network_places, network_zones
+from portal.services import audit, events, network, network_places, network_trial
 from portal.services.actors import Actor
 
 Row = dict[str, Any]
 MOST_VALUES = 100
+SHORTEST_TTL_S, LONGEST_TTL_S = 30, 86400  # of any provider; what each takes, the stacks' own code says
 
 
 # Those that there are by themselves
@@ -86,15 +87,9 @@ def _addressed(
     return list(rows.values())
 
 
-def faults_of(row: Row) -> list[str]:
-    """What keeps this row from being a record, in the stacks' own words; empty if nothing does."""
-    try:
-        name = names.canonical(row["name"])
-        records.check_owner(row["type"], name)
-        values = [records.parse(row["type"], value) for value in row["values"]]
-    except (names.BadName, records.BadRecord) as error:
-        return [str(error)]
-    return [f"{name} is a name for itself"] if row["type"] == "CNAME" and values == [name] else []
+def zones() -> network_trial.Zones:
+    """All zones, to ask whether a row may stand in one."""
+    return network_trial.Zones(row_of_zone(zone) for zone in DnsZone.select())
 
 
 # Records that somebody wants: asked for by network_requests.py
@@ -108,7 +103,6 @@ def create(
     try:
         with atomic():
             network.hold()
-            zone = network_zones.get_zone(zone.id)
             _try_out(zone, columns)
             record = DnsRecord.create(zone=zone, machine=machine, lease=lease, requested_by=by.user, **columns)
             _tell("record.wanted", record, by=by, **columns)
@@ -159,7 +153,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
         raise Invalid({"type": [f"Choose from {', '.join(RECORD_TYPES)}."]})
     if columns["purpose"] not in RECORD_PURPOSES:
         faults["purpose"] = [f"Choose from {', '.join(RECORD_PURPOSES)}."]
-    if found := network_zones.ttl_faults(columns["ttl_s"]):
+    if found := ttl_faults(columns["ttl_s"]):
         faults["ttl_s"] = found
     try:
         columns["name"] = names.canonical(str(columns["name"]).strip())
@@ -171,6 +165,13 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
     if faults | faults_of_values:
         raise Invalid(faults | faults_of_values)
     return columns
+
+
+def ttl_faults(ttl_s: int | None) -> list[str]:
+    is_right = ttl_s is None or SHORTEST_TTL_S <= ttl_s <= LONGEST_TTL_S
+    return [] if is_right else [
+        f"Use {SHORTEST_TTL_S} to {LONGEST_TTL_S} seconds, or none for what the provider does by itself."
+    ]  # fmt: skip
 
 
 def _canonical(kind: str, given: Sequence[Any]) -> tuple[list[Any], dict[str, list[str]]]:
@@ -192,7 +193,10 @@ def _canonical(kind: str, given: Sequence[Any]) -> tuple[list[Any], dict[str, li
 
 
 def _try_out(zone: DnsZone, columns: Mapping[str, Any], *, but: DnsRecord | None = None) -> None:
-    """Would every stack take it, beside what stands at this name? Raises Invalid in the stacks' own words."""
+    """Would every stack take it, beside what stands at this name? Raises Invalid in the stacks' own words, NotFound."""
+    there = list(DnsZone.select())
+    if zone not in there:
+        raise NotFound(f"There is no zone {zone.id}.")
     beside = DnsRecord.select(DnsRecord, DnsZone).join(DnsZone).where(
         DnsRecord.zone == zone, DnsRecord.name == columns["name"], DnsRecord.removed_at.is_null()
     )  # fmt: skip
@@ -201,19 +205,16 @@ def _try_out(zone: DnsZone, columns: Mapping[str, Any], *, but: DnsRecord | None
         "key": "tried", "machine": None, "lease": None, "zone": zone.key, "previous_keys": [],
         **{name: columns[name] for name in ("name", "type", "ttl_s", "proxied", "purpose", "values")},
     }  # fmt: skip
-    zones = list(network_zones.list_zones())
-    body = {
-        "environment": "trial", "generation": 0, "generated_at": "2000-01-01T00:00:00Z", "machines": [],
-        "zones": [row_of_zone(each) for each in zones], "groups": [], "names": [*rows, tried], "openings": [],
-    }  # fmt: skip
-    stack = settings.Settings(
-        environment="trial", clouds=settings.CLOUDS, managed_zones={each.key: "0" * 32 for each in zones}
-    )
-    try:
-        desired.resources(document.parse(document.seal(body)), stack)
-    except document.BadDocument as error:
-        told = [problem.removeprefix("tried: ") for problem in error.problems]
-        raise Invalid({"values" if columns["proxied"] else "name": told}) from None
+    if problems := network_trial.problems(zones=map(row_of_zone, there), names=[*rows, tried]):
+        told = [problem.removeprefix("tried: ") for problem in problems]
+        raise Invalid({_field_of(told[0], columns): told})
+
+
+def _field_of(problem: str, columns: Mapping[str, Any]) -> str:
+    """The field that a sentence of the stacks speaks of."""
+    if problem.startswith("ttl "):
+        return "ttl_s"
+    return "values" if columns["proxied"] else "name"
 
 
 def _taken(columns: Mapping[str, Any]) -> Conflict:
@@ -287,9 +288,10 @@ def of_lease_wanted(lease: Lease) -> list[Row]:
     """What stands under this lease in the next export: its own name, and its records."""
     zone, machine = find_zone(of="leases"), lease.machine
     gateway = Machine.get_by_id(machine.gateway_id) if machine.gateway_id is not None else None
-    own = [] if zone is None else [row for row in of_lease(lease, machine, gateway, zone) if not faults_of(row)]
+    own = [] if zone is None else of_lease(lease, machine, gateway, zone)
     rows = DnsRecord.select().where(DnsRecord.lease == lease, DnsRecord.removed_at.is_null()).order_by(DnsRecord.id)
-    return own + [row_of(each, lease) for each in rows]
+    found = own + [row_of(each, lease) for each in rows]
+    return zones().fitting(found)
 
 
 # Look

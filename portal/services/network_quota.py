@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from portal.db import utcnow
 from portal.errors import Conflict
-from portal.integrations.network_format import desired, document, settings
 from portal.models import Machine, SecurityGroup
-from portal.services import network, network_export, network_openings
+from portal.services import network, network_export, network_openings, network_trial
 
 
 def refuse_unfit(machine: Machine) -> None:
@@ -21,16 +20,7 @@ def refuse_unfit(machine: Machine) -> None:
     rows = list(network_export.openings_behind(group, utcnow()))
     if not rows:
         return
-    body = {
-        "environment": "trial", "generation": 0, "generated_at": "2000-01-01T00:00:00Z", "zones": [], "names": [],
-        "machines": [{"key": key, "name": key} for key in sorted({row["machine"] for row in rows})],
-        "groups": [network_export.row_of_group(group)], "openings": rows,
-    }  # fmt: skip
     quota = network_openings.limits().rules_a_group
-    stack = settings.Settings(environment="trial", clouds=(group.cloud,), aws_rules_per_group=quota)
-    try:
-        desired.resources(document.parse(document.seal(body)), stack)
-    except document.BadDocument as error:
-        raise Conflict(
-            f"The security group {group.name} cannot take it: {' '.join(error.problems)}", code="group_full"
-        ) from None
+    group_row = network_export.row_of_group(group)
+    if problems := network_trial.problems(groups=[group_row], openings=rows, aws_rules_per_group=quota):
+        raise Conflict(f"The security group {group.name} cannot take it: {' '.join(problems)}", code="group_full")

@@ -221,7 +221,7 @@ class Place:
 def of_machine(machine: Machine, lease: Lease | None) -> Place:
     """With those of the lease that it has now."""
     zone = network_names.find_zone(of="machines")
-    own = [] if zone is None else [row for row in network_names.of_machine(machine, zone) if not _is_unfit(row)]
+    own = [] if zone is None else network_names.zones().fitting(network_names.of_machine(machine, zone))
     asked = [network_names.row_of(each, None) for each in network_names.search(machine_id=machine.id)]
     leased = [] if lease is None or lease.state != "active" else network_names.of_lease_wanted(lease)
     held = list(_unsettled(network_openings.search(machine_id=machine.id)).limit(MOST_OF_MACHINE + 1))
@@ -233,10 +233,6 @@ def of_machine(machine: Machine, lease: Lease | None) -> Place:
         more=len(held) > MOST_OF_MACHINE,
         forwards=[] if lease is None else network_forwards.of_lease(lease),
     )
-
-
-def _is_unfit(row: Row) -> bool:
-    return bool(network_names.faults_of(row))
 
 
 def openings_of(lease: Lease) -> list[Opening]:

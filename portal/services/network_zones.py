@@ -1,7 +1,7 @@
 """Zones and security groups: where in the clouds names and openings are written down.
 
 What stands in a zone is in network_names.py; which machine stands behind a group in network_machines.py. Valid is what
-the stacks take (integrations/network_format.py). Nothing here speaks to a cloud.
+the stacks take: each is tried out (network_trial.py) beside what is wanted already. Nothing here speaks to a cloud.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from portal.errors import Conflict, Invalid, NotFound
 from portal.integrations.network_format import names
 from portal.models import DnsRecord, DnsZone, Machine, SecurityGroup
 from portal.models.states import DNS_CLOUDS, GROUP_CLOUDS
-from portal.services import audit, network, texts
+from portal.services import audit, network, network_export, network_names, network_trial, texts
 from portal.services.actors import Actor
 
 ZONE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REGION = re.compile(r"[a-z0-9-]{1,40}")
 VPC = re.compile(r"[A-Za-z0-9-]{1,64}")
 GROUP_ID = re.compile(r"sg-[A-Za-z0-9]{1,60}")
-TTL = (30, 86400)
+MOST_TOLD = 5
 
 Row = TypeVar("Row", DnsZone, SecurityGroup)
 Taken = Callable[[Mapping[str, Any]], Conflict]  # what is said where these columns are somebody else's
@@ -47,12 +47,13 @@ def list_zones() -> peewee.ModelSelect[DnsZone]:
 def create_zone(*, name: str, cloud: str, by: Actor, **fields: Any) -> DnsZone:
     """Raises Invalid, or Conflict where this zone, or another of the same service, is there already."""
     columns = _checked_zone({"name": name, "cloud": cloud, **fields})
-    return _create(DnsZone, columns, word="zone", taken=_zone_taken, by=by)
+    return _create(DnsZone, columns, word="zone", taken=_zone_taken, fits=_refuse_unfit_zone, by=by)
 
 
 def edit_zone(zone: DnsZone, *, by: Actor, **changes: Any) -> DnsZone:
     """Its name and cloud stay: another zone is another row. Raises Invalid and Conflict as `create_zone` does."""
-    return _edit(get_zone, zone.id, _checked_zone(changes), word="zone", taken=_zone_taken, by=by)
+    columns = _checked_zone(changes)
+    return _edit(get_zone, zone.id, columns, word="zone", taken=_zone_taken, fits=_refuse_unfit_ttl, by=by)
 
 
 def delete_zone(zone: DnsZone, *, by: Actor) -> None:
@@ -85,7 +86,7 @@ def _checked_zone(given: Mapping[str, Any]) -> dict[str, Any]:
         faults["cloud"] = [f"Choose from {', '.join(DNS_CLOUDS)}."]
     if columns.get("external_id") and not ZONE_ID.fullmatch(columns["external_id"]):
         faults["external_id"] = ["Use the provider's id of the zone: letters, digits, '_' and '-'."]
-    if faults_of_ttl := ttl_faults(columns.get("ttl_s")):
+    if faults_of_ttl := network_names.ttl_faults(columns.get("ttl_s")):
         faults["ttl_s"] = faults_of_ttl
     if faults:
         raise Invalid(faults)
@@ -94,9 +95,29 @@ def _checked_zone(given: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def ttl_faults(ttl_s: int | None) -> list[str]:
-    is_right = ttl_s is None or TTL[0] <= ttl_s <= TTL[1]
-    return [] if is_right else [f"Use {TTL[0]} to {TTL[1]} seconds, or none for what the provider does by itself."]
+def _refuse_unfit_zone(zone: DnsZone) -> None:
+    """It is in the table already, inside the transaction. Raises Invalid in the stacks' own words."""
+    _refuse_unfit_ttl(zone)
+    zones = [network_names.row_of_zone(each) for each in list_zones()]
+    after, before = network_trial.Zones(zones), network_trial.Zones(row for row in zones if row["key"] != zone.key)
+    lost = [
+        f"{row['key']}: {problem}"
+        for row in network_export.names_wanted()
+        if row["zone"] != zone.key and before.fault_of(row) is None and (problem := after.fault_of(row)) is not None
+    ]
+    if lost:
+        first = "; ".join(lost[:MOST_TOLD]) + (" …" if len(lost) > MOST_TOLD else "")
+        raise Invalid({"name": [f"Move, rename or remove first what lies in it: {first}"]})
+
+
+def _refuse_unfit_ttl(zone: DnsZone) -> None:
+    """The names of machines and leases have it: tried with a text, which may stand at every name."""
+    name = {
+        "key": "tried", "machine": None, "lease": None, "zone": zone.key, "name": zone.name, "type": "TXT",
+        "ttl_s": zone.ttl_s, "proxied": False, "purpose": "other", "values": ["tried"], "previous_keys": [],
+    }  # fmt: skip
+    if (problem := network_trial.Zones([network_names.row_of_zone(zone)]).fault_of(name)) is not None:
+        raise Invalid({"ttl_s": [problem]})
 
 
 def _zone_taken(columns: Mapping[str, Any]) -> Conflict:
@@ -125,11 +146,14 @@ def list_groups() -> peewee.ModelSelect[SecurityGroup]:
 
 def create_group(*, by: Actor, **fields: Any) -> SecurityGroup:
     """Raises Invalid, or Conflict where this cloud and region have one of this name."""
-    return _create(SecurityGroup, _checked_group(fields), word="security_group", taken=_group_taken, by=by)
+    columns = _checked_group(fields)
+    return _create(SecurityGroup, columns, word="security_group", taken=_group_taken, fits=_refuse_unfit_group, by=by)
 
 
 def edit_group(group: SecurityGroup, *, by: Actor, **changes: Any) -> SecurityGroup:
-    return _edit(get_group, group.id, _checked_group(changes), word="security_group", taken=_group_taken, by=by)
+    columns = _checked_group(changes)
+    fits, taken = _refuse_unfit_group, _group_taken
+    return _edit(get_group, group.id, columns, word="security_group", taken=taken, fits=fits, by=by)
 
 
 def delete_group(group: SecurityGroup, *, by: Actor) -> None:
@@ -164,6 +188,12 @@ def _checked_group(given: Mapping[str, Any]) -> dict[str, Any]:
     return columns | {name: columns[name] or None for name in ("vpc", "external_id") if name in columns}
 
 
+def _refuse_unfit_group(group: SecurityGroup) -> None:
+    """Raises Invalid in the stacks' own words."""
+    if problems := network_trial.problems(groups=[network_export.row_of_group(group)]):
+        raise Invalid({"vpc": [problem.removeprefix(f"group {group.key}: ") for problem in problems]})
+
+
 def _group_taken(columns: Mapping[str, Any]) -> Conflict:
     return Conflict(
         f"There is a security group {columns.get('name')} in this cloud and region already.", code="group_exists"
@@ -173,10 +203,14 @@ def _group_taken(columns: Mapping[str, Any]) -> Conflict:
 # Both
 
 
-def _create(table: type[Row], columns: Mapping[str, Any], *, word: str, taken: Taken, by: Actor) -> Row:
+def _create(
+    table: type[Row], columns: Mapping[str, Any], *, word: str, taken: Taken, fits: Callable[[Row], None], by: Actor
+) -> Row:
     try:
         with atomic():
+            network.hold()
             row: Row = table.create(created_by=by.user, **columns)
+            fits(row)
             audit.record(f"{word}.created", row, by=by, fields=dict(columns))
             network.changed()
     except peewee.IntegrityError:
@@ -185,7 +219,14 @@ def _create(table: type[Row], columns: Mapping[str, Any], *, word: str, taken: T
 
 
 def _edit(
-    get: Callable[[int], Row], row_id: int, columns: Mapping[str, Any], *, word: str, taken: Taken, by: Actor
+    get: Callable[[int], Row],
+    row_id: int,
+    columns: Mapping[str, Any],
+    *,
+    word: str,
+    taken: Taken,
+    fits: Callable[[Row], None],
+    by: Actor,
 ) -> Row:
     try:
         with atomic():
@@ -195,6 +236,7 @@ def _edit(
             if not news:
                 return row
             type(row).update(**news).where(type(row).id == row_id).execute()
+            fits(get(row_id))
             audit.record(f"{word}.edited", row, by=by, fields=news)
             network.changed()
     except peewee.IntegrityError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from remotegpu_network import openings, records, shapes
@@ -112,7 +112,7 @@ def resources(document: Document, settings: Settings) -> Desired:
         else:
             made.left_out[zone.cloud] += 1
     made.resources += _checked(_groups(document, settings, made), problems)
-    problems += _proxied_to_private(document)
+    problems += (f"{key}: {problem}" for key, problem in proxied_to_private(document.names))
     problems += _twice(made.resources)
     if problems:
         raise BadDocument(problems)
@@ -223,12 +223,23 @@ _RECORDS: Mapping[str, Callable[[Name, Zone, Settings], Iterator[Resource]]] = {
 }  # fmt: skip
 
 
-def _proxied_to_private(document: Document) -> Iterator[str]:
-    """A proxied CNAME whose target we know to be private flips for ever (dnsweaver#161)."""
-    private = {entry.name for entry in document.names if not all(records.is_public(value) for value in entry.values)}
-    for entry in document.names:
+def unfit_record(entry: Name, zone: Zone, settings: Settings) -> str | None:
+    """Why this cloud would not take it, whatever stands beside it; None if it would."""
+    try:
+        for _ in _RECORDS[zone.cloud](entry, zone, settings):
+            pass
+    except shapes.Unfit as error:
+        return str(error)
+    return None
+
+
+def proxied_to_private(entries: Iterable[Name]) -> Iterator[tuple[str, str]]:
+    """Key and reason. A proxied CNAME whose target we know to be private flips for ever (dnsweaver#161)."""
+    entries = list(entries)
+    private = {entry.name for entry in entries if not all(records.is_public(value) for value in entry.values)}
+    for entry in entries:
         if entry.proxied and entry.type == "CNAME" and entry.values[0] in private:
-            yield f"{entry.key}: proxied to {entry.values[0]}, which is a private address"
+            yield entry.key, f"proxied to {entry.values[0]}, which is a private address"
 
 
 # -- security groups
@@ -256,6 +267,16 @@ _GROUP_TOKENS = {"aws": AWS_GROUP, "alicloud": ALICLOUD_GROUP, "tencent": TENCEN
 _GROUP_SHAPES: Mapping[str, Callable[[Group], Shape]] = {
     "aws": aws.group, "alicloud": alicloud.group, "tencent": tencent.group,
 }  # fmt: skip
+
+
+def unfit_group(group: Group) -> str | None:
+    """Why its cloud would not take the group itself, without a look at its rules; None if it would."""
+    try:
+        if group.id is None:
+            _GROUP_SHAPES[group.cloud](group)
+    except shapes.Unfit as error:
+        return str(error)
+    return None
 
 
 def _group(group: Group, wanted: list[Wanted], settings: Settings) -> Iterator[Resource]:

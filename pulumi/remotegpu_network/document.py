@@ -191,9 +191,9 @@ Item = TypeVar("Item")
 def _meaning(raw: Mapping[str, Any]) -> Document:
     problems: list[str] = []
     machines = {each["key"]: each["name"] for each in raw["machines"]}
-    zones = {zone.key: zone for zone in _each(raw["zones"], _zone, problems)}
+    zones = {zone.key: zone for zone in _each(raw["zones"], zone_of, problems)}
     groups = {each["key"]: Group(**each) for each in raw["groups"]}
-    entries = _each(raw["names"], _name, problems)
+    entries = _each(raw["names"], name_of, problems)
     wanted = _each(raw["openings"], _wanted, problems)
     for list_name in COUNTED:
         problems += _repeated(list_name, [each["key"] for each in raw[list_name]])
@@ -227,11 +227,13 @@ def _each(rows: list[dict[str, Any]], make: Callable[[dict[str, Any]], Item], pr
     return made
 
 
-def _zone(row: dict[str, Any]) -> Zone:
+def zone_of(row: Mapping[str, Any]) -> Zone:
+    """Raises BadName."""
     return Zone(**{**row, "name": names.canonical(row["name"])})
 
 
-def _name(row: dict[str, Any]) -> Name:
+def name_of(row: Mapping[str, Any]) -> Name:
+    """A row of `names`, whatever stands beside it. Raises BadName, BadRecord."""
     name, kind = names.canonical(row["name"]), row["type"]
     records.check_owner(kind, name)
     values = tuple(dict.fromkeys(records.parse(kind, value) for value in row["values"]))  # each is said once
@@ -269,29 +271,35 @@ def _lost_machines(machines: Mapping[str, str], entries: list[Name], wanted: lis
 
 def _zone_problems(zones: Mapping[str, Zone], entries: list[Name]) -> Iterator[str]:
     yield from _repeated("zones", [f"{zone.cloud} {zone.name}" for zone in zones.values()])
-    by_name = {(zone.cloud, zone.name): zone for zone in zones.values()}
+    by_name = by_cloud_and_name(zones.values())
     for entry in entries:
         zone = zones.get(entry.zone)
         if zone is None:
             yield f"{entry.key}: zone {entry.zone} is not in the export"
-        elif not names.is_below(entry.name, zone.name):
-            yield f"{entry.key}: {entry.name} is not in the zone {zone.name}; write the full name"
         else:
-            yield from _place_problems(entry, zone, by_name)
+            yield from (f"{entry.key}: {problem}" for problem in misplaced(entry, zone, by_name))
 
 
-def _place_problems(entry: Name, zone: Zone, by_name: Mapping[tuple[str, str], Zone]) -> Iterator[str]:
+def by_cloud_and_name(zones: Iterable[Zone]) -> dict[tuple[str, str], Zone]:
+    return {(zone.cloud, zone.name): zone for zone in zones}
+
+
+def misplaced(entry: Name, zone: Zone, by_name: Mapping[tuple[str, str], Zone]) -> Iterator[str]:
+    """What keeps an entry from standing in this zone, among all the zones that there are."""
+    if not names.is_below(entry.name, zone.name):
+        yield f"{entry.name} is not in the zone {zone.name}; write the full name"
+        return
     below = entry.name.removesuffix(zone.name).rstrip(".")
     while below:
         closer = by_name.get((zone.cloud, f"{below}.{zone.name}"))
         if closer is not None:
-            yield f"{entry.key}: {entry.name} belongs to the zone {closer.name}; in {zone.name} nobody would find it"
+            yield f"{entry.name} belongs to the zone {closer.name}; in {zone.name} nobody would find it"
             return
         below = below.partition(".")[2]
     if entry.type == "CNAME" and entry.name == zone.name and zone.cloud not in APEX_CNAME:
-        yield f"{entry.key}: no CNAME at the apex {zone.name} of a zone in {zone.cloud}"
+        yield f"no CNAME at the apex {zone.name} of a zone in {zone.cloud}"
     if entry.proxied and zone.cloud not in PROXIES:
-        yield f"{entry.key}: only Cloudflare has a proxy"
+        yield "only Cloudflare has a proxy"
 
 
 def _twice_at_a_name(entries: list[Name]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 
 from portal.db import atomic, utcnow
 from portal.integrations.network_format import document
-from portal.models import AppliedNetwork, AuditEntry, Lease, Machine, NetworkState, Opening, Tenant, User
+from portal.models import AppliedNetwork, AuditEntry, DnsZone, Lease, Machine, NetworkState, Opening, Tenant, User
 from portal.services import desired, network, network_requests, tokens
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
@@ -53,6 +53,22 @@ def test_the_document_is_given_to_a_pipeline_and_is_one_that_the_stacks_take(
     parsed = document.read(answer.data)
     assert [each.name for each in parsed.names] == ["gpu-1.gpu.example.org"]
     assert answer.headers["X-RemoteGPU-Generation"] == str(parsed.generation)
+
+
+def test_the_document_is_given_out_whatever_a_zone_below_another_makes_of_it(
+    operator: User, sign_in: SignIn, client: FlaskClient, token: dict[str, str]
+) -> None:
+    person, holds = sign_in(operator), zone()
+    body = {"zone_id": holds.id, "name": "deep.inner.gpu.example.org", "type": "A", "values": ["192.0.2.1"]}
+    assert person.post("/admin/network/records", body).status_code == 201
+    inner = {"name": "inner.gpu.example.org", "cloud": "cloudflare"}
+    answer = person.post("/admin/network/zones", inner)
+    assert (answer.status_code, set(answer.json["errors"])) == (422, {"name"})
+    with atomic():
+        DnsZone.create(**inner)  # as an older portal let it
+        network.changed()
+    answer = client.get("/api/v1/admin/network", headers=token)
+    assert (answer.status_code, answer.json["names"]) == (200, [])
 
 
 def test_who_asks_again_is_told_that_nothing_has_changed(client: FlaskClient, token: dict[str, str]) -> None:
@@ -184,7 +200,7 @@ def test_zones_groups_and_records_are_made_changed_and_removed(operator: User, s
     assert person.delete(path).json["code"] == "zone_in_use"
     assert person.delete(f"/admin/network/records/{made['id']}").status_code == 204
     assert person.get(f"/admin/network/records/{made['id']}").status_code == 404
-    group = {"name": "gpus", "cloud": "aws", "region": "eu-central-1"}
+    group = {"name": "gpus", "cloud": "aws", "region": "eu-central-1", "vpc": "vpc-1"}
     group_id = person.post("/admin/network/groups", group).json["id"]
     assert person.post("/admin/network/groups", group).json["code"] == "group_exists"
     machine = make_machine(public_address="198.51.100.1")
@@ -203,6 +219,10 @@ def test_every_faulty_field_is_named_with_a_way_out(operator: User, sign_in: Sig
     body = {"zone_id": holds.id, "name": "a b.gpu.example.org", "type": "A", "values": ["192.0.2.256"], "ttl_s": 5}
     answer = person.post("/admin/network/records", body)
     assert (answer.status_code, set(answer.json["errors"])) == (422, {"name", "values.0", "ttl_s"})
+    answer = person.patch(f"/admin/network/zones/{holds.id}", {"ttl_s": 30})
+    assert (answer.status_code, set(answer.json["errors"])) == (422, {"ttl_s"})
+    answer = person.post("/admin/network/groups", {"name": "gpus", "cloud": "aws", "region": "eu-central-1"})
+    assert (answer.status_code, set(answer.json["errors"])) == (422, {"vpc"})
     answer = person.post("/admin/openings", {**OPENING, "source": "203.0.113.7/24", "machine_id": make_machine().id})
     assert set(answer.json["errors"]) == {"source"}
     assert "203.0.113.0/24" in answer.json["errors"]["source"][0], "what was probably meant"

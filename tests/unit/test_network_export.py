@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 from portal import backup
 from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid
-from portal.integrations.network_format import document
-from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, Opening, Tenant
+from portal.integrations.network_format import desired, document, settings
+from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, Opening, SecurityGroup, Tenant
+from portal.models.states import DNS_CLOUDS
 from portal.services import (
     machines,
     network,
@@ -140,6 +142,62 @@ def test_one_faulty_row_is_left_out_and_named_and_the_others_stay(database: Any)
     }
 
 
+def test_whatever_the_tables_hold_every_stack_takes_the_export(database: Any) -> None:
+    """Rows that an older portal let in, or that were fit until something else changed."""
+    clouds = {cloud: zone(f"{cloud}.example.org", cloud=cloud, external_id="Z1") for cloud in DNS_CLOUDS}
+    zone("inner.cloudflare.example.org")
+    bad_group = SecurityGroup.create(name="old", cloud="alicloud", region="cn-shanghai")
+    behind = make_machine("gpu-1", address="10.0.0.1", security_group=bad_group)
+    fine = make_machine("gpu-2", address="10.0.0.2", security_group=group())
+    network_requests.open_port(fine, wish(), by=SYSTEM)
+    Opening.create(machine=behind, protocol="tcp", first_port=1, last_port=1, source="192.0.2.0/24")
+
+    def row(cloud: str, name: str, kind: str, *values: Any, **fields: Any) -> str:
+        at = f"{name}.{cloud}.example.org".lstrip(".")
+        made = DnsRecord.create(zone=clouds[cloud], name=at, type=kind, values=list(values), **fields)
+        return str(made.key)
+
+    good = {
+        row("cloudflare", "good", "A", "10.0.0.9"),
+        row("aws", "", "TXT", "text", ttl_s=30),
+        row("tencent", "m", "MX", {"priority": 20, "target": "mail.example.org"}),
+    }
+    faults = {
+        row("cloudflare", "a.inner", "A", "192.0.2.1"): "belongs to the zone inner.cloudflare.example.org",
+        row("cloudflare", "p", "CNAME", "good.cloudflare.example.org", proxied=True): "which is a private address",
+        row("cloudflare", "t", "A", "192.0.2.1", ttl_s=30): "ttl 30 s: Cloudflare takes 60 s and more",
+        row("alicloud", "t", "A", "192.0.2.1", ttl_s=60): "ttl 60 s: AliDNS takes 600 s and more",
+        row(
+            "alicloud", "m", "MX", {"priority": 11, "target": "mail.example.org"}
+        ): "MX priority 11: AliDNS takes 1 to 10",
+        row("tencent", "t", "A", "192.0.2.1", ttl_s=599): "ttl 599 s: DNSPod takes 600 s and more",
+        row("aws", "", "CNAME", "other.example.org"): "no CNAME at the apex",
+        row("aws", "p", "A", "192.0.2.1", proxied=True): "only Cloudflare has a proxy",
+        row("aws", "x", "A", "192.0.2.256"): "no IPv4 address",
+        bad_group.key: "needs its VPC",
+        "o2": "Its security group g1 is left out.",
+    }
+    changed()
+    content = export()
+    parsed = document.parse(content)
+    stack = settings.Settings(environment="production", clouds=settings.CLOUDS)
+    assert desired.resources(parsed, stack).resources
+    assert set(keys(content)) == good
+    assert (keys(content, "groups"), keys(content, "openings")) == (["g2"], ["o1"])
+    left_out = {each["key"]: each["reason"] for each in network_export.current().left_out}
+    assert set(left_out) == set(faults)
+    assert {key for key, part in faults.items() if part not in left_out[key]} == set()
+    assert not network_export.refresh(), "what is left out is no change that nobody counted"
+
+
+def test_an_export_that_no_stack_would_take_is_refused_and_not_a_fault_of_the_portal(database: Any) -> None:
+    make_machine("x" * 201)  # no form lets it in
+    changed()
+    with pytest.raises(network_export.ExportUnfit, match="No stack would take the export"):
+        network_export.current()
+    assert NetworkExport.select().count() == 0
+
+
 def test_a_retired_machine_is_in_no_export_and_its_records_are_not(database: Any) -> None:
     holds = zone(serves_machines=True)
     machine = make_machine("gpu-1")
@@ -212,7 +270,7 @@ def test_documents_that_a_stack_has_applied_are_kept_longer_than_others(
     assert network_export.prune(utcnow() + timedelta(days=3)) == 3
     kept = [row.generation for row in NetworkExport.select().order_by(NetworkExport.generation)]
     assert kept == [in_use.generation, in_use.generation + 4, in_use.generation + 5]
-    assert json.loads(network_applied.newest_document("production"))["checksum"] == in_use.checksum
+    assert network_applied.newest_export("production") == in_use
 
 
 def test_the_number_of_queries_does_not_grow_with_the_fleet(database: Any, tenant: Tenant) -> None:
@@ -367,6 +425,87 @@ def test_a_zone_that_holds_names_is_not_deleted(database: Any) -> None:
     network_requests.remove_record(record, by=SYSTEM)
     network_zones.delete_zone(holds, by=SYSTEM)
     assert DnsZone.select().count() == 0
+
+
+@pytest.mark.parametrize(
+    ("cloud", "ttl_s", "is_taken"),
+    [
+        ("cloudflare", 59, False),
+        ("cloudflare", 60, True),
+        ("aws", 30, True),
+        ("alicloud", 599, False),
+        ("alicloud", 600, True),
+        ("tencent", 599, False),
+        ("tencent", 600, True),
+    ],
+)
+def test_a_zone_has_no_shorter_ttl_than_its_provider_takes(
+    database: Any, cloud: str, ttl_s: int, is_taken: bool
+) -> None:
+    plain = zone("gpu.example.com", cloud=cloud, external_id="Z1")
+    if is_taken:
+        assert zone(cloud=cloud, ttl_s=ttl_s).ttl_s == ttl_s
+        assert network_zones.edit_zone(plain, ttl_s=ttl_s, by=SYSTEM).ttl_s == ttl_s
+        return
+    attempts: list[Callable[[], object]] = [
+        lambda: zone(cloud=cloud, ttl_s=ttl_s),
+        lambda: network_zones.edit_zone(plain, ttl_s=ttl_s, by=SYSTEM),
+    ]
+    for attempt in attempts:
+        with pytest.raises(Invalid, match=f"ttl {ttl_s} s") as refused:
+            attempt()
+        assert list(refused.value.fields) == ["ttl_s"]
+    assert [each.ttl_s for each in DnsZone.select()] == [None]
+    with pytest.raises(Invalid) as refused:
+        want(plain, "a.gpu.example.com", "A", "192.0.2.1", ttl_s=ttl_s)
+    assert list(refused.value.fields) == ["ttl_s"]
+
+
+def test_a_zone_below_another_is_refused_while_names_lie_in_it(database: Any) -> None:
+    holds = zone(serves_machines=True)
+    record = want(holds, "deep.inner.gpu.example.org", "A", "192.0.2.1")
+    machine = make_machine("inner")
+    generation = network.state().generation
+    with pytest.raises(Invalid) as refused:
+        zone("inner.gpu.example.org")
+    (told,) = refused.value.fields["name"]
+    assert (f"{record.key}: " in told, f"m{machine.id}.address: " in told) == (True, True)
+    assert (DnsZone.select().count(), network.state().generation) == (1, generation)
+    assert len(export()["names"]) == 2
+    zone("inner.gpu.example.org", cloud="aws", external_id="Z1")  # another provider's has nothing to do with it
+    network_requests.remove_record(record, by=SYSTEM)
+    machines.edit(machine, name="outer", by=SYSTEM)
+    zone("inner.gpu.example.org")
+    machines.edit(machine, name="inner", by=SYSTEM)  # the other way round: the export goes out without its name
+    assert export()["names"] == []
+    assert [each["key"] for each in network_export.current().left_out] == [f"m{machine.id}.address"]
+
+
+# Security groups
+
+
+@pytest.mark.parametrize("cloud", ["aws", "alicloud"])
+def test_a_group_that_a_stack_makes_needs_its_network(database: Any, cloud: str) -> None:
+    attempts: list[Callable[[], object]] = [
+        lambda: group(cloud=cloud, vpc=None),
+        lambda: group(cloud=cloud, vpc=""),
+        lambda: network_zones.edit_group(group(cloud=cloud), vpc=None, by=SYSTEM),
+        lambda: network_zones.edit_group(
+            group("b", cloud=cloud, vpc=None, external_id="sg-1"), external_id=None, by=SYSTEM
+        ),
+    ]
+    for attempt in attempts:
+        with pytest.raises(Invalid, match="needs its VPC") as refused:
+            attempt()
+        assert list(refused.value.fields) == ["vpc"]
+    assert [(each.vpc, each.external_id) for each in SecurityGroup.select().order_by(SecurityGroup.id)] == [
+        ("vpc-1", None), (None, "sg-1"),
+    ]  # fmt: skip
+
+
+def test_a_group_of_tencent_needs_none(database: Any) -> None:
+    made = group(cloud="tencent", vpc=None)
+    assert keys(export(), "groups") == [made.key]
 
 
 # Applied, and drift
