@@ -151,24 +151,40 @@ def create_group(*, by: Actor, **fields: Any) -> SecurityGroup:
 
 
 def edit_group(group: SecurityGroup, *, by: Actor, **changes: Any) -> SecurityGroup:
+    """Its cloud and region stay. Raises Invalid, and Conflict where machines behind it would need another."""
     columns = _checked_group(changes)
-    fits, taken = _refuse_unfit_group, _group_taken
-    return _edit(get_group, group.id, columns, word="security_group", taken=taken, fits=fits, by=by)
+    with atomic():
+        network.hold()
+        _refuse_replacement(get_group(group.id), columns)
+        fits, taken = _refuse_unfit_group, _group_taken
+        return _edit(get_group, group.id, columns, word="security_group", taken=taken, fits=fits, by=by)
 
 
 def delete_group(group: SecurityGroup, *, by: Actor) -> None:
     with atomic():
         network.hold()
         group = get_group(group.id)
-        behind = Machine.select().where(Machine.security_group == group).count()
-        if behind:
-            raise Conflict(
-                f"{behind} machines stand behind {group.name}. Give them another group, or none, first.",
-                code="group_in_use",
-            )
+        _refuse_in_use(group)
         audit.record("security_group.deleted", group, by=by, name=group.name, cloud=group.cloud)
         SecurityGroup.delete().where(SecurityGroup.id == group.id).execute()
         network.changed()
+
+
+def _refuse_replacement(group: SecurityGroup, columns: Mapping[str, Any]) -> None:
+    """Another network, or another id, is another group in the cloud, and the old one stays while machines use it."""
+    made_in = None if group.external_id else group.vpc  # of a group that was there before, the network says nothing
+    is_other = columns.get("external_id", group.external_id) != group.external_id
+    if is_other or (made_in is not None and columns.get("vpc", made_in) != made_in):
+        _refuse_in_use(group)
+
+
+def _refuse_in_use(group: SecurityGroup) -> None:
+    behind = Machine.select().where(Machine.security_group == group).count()
+    if behind:
+        raise Conflict(
+            f"{behind} machines stand behind {group.name}. Give them another group, or none, first.",
+            code="group_in_use",
+        )
 
 
 def _checked_group(given: Mapping[str, Any]) -> dict[str, Any]:

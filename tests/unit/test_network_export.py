@@ -503,6 +503,28 @@ def test_a_group_that_a_stack_makes_needs_its_network(database: Any, cloud: str)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("change", [{"vpc": "vpc-2"}, {"external_id": "sg-1"}])
+def test_p18_a_group_with_machines_behind_it_is_not_replaced(database: Any, change: dict[str, str]) -> None:
+    used = group()
+    machine = make_machine(security_group=used)
+    with pytest.raises(Conflict, match="1 machines stand behind gpus") as refused:
+        network_zones.edit_group(used, by=SYSTEM, **change)
+    assert refused.value.code == "group_in_use"
+    assert network_zones.edit_group(used, name="gpu hosts", vpc="vpc-1", by=SYSTEM).name == "gpu hosts"
+    Machine.update(security_group=None).where(Machine.id == machine.id).execute()
+    edited = network_zones.edit_group(used, by=SYSTEM, **change)
+    assert {name: getattr(edited, name) for name in change} == change
+
+
+def test_what_replaces_no_group_in_the_cloud_is_changed_with_machines_behind_it(database: Any) -> None:
+    there_before = group(vpc=None, external_id="sg-1")
+    make_machine(security_group=there_before)
+    assert network_zones.edit_group(there_before, vpc="vpc-1", by=SYSTEM).vpc == "vpc-1"
+    never_made = SecurityGroup.create(name="old", cloud="aws", region="eu-central-1")
+    make_machine(security_group=never_made)
+    assert network_zones.edit_group(never_made, vpc="vpc-1", by=SYSTEM).vpc == "vpc-1"
+
+
 def test_a_group_of_tencent_needs_none(database: Any) -> None:
     made = group(cloud="tencent", vpc=None)
     assert keys(export(), "groups") == [made.key]
