@@ -127,6 +127,16 @@ SENTENCES = (
     ),
     pgettext("refusal", "%(value)s %% of the database's connections are taken."),
     pgettext("refusal", "Raise max_connections of PostgreSQL, or run fewer web processes and workers."),
+    pgettext("refusal", "The last dump of the database on %(host)s that could be read again is %(value)s old."),
+    pgettext(
+        "refusal",
+        "Read why: `journalctl -u remotegpu-postgresql-backup`. Make one: `systemctl start remotegpu-postgresql-backup`.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
+    pgettext("refusal", "No dump of the database on %(host)s has been told of."),
+    pgettext(
+        "refusal",
+        "Look at `systemctl status remotegpu-postgresql-backup.timer`, and at postgresql_backup_metric_dir, where node_exporter reads it.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "Redis does not answer the portal."),
     pgettext(
         "refusal",

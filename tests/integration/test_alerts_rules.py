@@ -15,6 +15,7 @@ from portal.web import alerts_words
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "roles" / "prometheus" / "files" / "remotegpu.alerting.rules.yml"
+BACKUP = ROOT / "roles" / "postgresql" / "templates" / "backup.sh.j2"
 TESTS = sorted((ROOT / "tests" / "roles" / "rules").glob("*.yml"))
 OTHERS = re.compile(r"node_\w+|nvidia_smi_\w+|DCGM_FI_DEV_XID_ERRORS|probe_ssl_earliest_cert_expiry|up")
 METRIC = re.compile(r"\bremotegpu:\w+\b|\b(?:remotegpu|node|nvidia_smi|DCGM|probe)_\w+\b|\bup\b")
@@ -58,14 +59,28 @@ def test_every_alert_says_how_bad_it_is_what_is_wrong_and_the_way_out() -> None:
 
 def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
     ours = {*monitoring_samples.FAMILIES, *alerts_samples.FAMILIES, "remotegpu_http_requests_total"}
+    ours.update(re.findall(r"remotegpu_\w+_seconds", BACKUP.read_text()))
     recorded = {rule["record"] for rule in every_rule() if "record" in rule}
     asked = {metric for rule in every_rule() for metric in METRIC.findall(rule["expr"])} - recorded
     assert {metric for metric in asked if metric not in ours and not OTHERS.fullmatch(metric)} == set()
     assert len(asked) > 25
 
 
+def test_what_is_said_of_a_host_is_said_of_the_control_planes_own_too() -> None:
+    """By the name of its job in the site's settings, and with the label that says whether dumps are to come."""
+    given = yaml.safe_load((ROOT / "inventory" / "group_vars" / "control_plane.yml").read_text())
+    (scraped,) = given["prometheus_scrape_configs_extra"]
+    assert {"host", "dumps"} == set(scraped["static_configs"][0]["labels"])
+    asked = [selector for rule in every_rule() for selector in re.findall(r"\bnode_\w+\{([^}]*)\}", rule["expr"])]
+    assert len(asked) > 7
+    assert {selector for selector in asked if f'job=~"node|{scraped["job_name"]}"' not in selector} == set()
+    for name in ("MachineOffline", "BackupMissing"):
+        assert scraped["job_name"] in rules()[name]["expr"], name
+
+
 def test_nothing_is_told_of_a_machine_in_maintenance() -> None:
-    of_machines = [rule for rule in rules().values() if "host" in rule["expr"] and "xid" not in rule["expr"]]
+    of_machines = [rule for rule in rules().values() if "host" in rule["expr"] and "backup" not in rule["expr"]]
+    of_machines = [rule for rule in of_machines if "xid" not in rule["expr"]]
     told_all_the_same = {rule["alert"] for rule in of_machines if "remotegpu_machine_maintenance" not in rule["expr"]}
     assert told_all_the_same == {"MachineQuarantined", "RunFailed", "LeaseEnding", "GrantStillOpen", "OpeningStuck"}
 
