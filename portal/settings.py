@@ -18,6 +18,7 @@ import limits
 
 MIN_SECRET_BYTES = 32
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+USUAL_PORTS = {"https": 443, "http": 80}  # of an address that names none
 UNIX_SOCKET = "unix"  # among TRUSTED_PROXIES: who connects to the socket file has no address
 ENVIRONMENT = re.compile(r"[a-z][a-z0-9-]{0,31}")  # as the export's schema has it
 WEBHOOKS = {  # kind → the path of its call, so that its token goes nowhere else, and an example
@@ -91,6 +92,12 @@ class Settings:
         return urlsplit(self.public_url).scheme == "https"
 
     @property
+    def public_port(self) -> int:
+        """The port that hosts and browsers call."""
+        parts = urlsplit(self.public_url)
+        return parts.port or USUAL_PORTS[parts.scheme]
+
+    @property
     def ca_file(self) -> Path:
         return self.instance_dir / "ca" / "ca.pem"
 
@@ -154,10 +161,10 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         given[name] = _secret(name, environ.get(name.upper()), instance / "secrets" / name)
     given.setdefault("database_url", f"sqlite:///{instance / 'remotegpu.db'}")
     given.setdefault("public_url", "https://127.0.0.1:8443")
-    given.setdefault("bind", _bind_for(str(given["public_url"])))
+    _check_public_url(str(given["public_url"]))
+    given.setdefault("bind", _bind_for(str(given["public_url"]), behind_proxy="trusted_proxies" in given))
     settings = Settings(instance_dir=instance, **given)  # type: ignore[arg-type]  # parsed by the type of each field
     _check_ranges(settings)
-    _check_public_url(settings.public_url)
     if settings.ca_for_hosts not in (None, settings.ca_file) and not Path(str(settings.host_ca_file)).is_file():
         raise SettingsError(f"HOST_CA_FILE: there is no file {settings.host_ca_file}; name one in PEM, or `system`")
     _check_proxies(settings)
@@ -166,11 +173,14 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
-def _bind_for(public_url: str) -> str:
-    """Loopback for an address that only this machine has, else every interface: hosts must get in."""
+def _bind_for(public_url: str, *, behind_proxy: bool) -> str:
+    """Loopback for an address that only this machine has, else every interface: hosts must get in.
+
+    At the port that they call; behind a proxy, which has that port, at one that needs no rights.
+    """
     parts = urlsplit(public_url)
     interface = "127.0.0.1" if parts.hostname in LOOPBACK else "0.0.0.0"  # noqa: S104 - said so in the guide
-    return f"{interface}:{parts.port or 8443}"
+    return f"{interface}:{parts.port or (8443 if behind_proxy else USUAL_PORTS[parts.scheme])}"
 
 
 def _parse(name: str, kind: str, text: str) -> object:
@@ -214,8 +224,12 @@ def _check_ranges(settings: Settings) -> None:
 
 
 def _check_public_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.port != 0 and parts.scheme in USUAL_PORTS and bool(parts.hostname)
+    except ValueError:  # a port beyond 65535, half a bracket
+        is_address = False
+    if not is_address or parts.path not in ("", "/") or parts.query:
         raise SettingsError(f"PUBLIC_URL: {url!r} is not an address such as https://portal.example.org:8443")
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise SettingsError(f"PUBLIC_URL: {url!r} is plain http; agents refuse that except on loopback; use https")

@@ -8,6 +8,7 @@ import http.client
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
         init()
     settings = open_portal()
+    if not may_listen(settings):
+        return 1
+    warn_of_another_port(settings)
     _migrate()
     if args.first_run:
         _first_administrator()
@@ -54,6 +58,49 @@ def warn_without_ssh() -> None:
     """Pages, API and leases work without it; what fails is the first contact with a host, long after this."""
     if not (shutil.which("ssh") and shutil.which("ssh-keyscan")):
         print("serve: there is no ssh here, so no host can be reached: apt-get install openssh-client", file=sys.stderr)
+
+
+def may_listen(settings: Settings) -> bool:
+    """Whether this user may use the port: gunicorn would try in vain for a minute, and not say the ways out."""
+    bound = _bound(settings)
+    if bound is None:
+        return True
+    with socket.socket(socket.AF_INET6 if ":" in bound[0] else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(bound)
+        except PermissionError:
+            print(
+                f"serve: only root may listen on port {bound[1]}, which {settings.public_url} needs. "
+                "Name a port from 1024 on, such as PUBLIC_URL=https://portal.example.org:8443, or put a proxy in front "
+                "and name it in TRUSTED_PROXIES.",
+                file=sys.stderr,
+            )
+            return False
+        except OSError:
+            pass  # in use, or not of this machine: gunicorn says so
+    return True
+
+
+def warn_of_another_port(settings: Settings) -> None:
+    """Hosts are told PUBLIC_URL: where nothing leads from its port to ours, no agent ever enrols."""
+    bound = _bound(settings)
+    if bound is not None and bound[1] != settings.public_port and not settings.trusted_proxies:
+        print(
+            f"serve: hosts and browsers call {settings.public_url} at port {settings.public_port}, and the portal "
+            f"listens on port {bound[1]}. Unless something leads from the one to the other, none of them gets here: "
+            f"name port {bound[1]} in PUBLIC_URL, port {settings.public_port} in BIND, or a proxy in TRUSTED_PROXIES.",
+            file=sys.stderr,
+        )
+
+
+def _bound(settings: Settings) -> tuple[str, int] | None:
+    """Address and port of BIND; None for what is no such thing, such as a socket file."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(f"//{settings.bind}")
+        if parts.port is not None:
+            return parts.hostname or "", parts.port
+    return None
 
 
 def _migrate() -> None:
@@ -171,13 +218,13 @@ def _announce(settings: Settings, supervisor: Supervisor) -> None:
 
 def _answers(settings: Settings) -> bool:
     """Whether the web part is healthy, asked at the port that it binds, past any proxy."""
-    parts = urlsplit(f"//{settings.bind}")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname or "127.0.0.1")  # noqa: S104 - compared, not bound
-    connection = http.client.HTTPConnection(host, parts.port or 8000, timeout=2)
+    address, port = _bound(settings) or ("127.0.0.1", 8000)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(address, address)  # noqa: S104 - compared, not bound
+    connection = http.client.HTTPConnection(host, port, timeout=2)
     if settings.is_secure and not settings.trusted_proxies:
         context = ssl.create_default_context(cafile=str(settings.ca_file))
         context.check_hostname = False  # the certificate names the public address, not the one that is bound
-        connection = http.client.HTTPSConnection(host, parts.port or 8000, timeout=2, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=2, context=context)
     try:
         connection.request("GET", "/healthz")
         return connection.getresponse().status == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import requests
 
 from portal.cli import serve
+from portal.settings import SECRET_FILES, Settings, load
 from tests.support.portal import ROOT, free_port
 from tests.support.waiting import until
 
@@ -158,3 +160,49 @@ def test_a_machine_without_ssh_is_told_at_the_start_and_one_with_it_is_not(
         (tmp_path / name).touch(mode=0o755)
     serve.warn_without_ssh()
     assert capsys.readouterr().err == ""
+
+
+def settings_of(folder: Path, **told: str) -> Settings:
+    secret = {name.upper(): secrets.token_urlsafe(48) for name in SECRET_FILES}
+    return load({"INSTANCE_DIR": str(folder), **secret, **told})
+
+
+def test_a_port_that_leads_nowhere_is_told_with_both_numbers_and_the_ways_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve.warn_of_another_port(settings_of(tmp_path, PUBLIC_URL="https://portal.example.org", BIND="0.0.0.0:8443"))
+    said = capsys.readouterr().err
+    assert "call https://portal.example.org at port 443, and the portal listens on port 8443" in said
+    assert "port 8443 in PUBLIC_URL, port 443 in BIND, or a proxy in TRUSTED_PROXIES" in said
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"PUBLIC_URL": "https://portal.example.org"},
+        {"PUBLIC_URL": "https://portal.example.org:8443"},
+        {"PUBLIC_URL": "https://portal.example.org", "TRUSTED_PROXIES": "127.0.0.1"},
+        {"PUBLIC_URL": "https://portal.example.org", "TRUSTED_PROXIES": "unix", "BIND": "unix:/run/portal/1.sock"},
+        {"PUBLIC_URL": "https://[2001:db8::1]", "BIND": "[::]:443"},
+    ],
+)
+def test_a_port_that_is_called_or_a_proxys_is_no_news(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], told: dict[str, str]
+) -> None:
+    serve.warn_of_another_port(settings_of(tmp_path, **told))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_port_that_this_user_may_not_use_ends_it_at_once_with_the_ways_out(tmp_path: Path) -> None:
+    """Asked in a network of its own, where ports below 1024 are root's, by somebody without root's right to them."""
+    environment = {**os.environ, "INSTANCE_DIR": str(tmp_path), "PUBLIC_URL": "https://portal.example.org"}
+    room = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
+    nobody_special = ["setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"]
+    done = subprocess.run(
+        [*room, *nobody_special, sys.executable, "-m", "portal", "serve", "--first-run"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "only root may listen on port 443, which https://portal.example.org needs" in done.stderr
+    assert "or put a proxy in front and name it in TRUSTED_PROXIES" in done.stderr

@@ -30,7 +30,9 @@ def test_the_embedded_default_needs_no_other_server(environ: dict[str, str], tmp
 @pytest.mark.parametrize(
     ("public_url", "bind"),
     [
-        ("https://portal.example.org", "0.0.0.0:8443"),
+        ("https://portal.example.org", "0.0.0.0:443"),
+        ("https://portal.example.org:8443", "0.0.0.0:8443"),
+        ("http://localhost", "127.0.0.1:80"),
         ("https://10.0.0.5:9443", "0.0.0.0:9443"),
         ("https://localhost:9000", "127.0.0.1:9000"),
         ("http://127.0.0.1:8000", "127.0.0.1:8000"),
@@ -41,6 +43,22 @@ def test_the_web_process_listens_where_the_public_address_needs_it(
 ) -> None:
     assert load({**environ, "PUBLIC_URL": public_url}).bind == bind
     assert load({**environ, "PUBLIC_URL": public_url, "BIND": "127.0.0.1:1"}).bind == "127.0.0.1:1"
+
+
+def test_the_port_of_the_public_address_is_the_proxys_where_there_is_one(environ: dict[str, str]) -> None:
+    behind = {**environ, "PUBLIC_URL": "https://portal.example.org", "TRUSTED_PROXIES": "127.0.0.1"}
+    settings = load(behind)
+    assert (settings.bind, settings.public_port) == ("0.0.0.0:8443", 443)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["portal.example.org", "ftp://portal.example.org", "https://", "https://portal:0", "https://portal:70000",
+     "https://portal:x", "https://[::1", "https://portal.example.org/sub", "https://portal.example.org?a=1"],
+)  # fmt: skip
+def test_a_public_address_that_is_none_is_a_refusal_to_start(environ: dict[str, str], url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^PUBLIC_URL: .* is not an address such as"):
+        load({**environ, "PUBLIC_URL": url})
 
 
 @pytest.mark.parametrize("name", SECRET_FILES)
