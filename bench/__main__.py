@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from bench import agent, lease, monitoring, network, provisioning, reclaim, runs, sync
+from bench import agent, lease, monitoring, network, provisioning, reclaim, runs, start, sync
 from bench.figures import Figure, show
 from bench.rental import Rental, rental
 from tests.lanes import docker_engine, install_packages
@@ -36,6 +36,7 @@ class Shared:
 
 # In this order: the agent is measured on a host that nobody has used, and the last one stops the portal.
 BENCHES: dict[str, Callable[[Shared], list[Figure]]] = {
+    "start": lambda _shared: start.take(),
     "sync": lambda _shared: sync.take(),
     "runs": lambda _shared: runs.take(),
     "monitoring": lambda _shared: monitoring.take(),
