@@ -66,6 +66,7 @@ class Settings:
     default_retain_s: int = 24 * 3600
     workers: int = 1
     host_ca_file: str | None = None  # whom hosts trust for PUBLIC_URL: a file, `system`, or the portal's own CA
+    served_certificate_file: str | None = None  # what a proxy in front shows, in PEM; without one the portal's own
     people_limit: str = "1200 per minute"  # requests from one address; agents are not counted
     prometheus_url: str | None = None  # without it charts say so, and live values come from the agents
     prometheus_user: str | None = None
@@ -115,6 +116,13 @@ class Settings:
     @property
     def certificate_key_file(self) -> Path:
         return self.instance_dir / "ca" / "portal.key"
+
+    @property
+    def served_certificate(self) -> Path | None:
+        """The certificate that browsers and hosts are shown; None where a proxy has one that nobody has named."""
+        if self.served_certificate_file is not None:
+            return Path(self.served_certificate_file)
+        return self.certificate_file if self.is_secure and not self.trusted_proxies else None
 
     @property
     def signing_key_file(self) -> Path:

@@ -347,9 +347,10 @@ def _network(now: datetime) -> Iterator[Condition]:
 
 
 def certificates() -> dict[str, datetime]:
-    """When each certificate of the portal ends; those that it has."""
+    """When the certificate that is shown ends, and the authority that hosts trust for it; those that can be read."""
     settings = config.current()
-    ends = {name: _end_of(file) for name, file in (("portal", settings.certificate_file), ("ca", settings.ca_file))}
+    shown = {"portal": settings.served_certificate, "ca": settings.ca_for_hosts}
+    ends = {name: _end_of(file) for name, file in shown.items() if file is not None}
     return {name: ends_at for name, ends_at in ends.items() if ends_at is not None}
 
 
@@ -359,13 +360,14 @@ def _certificates(now: datetime) -> Iterator[Condition]:
             yield Condition(
                 "CertificateExpiring",
                 f"The certificate {name} of the portal ends at {ends_at:%Y-%m-%d %H:%M} UTC.",
-                "Start the portal again: it renews its own certificate. Another one is for you to renew.",
+                "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. By ACME: `certbot renew`. "
+                "Another one is for you to bring.",
                 {"certificate": name},
             )
 
 
 def _end_of(file: Path) -> datetime | None:
-    """When the certificate in this file ends; None where there is none, as behind a proxy with its own."""
+    """When the certificate in this file ends; None where there is none, as before an authority has given the first."""
     try:
         return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
     except (OSError, ValueError):

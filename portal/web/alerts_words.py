@@ -145,7 +145,10 @@ SENTENCES = (
     pgettext("refusal", "%(value)s %% of Redis's memory is in use."),
     pgettext("refusal", "Raise maxmemory of Redis. It is set to refuse writes when it is full, and does not evict."),
     pgettext("refusal", "The certificate %(certificate)s ends within %(value)s."),
-    pgettext("refusal", "Start the portal again: it renews its own certificate. Another one is for you to renew."),
+    pgettext(
+        "refusal",
+        "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. By ACME: `certbot renew`. Another one is for you to bring.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "API token %(token)s ends within %(value)s."),
     pgettext("refusal", "Make a new one, give it to the program that uses it, and revoke this one."),
 )

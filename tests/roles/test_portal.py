@@ -48,6 +48,32 @@ def test_hosts_trust_their_system_where_the_certificate_is_not_the_portals_own(t
     assert environment(portal_tls=tls, portal_settings={"HOST_CA_FILE": "/site.pem"})["HOST_CA_FILE"] == "/site.pem"
 
 
+@pytest.mark.parametrize(
+    ("tls", "file"),
+    [
+        ("self_signed", "/var/lib/remotegpu/ca/portal.pem"),
+        ("own", "/etc/remotegpu-portal/served.pem"),
+        ("acme", "/etc/remotegpu-portal/served.pem"),
+    ],
+)
+def test_the_portal_is_told_which_certificate_is_shown(tls: str, file: str) -> None:
+    assert environment(portal_tls=tls)["SERVED_CERTIFICATE_FILE"] == file
+
+
+def test_a_certificate_that_was_renewed_is_laid_where_the_portal_may_read_it(tmp_path: Path) -> None:
+    """What certbot is told to run, at the first one and at each that follows: it names their folder."""
+    (asked, *_) = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "acme.yml").read_text())
+    served = tmp_path / "served.pem"
+    hook = evaluate(asked["vars"]["__portal_acme_hook"], "portal", "trixie", __portal_served_copy=str(served))
+    (tmp_path / "fullchain.pem").write_text("a chain")
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/called\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    environ = {"RENEWED_LINEAGE": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["sh", "-c", hook], env=environ, check=True, umask=0o077)
+    assert (served.read_text(), served.stat().st_mode & 0o777) == ("a chain", 0o644)
+    assert (tmp_path / "called").read_text() == "reload nginx.service\n"
+
+
 def test_a_shell_and_systemd_read_the_settings_alike(tmp_path: Path) -> None:
     """The command sources the file that systemd reads: nothing in it may mean something to a shell."""
     value = 'postgresql://u:p$HOME`id`"#;&%40@127.0.0.1:5432/remotegpu'

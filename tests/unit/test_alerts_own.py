@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 from portal.db import utcnow
 from portal.models import Alert, Lease, Run, Tenant, User
-from portal.services import alerts, machines, provisioning, tokens
+from portal.services import alerts, alerts_own, machines, provisioning, tokens
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice
 from portal.services.alerts_own import Watch
@@ -145,6 +146,7 @@ def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: 
 
 
 def test_a_certificate_is_told_of_two_weeks_before_its_end(now: datetime, settings: Settings) -> None:
+    object.__setattr__(settings, "public_url", "https://localhost")
     settings.certificate_file.parent.mkdir(parents=True)
     settings.certificate_file.write_bytes(certificate(later(days=15)))
     sweep()
@@ -155,6 +157,35 @@ def test_a_certificate_is_told_of_two_weeks_before_its_end(now: datetime, settin
     settings.certificate_file.write_bytes(b"not a certificate")
     sweep()
     assert open_alerts() == []
+
+
+def test_behind_a_proxy_it_is_the_certificate_that_is_shown_and_not_the_portals_own(
+    now: datetime, settings: Settings, tmp_path: Path
+) -> None:
+    shown = tmp_path / "served.pem"
+    behind = {"public_url": "https://localhost", "trusted_proxies": "unix", "host_ca_file": "system"}
+    for name, value in behind.items():
+        object.__setattr__(settings, name, value)
+    settings.certificate_file.parent.mkdir(parents=True)
+    for file in (settings.certificate_file, settings.ca_file):
+        file.write_bytes(certificate(later(days=1)))
+    sweep()
+    assert open_alerts() == [], "nobody is shown these"
+    object.__setattr__(settings, "served_certificate_file", str(shown))
+    assert alerts_own.certificates() == {}, "an authority has not given one yet"
+    shown.write_bytes(certificate(later(days=15)) + certificate(later(days=1)))
+    sweep()
+    assert open_alerts() == [], "the chain below it is not ours"
+    shown.write_bytes(certificate(later(days=13)))
+    sweep()
+    assert (open_alerts(), labels()["certificate"]) == (["CertificateExpiring"], "portal")
+
+
+def test_the_end_of_the_authority_that_hosts_trust_is_told_of(now: datetime, settings: Settings) -> None:
+    settings.ca_file.parent.mkdir(parents=True)
+    settings.ca_file.write_bytes(certificate(later(days=13)))
+    sweep()
+    assert (open_alerts(), labels()["certificate"]) == (["CertificateExpiring"], "ca")
 
 
 def certificate(ends_at: datetime) -> bytes:
