@@ -115,9 +115,9 @@ def own_addresses(said: str) -> list[str]:
         return [
             str(address["local"])
             for interface in json.loads(said)
-            if "ifname" in interface and not OF_DOCKER.match(interface["ifname"])  # ip leaves {} where it filtered
+            if interface and not OF_DOCKER.match(interface["ifname"])  # ip leaves {} where it has left something out
             for address in interface["addr_info"]
-            if not any(address.get(flag) for flag in NOT_IN_USE)
+            if address and not any(address.get(flag) for flag in NOT_IN_USE)
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the host does not say which addresses it has: {said[:200] or 'no answer'}") from error
