@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from portal.db import utcnow
 from portal.integrations.alertmanager import Alertmanager, Refused, Unreachable
 from portal.services.alerts import fingerprint_of
 from tests.support import alertmanager, prometheus
 from tests.support.portal import Client, Portal, free_port, running
+from tests.support.rendering import render
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -128,12 +130,21 @@ def scaled_rules() -> str:
     return re.sub(r"\bfor: (\d+)m", lambda found: f"for: {int(found[1]) * 600}ms", RULES.read_text())
 
 
+def by_role(manager: alertmanager.Server) -> dict[str, Any]:
+    """How the role has a Prometheus with a label of its own send alerts."""
+    given = {"prometheus_external_labels": {"site": "here"}, "prometheus_alertmanagers": [manager.address]}
+    rendered: dict[str, Any] = yaml.safe_load(render("prometheus", "prometheus.yml.j2", "trixie", **given))
+    return rendered
+
+
 def prometheus_config(manager: alertmanager.Server, exporter: Exporter) -> dict[str, Any]:
     target = {"targets": [f"127.0.0.1:{exporter.port}"], "labels": {"host": "gpu-1", "instance": "gpu-1"}}
+    rendered = by_role(manager)
+    fast = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     return {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "global": {**rendered["global"], **fast},
         "rule_files": ["*.rules.yml"],
-        "alerting": {"alertmanagers": [{"static_configs": [{"targets": [manager.address]}]}]},
+        "alerting": rendered["alerting"],
         "scrape_configs": [{"job_name": "node", "static_configs": [target]}],
     }
 
@@ -145,6 +156,9 @@ def test_a_host_that_goes_down_and_comes_back_is_told_acknowledged_and_over(worl
     assert (alert["severity"], alert["machine_name"], alert["source"]) == ("critical", "gpu-1", "alertmanager")
     assert alert["summary"].startswith("gpu-1 does not answer")
     assert alert["way_out"]
+    assert alert["labels"] == {"alertname": "MachineOffline", "severity": "critical", "host": "gpu-1"}, (
+        "as the portal's"
+    )
     assert alert["fingerprint"] == fingerprint_of(alert["labels"]), "computed as Alertmanager does"
     done = world.admin.post(f"admin/alerts/{alert['id']}/acknowledge", remark="somebody is on the way")
     assert done["state"] == "acknowledged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,35 @@ def test_what_is_asked_is_asked_every_fifteen_seconds() -> None:
         "/etc/prometheus/rules/*.rules.yml",
         "/etc/prometheus/rules-of-the-portal/*.rules.yml",
     ]
+
+
+def test_alerts_leave_without_the_labels_of_the_server() -> None:
+    """What the portal raises by itself has none of them, and labels are what an alert is known by."""
+    told = config(prometheus_external_labels={"site": "here", "az": "1"}, prometheus_alertmanagers=["127.0.0.1:9093"])
+    assert told["global"]["external_labels"] == {"site": "here", "az": "1"}
+    assert told["alerting"]["alert_relabel_configs"] == [{"action": "labeldrop", "regex": "az|site"}]
+    assert "alert_relabel_configs" not in config()["alerting"]
+
+
+def test_no_label_of_the_server_may_be_one_by_which_alerts_are_told_apart() -> None:
+    rules = (ROLES / "prometheus" / "files" / "remotegpu.alerting.rules.yml").read_text()
+    named = {label for labels in re.findall(r"\bby \(([^)]+)\)", rules) for label in labels.split(", ")}
+    needed = {*named - {"UUID"}, "alertname", "severity", "instance", "machine", "job"}
+    assert set(evaluate("{{ __prometheus_alert_labels }}", "prometheus", "trixie")) == needed
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_taken"),
+    [({"site": "here"}, True), ({}, True), ({"host": "x"}, False), ({"severity": "x"}, False), ({"a|b": "x"}, False)],
+)
+def test_a_label_that_alerts_need_is_refused(labels: dict[str, str], is_taken: bool) -> None:
+    tasks = yaml.safe_load((ROLES / "prometheus" / "tasks" / "assert.yml").read_text())
+    (task,) = [task for task in tasks if "labels" in task["name"]]
+    held = [
+        evaluate("{{ " + each + " }}", "prometheus", "trixie", prometheus_external_labels=labels)
+        for each in task["ansible.builtin.assert"]["that"]
+    ]
+    assert all(held) is is_taken
 
 
 def test_every_rule_file_of_the_role_is_installed() -> None:
