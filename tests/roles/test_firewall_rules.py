@@ -17,6 +17,7 @@ import yaml
 
 from tests.roles.network import CONTAINER, HOST, OUTSIDE, Net, network
 from tests.roles.rendering import Role, load_module
+from tests.support.rendering import ROLES
 
 pytestmark = [
     pytest.mark.hosts,
@@ -60,6 +61,7 @@ def load(net: Net, tmp_path: Path) -> Iterator[Callable[..., Callable[[], str]]]
         program = role.template("remotegpu-firewall.sh.j2").replace("/etc/remotegpu", str(tmp_path))
         program = program.replace("ufw_is_there ||", "true ||").replace("/run/", f"{tmp_path}/")
         (tmp_path / "program").write_text(program)
+        (tmp_path / "program").chmod(0o755)
         (tmp_path / "openings.nft").write_text(role.template("openings.nft.j2"))
         return lambda: net.on(net.host, "sh", str(tmp_path / "program"), "load")
 
@@ -446,6 +448,54 @@ def test_check_sees_a_rule_that_somebody_has_taken_out_of_ours(net: Net, load: A
     assert is_loaded()
     net.on(net.host, "iptables", "-D", "DOCKER-USER", "-j", "REMOTEGPU-FORWARD")
     assert not is_loaded()
+
+
+def tasks_of_role(file: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load((ROLES / "firewall" / "tasks" / file).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("backend", "disturbance"),
+    [
+        ("nftables", "insert rule inet remotegpu input accept"),
+        ("iptables", "insert rule inet remotegpu_openings opened meta mark set 0x10000000"),
+        (
+            "nftables",
+            "add chain inet remotegpu one { type filter hook input priority -200; }; add chain inet remotegpu two;"
+            "add set inet remotegpu more { type ipv4_addr; elements = { 192.0.2.1 }; };"
+            "add rule inet remotegpu one ip saddr @more jump two",
+        ),
+    ],
+)
+def test_a_table_of_ours_that_somebody_has_changed_is_found_and_mended(
+    disturbance: str, backend: str, net: Net, load: Any, tmp_path: Path
+) -> None:
+    """By what the role asks the host, so that a run and drift hear of it; what the agent has opened is no change."""
+    rules = "firewall.nft" if backend == "nftables" else "openings.nft"
+    role = Role("firewall", firewall_backend=backend, firewall_allow=ALLOW, __firewall_ssh=[22])
+    places = {
+        "__firewall_rules": f"{tmp_path}/{rules}",
+        "__firewall_table_file": f"{tmp_path}/{rules}",
+        "__firewall_program": f"{tmp_path}/program",
+    }
+    (look,) = [task for task in tasks_of_role("look.yml") if "register" in task]
+    (mend,) = [task for task in tasks_of_role("apply.yml") if task["name"].startswith("Take out of our table")]
+
+    def is_right() -> bool:
+        asked = role.expression(look["ansible.builtin.shell"]["cmd"], **places)
+        return "right" in net.on(net.host, "bash", "-c", asked).splitlines()
+
+    load(backend)()
+    assert is_right()
+    open_for(net, backend, CLOSED, OUTSIDE)
+    open_for(net, backend, FOR_OTHERS, OUTSIDE)
+    assert is_right(), "one opening and several are written differently by nft"
+    net.on(net.host, "nft", disturbance)
+    assert not is_right()
+    load(backend)()
+    net.on(net.host, "sh", "-euc", role.expression(mend["ansible.builtin.shell"]["cmd"], **places))
+    assert is_right()
+    assert net.answering([CLOSED]) == [CLOSED], "and what the agent has opened stays open"
 
 
 def test_ufw_keeps_what_it_owns_and_our_chains_ask_only_about_containers(net: Net, load: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.roles.network import CONTAINER, HOST, OUTSIDE, Net, network
 from tests.roles.rendering import Role
@@ -98,6 +99,30 @@ def test_who_is_forwarded_gets_in_under_the_own_address_and_nobody_else(net: Net
     assert ask(net, family, port=PUBLIC + 1) == "silence"
     load()
     assert ask(net, family) == f"you are {OUTSIDE[family]}", "and after the rules were loaded again"
+
+
+def test_a_rule_of_somebody_else_in_our_table_is_found_and_what_is_forwarded_is_none(
+    net: Net, load: Any, tmp_path: Path
+) -> None:
+    """By what the role asks the host, so that a run and drift hear of it."""
+    role = Role("gateway", __firewall_compare=Role("firewall").variables["__firewall_compare"])
+    (look,) = [
+        task for task in yaml.safe_load((role.path / "tasks/look.yml").read_text()) if "ansible.builtin.shell" in task
+    ]
+
+    def is_right() -> bool:
+        asked = role.expression(look["ansible.builtin.shell"]["cmd"], __gateway_rules=f"{tmp_path}/gateway")
+        return "loaded" in net.on(net.host, "bash", "-c", asked).splitlines()
+
+    load()
+    for family in FAMILIES:
+        forward(net, family, OURS[family])
+    assert is_right()
+    net.on(net.host, "nft", "insert rule inet remotegpu_gateway forward meta mark set 0x20000000 accept")
+    assert not is_right()
+    load()
+    assert is_right()
+    assert ask(net, 4) == f"you are {OUTSIDE[4]}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
