@@ -126,14 +126,13 @@ def _step(told: argparse.Namespace) -> int:
 
 def _adopt(told: argparse.Namespace) -> int:
     wanted = document.read(told.export.read_bytes())
-    listing = _json(told.listing)
-    rows = listing["result"] if isinstance(listing, dict) else listing
+    rows = adopt.rows_of(_json(told.listing))
     found = adopt.cloudflare_listing(desired.resources(wanted, _settings(told, wanted)).resources, rows, told.zone)
     if found.adopt:
         print("config:\n  remotegpu:adopt:")
     for logical, record in sorted(found.adopt.items()):
         print(f"    {logical}: {record}")
-    for sentence in found.taken:
+    for sentence in (*found.changed, *found.unread, *found.taken):
         print(sentence, file=sys.stderr)
     return 1 if found.taken else 0
 

@@ -283,10 +283,14 @@ def _group(group: Group, wanted: list[Wanted], settings: Settings) -> Iterator[R
     place = f"{group.key} in {group.region}"
     if group.id is None:
         logical = group_name(group)
+        if logical in settings.adopt:  # the import would be followed by a replacement: names and descriptions are ours
+            raise shapes.Unfit(
+                f"{logical} stands in remotegpu:adopt; enter {settings.adopt[logical]} as its id instead"
+            )
         yield Resource(
             token=_GROUP_TOKENS[group.cloud], logical=logical, cloud=group.cloud, region=group.region, place=place,
             label=f"group {group.name}", shape=_GROUP_SHAPES[group.cloud](group), entry=group.key,
-            adopt=settings.adopt.get(logical), protect=logical in settings.protect,
+            protect=logical in settings.protect,
         )  # fmt: skip
     rules = openings.merge(each.opening for each in wanted)
     reasons = _reasons(rules, wanted)

@@ -7,7 +7,7 @@ somebody changed in the cloud by hand.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from remotegpu_network import desired
@@ -15,6 +15,16 @@ from remotegpu_network.settings import Settings
 
 REPLACES = ("replace", "create-replacement", "delete-replaced", "discard-replaced")
 GUARDED = tuple(desired.ZONE_TOKENS.values())
+MAY_DIFFER = {
+    "comment",
+    "remark",
+    "description",
+    "ttl",
+    "proxied",
+    "tags",
+    "tagsAll",
+    "settings",
+}  # and it is the same record still
 
 
 def problems(preview: Mapping[str, Any], settings: Settings) -> list[str]:
@@ -29,6 +39,7 @@ def _problems(preview: Mapping[str, Any], settings: Settings) -> Iterator[str]:
         return
     replaced = {step["urn"] for step in steps if step["op"] in REPLACES}
     deleted = {step["urn"] for step in steps if step["op"] == "delete"}
+    yield from _other_records(steps)
     if len(replaced) > settings.replaces_at_most:
         kinds = Counter(_type_of(urn) for urn in replaced)
         most = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common(3))
@@ -39,6 +50,23 @@ def _problems(preview: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     for urn in sorted(deleted | replaced):
         if _type_of(urn) in GUARDED:
             yield f"The zone {_name_of(urn)} would be deleted or replaced: that takes every name in it."
+
+
+def _other_records(steps: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The engine imports what has the id and then makes it what is wanted, whatever it was before."""
+    imported: set[str] = set()
+    for step in steps:
+        if step["op"] == "import":
+            imported.add(step["urn"])
+        elif step["urn"] in imported and step["op"] in ("update", *REPLACES):
+            changed = sorted(set(step.get("diffReasons") or ()) - MAY_DIFFER)
+            if changed or step["op"] in REPLACES:
+                what = ", ".join(changed) or "whole"
+                yield (
+                    f"{_name_of(step['urn'])} would be imported and its {what} changed: the id in remotegpu:adopt is "
+                    f"that of something else. Correct it, or make it what is wanted by hand first."
+                )
+                imported.discard(step["urn"])
 
 
 def pending(state: Mapping[str, Any]) -> list[str]:

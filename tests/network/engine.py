@@ -1,8 +1,9 @@
 """An engine double: it speaks the engine's gRPC, runs the unmodified program in a child process, and keeps state.
 
-What it does as the real one: same, update, replace (old deleted first if asked for), import, delete what is no more
-named, last and in reverse; aliases; protect; unknown ids in a preview; secrets marked as such. What it refuses: a URN
-twice, a resource without a named provider, and whatever remotegpu_network/policy.py refuses.
+What it does as the real one: same, update, replace (old deleted first if asked for), import of what is there and then
+what makes it what is wanted (pulumi/pulumi#19339), delete what is no more named, last and in reverse; aliases; protect;
+unknown ids in a preview; secrets marked as such. What it refuses: a URN twice, a resource without a named provider, and
+whatever remotegpu_network/policy.py refuses.
 """
 
 # ruff: noqa: ARG002 - the methods and their arguments are those of gRPC
@@ -50,6 +51,7 @@ class Kept:
     id: str
     inputs: dict[str, Any]
     protect: bool
+    import_id: str = ""
 
 
 @dataclass
@@ -238,6 +240,9 @@ class Run(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineServi
         if problems := policy.problems(request.type, inputs):
             raise CloudError("; ".join(problems))
         old = self._find(urn, request)
+        if request.importId and (old is None or (old.import_id or old.id) != request.importId):
+            self._later += [old] if old is not None else []
+            old = self._import(request)
         if old is None:
             return self._new(urn, request, inputs)
         if old.inputs == inputs:
@@ -264,20 +269,21 @@ class Run(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineServi
                 return found
         return None
 
+    def _import(self, request: Any) -> Kept:
+        """As it is in the cloud: what differs from it is the next step's business."""
+        self.operations.append(("import", request.name))
+        kind, there = self.engine.cloud.read(request.importId)
+        if kind != request.type:
+            raise CloudError(f"{request.importId} is no {request.type}")
+        id_ = request.importId.rpartition("/")[2]
+        return Kept(kind, request.name, id_, dict(there), request.protect)
+
     def _new(self, urn: str, request: Any, inputs: dict[str, Any]) -> str:
-        if request.importId:
-            self.operations.append(("import", request.name))
-            kind, there = self.engine.cloud.read(request.importId)
-            different = sorted(key for key in there if there[key] != inputs.get(key) and key != "comment")
-            if kind != request.type or different:
-                raise CloudError(f"inputs to import do not match the existing resource: {', '.join(different)}")
-            id_ = request.importId.rpartition("/")[2]
-        else:
-            self.operations.append(("create", request.name))
-            if self.preview:
-                return ""
-            provider = request.type.startswith("pulumi:providers:")
-            id_ = f"provider-{request.name}" if provider else self.engine.cloud.create(request.type, inputs)
+        self.operations.append(("create", request.name))
+        if self.preview:
+            return ""
+        provider = request.type.startswith("pulumi:providers:")
+        id_ = f"provider-{request.name}" if provider else self.engine.cloud.create(request.type, inputs)
         self._keep(urn, request, id_, inputs)
         return id_
 
@@ -296,7 +302,8 @@ class Run(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineServi
 
     def _keep(self, urn: str, request: Any, id_: str, inputs: dict[str, Any]) -> None:
         if not self.preview:
-            self.engine.state[urn] = Kept(request.type, request.name, id_, inputs, request.protect)
+            kept = Kept(request.type, request.name, id_, inputs, request.protect, request.importId)
+            self.engine.state[urn] = kept
 
     def finish(self) -> None:
         """Deletes come last: what was replaced, then what the program named no more. Raises CloudError."""

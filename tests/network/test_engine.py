@@ -127,9 +127,24 @@ def test_a_record_that_is_there_is_adopted_and_not_made_again(engine: Engine) ->
     record = engine.cloud.create("cloudflare:index/dnsRecord:DnsRecord", {**there, "comment": "by hand"})
     refused = engine.up(sealed(ADDRESS))
     assert (refused.code != 0, "81058" in refused.told) == (True, True)
+    adopt = {"remotegpu__adopt": {"m1.address": f"{ZONE_ID}/{record}"}}
+    planned = engine.preview(sealed(ADDRESS), **adopt)
+    assert planned.operations[-2:] == [("import", "m1.address"), ("update", "m1.address")], planned.told
+    adopted = engine.up(sealed(ADDRESS), **adopt)
+    assert adopted.operations[-2:] == planned.operations[-2:], adopted.told
+    assert engine.cloud.calls[1:] == ["update DnsRecord gpu-01.gpu.example.org A"], "it is never deleted"
+    assert engine.cloud.things[record][1]["comment"] == "RemoteGPU m1.address"
+    assert engine.up(sealed(ADDRESS, generation=8), **adopt).operations == [], "it is imported once"
+    assert engine.up(sealed(ADDRESS, generation=9)).operations == [], "the line may go"
+
+
+def test_a_record_that_is_there_as_wanted_is_adopted_and_nothing_else(engine: Engine) -> None:
+    engine.up(sealed(ADDRESS))
+    ((record, _),) = engine.cloud.things.items()
+    engine.state.clear()
     adopted = engine.up(sealed(ADDRESS), remotegpu__adopt={"m1.address": f"{ZONE_ID}/{record}"})
-    assert ("import", "m1.address") in adopted.operations, adopted.told
-    assert len(engine.cloud.things) == 1
+    assert adopted.operations == [("create", "cloudflare"), ("import", "m1.address")], adopted.told
+    assert engine.cloud.calls == ["create DnsRecord gpu-01.gpu.example.org A"]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,67 @@ def test_p3_a_record_that_is_there_is_offered_for_import_and_one_in_the_way_is_n
     assert plan.compare([], adopted).changes[0].what is What.ADOPT
 
 
+def test_p3_what_the_import_changes_is_told_before() -> None:
+    wanted = resources(name("n1", "a", "A", "203.0.113.1"), name("n2", "b", "A", "203.0.113.2", ttl_s=300))
+    row = {"type": "A", "ttl": 3600, "proxied": True, "comment": "by hand", "tags": ["team:a"]}
+    listing = [
+        {**row, "id": "r1", "name": "a.gpu.example.org", "content": "203.0.113.1"},
+        {"id": "r2", "name": "b.gpu.example.org", "type": "A", "content": "203.0.113.2", "ttl": 300,
+         "proxied": False, "comment": "RemoteGPU n2", "tags": []},
+    ]  # fmt: skip
+    found = adopt.cloudflare_listing(wanted, listing, ZONE_ID)
+    assert found.adopt == {"n1": f"{ZONE_ID}/r1", "n2": f"{ZONE_ID}/r2"}
+    assert found.changed == [
+        "n1: ttl 3600 becomes 1",
+        "n1: proxied True becomes False",
+        "n1: comment 'by hand' becomes 'RemoteGPU n1'",
+        "n1: its tags team:a go",
+    ]
+
+
+def test_p3_one_odd_record_of_the_zone_is_named_and_the_others_are_read() -> None:
+    listing = [
+        {"id": "r0", "name": "a..gpu.example.org", "type": "TXT", "content": "odd"},
+        {"id": "r1", "name": "a.gpu.example.org", "type": "A", "content": "203.0.113.1"},
+    ]
+    found = adopt.cloudflare_listing(resources(name("n1", "a", "A", "203.0.113.1")), listing, ZONE_ID)
+    assert found.adopt == {"n1": f"{ZONE_ID}/r1"}
+    (sentence,) = found.unread
+    assert "TXT 'a..gpu.example.org' of the zone is passed over" in sentence
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"success": False, "errors": [{"code": 9109}], "result": None},
+        {"result": [{"id": "r1"}]},
+        {"result": [], "result_info": {"page": 1, "total_pages": 2}},
+        "text",
+    ],
+)
+def test_p3_what_is_no_whole_listing_is_refused_with_a_sentence(answer: Any) -> None:
+    with pytest.raises(BadDocument, match="The listing"):
+        adopt.rows_of(answer)
+
+
+def test_p3_an_id_of_something_else_is_stopped_before_it_is_overwritten() -> None:
+    urn = "urn:pulumi:prod::remotegpu::cloudflare:index/dnsRecord:DnsRecord::n1"
+    imported = {"op": "import", "urn": urn}
+    same = {"op": "update", "urn": urn, "diffReasons": ["comment", "ttl"]}
+    assert gate.problems({"steps": [imported, same]}, stack()) == []
+    assert gate.problems({"steps": [{**same, "diffReasons": ["content"]}]}, stack()) == [], "a change like any other"
+    (problem,) = gate.problems({"steps": [imported, {**same, "diffReasons": ["comment", "content", "name"]}]}, stack())
+    assert problem.startswith("n1 would be imported and its content, name changed")
+    replaced = [{"op": "replace", "urn": urn, "diffReasons": ["zoneId"]}, {"op": "create-replacement", "urn": urn}]
+    (problem,) = gate.problems({"steps": [imported, *replaced]}, stack())
+    assert "zoneId" in problem
+
+
+def test_p18_a_group_is_not_adopted_since_it_would_be_replaced() -> None:
+    with pytest.raises(BadDocument, match="enter sg-1 as its id instead"):
+        resources(opening("o", "203.0.113.0/24"), settings=stack(adopt={"group.g-aws": "sg-1"}))
+
+
 def test_p4_a_provider_that_wants_to_replace_everything_is_stopped_before_the_apply() -> None:
     urn = "urn:pulumi:prod::remotegpu::cloudflare:index/dnsRecord:DnsRecord::n{}"
     steps = [
