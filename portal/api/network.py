@@ -61,8 +61,11 @@ class StackArgs(Schema):
 @bp.arguments(StackArgs, location="query")
 @bp.response(200, content_type="application/json")
 def get_applied(args: dict[str, Any]) -> Response:
-    """The export that this stack has applied last; 404 where it is not known"""
-    return Response(network_applied.newest_document(args["stack"]), mimetype="application/json")
+    """The export that this stack has applied last, with the `ETag` that it had there; 404 where it is not known"""
+    export = network_applied.newest_export(args["stack"])
+    answer = Response(network_export.text_of(export), mimetype="application/json")
+    answer.set_etag(export.checksum)
+    return answer
 
 
 class AppliedArgs(StackArgs):

@@ -51,6 +51,8 @@ def note(
     with atomic():
         network.hold()
         before = newest(stack)
+        if outcome == "failed" and before is not None:  # before it had an export: the stack stands where it stood
+            told["generation"] = told["generation"] or before.generation
         if before is not None and _is_same(before, told, outcome):
             return before, False
         if before is not None and told["generation"] < before.generation:
@@ -135,7 +137,7 @@ def newest_id() -> int:
     return found or 0
 
 
-def newest_document(stack: str) -> bytes:
+def newest_export(stack: str) -> NetworkExport:
     """What this stack has applied last, for its next guard and plan. Raises NotFound where it is not known."""
     row = newest(stack)
     if row is None:
@@ -143,7 +145,7 @@ def newest_document(stack: str) -> bytes:
     export: NetworkExport | None = NetworkExport.get_or_none(NetworkExport.id == row.export_id)
     if export is None:
         raise NotFound(f"{stack} has applied a document that is not kept: a step between two exports, or an old one.")
-    return network_export.text_of(export)
+    return export
 
 
 def newest_of_each() -> list[AppliedNetwork]:

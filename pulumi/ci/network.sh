@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
 # What the pipelines do, whichever CI runs them; docs/network.md tells the why.
 #
+#   network.sh waiting STACK   yes or no: is there an export that the stack has not applied? Asks the portal alone
 #   network.sh preview STACK   what would change, refreshed from the cloud; plan.md is the comment on the change
-#   network.sh apply STACK     do it, in steps where one apply cannot, and tell the portal
-#   network.sh drift STACK     has anybody changed the cloud by hand: exit status 1 then
+#   network.sh apply STACK     do it, in steps where one apply cannot, and tell the portal; also that it failed
+#   network.sh drift STACK     has anybody changed the cloud by hand since the last apply: exit status 1 then
 #
 # Needs PORTAL_URL, PORTAL_TOKEN (an API token with the scope of the network), and what the backend and the clouds want.
 set -euo pipefail
 
-word=${1:?preview, apply or drift}
+word=${1:?waiting, preview, apply or drift}
 stack=${2:?the stack}
 : "${PORTAL_URL:?https://portal.example.org}" "${PORTAL_TOKEN:?an API token of the portal}"
 cd "$(dirname "$0")/.."
 file="Pulumi.$stack.yaml"
-export PULUMI_SKIP_UPDATE_CHECK=true PULUMI_SKIP_CONFIRMATIONS=true
+why="It ended early." # what the portal, or the comment, is told if it fails now
+export PULUMI_SKIP_UPDATE_CHECK=true PULUMI_SKIP_CONFIRMATIONS=true PYTHONUTF8=1
+rm -f export.json applied.json outputs.json preview.json plan.md
 
-network() { python3 -m remotegpu_network "$@"; }
+# A refusal is a sentence for people: kept for the portal and the comment.
+network() {
+  local status=0
+  python3 -m remotegpu_network "$@" 2>said.txt || status=$?
+  cat said.txt >&2
+  [ "$status" -ne 1 ] || why=$(head -c 3000 said.txt)
+  return "$status"
+}
 
 # The token goes in by standard input: in the arguments every process on this machine could read it.
 portal() {
@@ -25,41 +35,79 @@ portal() {
     <<<"header = \"Authorization: Bearer $PORTAL_TOKEN\""
 }
 
+# What this stack has applied last, into applied.json; false where the portal does not know it.
+applied_last() {
+  local answer
+  answer=$(portal "/applied?stack=$stack" --no-fail --output applied.json --etag-save applied.etag \
+    --write-out '%{http_code}') || exit 1
+  case $answer in
+    200) return 0 ;;
+    404) return 1 ;;
+  esac
+  echo "The portal does not say what $stack has applied, but $answer." >&2
+  exit 1
+}
+
+waiting() {
+  local answer=200
+  if applied_last; then
+    answer=$(portal "" --etag-compare applied.etag --output export.json --write-out '%{http_code}')
+  fi
+  if [ "$answer" = 304 ]; then echo no; else echo yes; fi
+}
+
+# Nothing was ever applied.
+is_new() {
+  pulumi stack output --json --stack "$stack" >outputs.json || exit 1
+  [ "$(tr -d ' \n' <outputs.json)" = '{}' ]
+}
+
 fetch() {
+  why="The portal gave no export."
   portal "" --output export.json
   network check export.json --stack "$file"
-  pulumi stack output --json --stack "$stack" >outputs.json
-  if [ "$(tr -d ' \n' <outputs.json)" = '{}' ]; then
+  why="What was applied last could not be learned."
+  if is_new; then
     applied=first # nothing was ever applied
-  elif portal "/applied?stack=$stack" --output applied.json; then
+  elif applied_last; then
     applied=applied.json # the whole export: the guard and the plan name what is gone
   else
     applied=outputs.json # the portal has lost it: the guard still counts
   fi
-  pulumi config set remotegpu:export export.json --stack "$stack"
   pulumi config set remotegpu:applied "$applied" --stack "$stack"
 }
 
 # A run that was cut off leaves operations of which nobody knows whether the cloud did them.
 refuse_pending() {
+  why="The state could not be read."
   pulumi stack export --stack "$stack" >state.json
   network pending state.json
 }
 
+plan() {
+  network plan export.json --applied "$(known)" --stack "$file"
+}
+
+# To plan against; numbers alone are no export.
+known() { if [ "$applied" = applied.json ]; then echo applied.json; else echo first; fi; }
+
+# Shows the program this export, and asks the engine what it would do with it in the cloud as that is now.
 preview() {
-  local base=$applied
-  [ "$base" != outputs.json ] || base=first
-  network plan export.json --applied "$base" --stack "$file" --as markdown >plan.md
+  pulumi config set remotegpu:export "$1" --stack "$stack"
+  why="The engine's preview failed."
   pulumi preview --stack "$stack" --refresh --non-interactive --json >preview.json
   network gate preview.json --stack "$file"
 }
 
+# Refreshed like the preview that was let through: without it, what somebody deleted by hand would not be made again.
 up() {
-  pulumi up --stack "$stack" --yes --non-interactive --skip-preview
-  pulumi stack output --json --stack "$stack" >outputs.json
-  portal "/applied?stack=$stack" --request POST --header 'Content-Type: application/json' --data-binary @outputs.json
+  preview "$1"
+  why="The engine's apply failed."
+  pulumi up --stack "$stack" --refresh --yes --non-interactive --skip-preview
 }
 
+# Only the export is told to the portal. If it fails after a step, what the portal knows is what was there before the
+# step, and the next run makes the same step again, which changes nothing, and goes on from there.
 apply() {
   local status
   while [ "$applied" = applied.json ]; do
@@ -67,17 +115,74 @@ apply() {
     network step export.json --applied applied.json --stack "$file" --out step.json || status=$?
     [ "$status" -ne 0 ] || break
     [ "$status" -eq 3 ] || return "$status"
-    pulumi config set remotegpu:export step.json --stack "$stack"
-    up
+    up step.json
     mv step.json applied.json
-    pulumi config set remotegpu:export export.json --stack "$stack"
   done
-  up
+  up export.json
+  why="It was applied, but the portal could not be told; the next run does that."
+  pulumi stack output --json --stack "$stack" >outputs.json
+  portal "/applied?stack=$stack" --request POST --header 'Content-Type: application/json' --data-binary @outputs.json
 }
 
+# Against what was applied last: what waits for its apply is no drift. An apply that went on beside it is none either.
+drift() {
+  local status
+  for _ in 1 2 3; do
+    applied_last || nothing_to_compare
+    refuse_pending
+    mv state.json before.json
+    pulumi config set remotegpu:applied applied.json --stack "$stack"
+    pulumi config set remotegpu:export applied.json --stack "$stack"
+    status=0
+    pulumi preview --stack "$stack" --refresh --non-interactive --expect-no-changes || status=$?
+    [ "$status" -ne 0 ] || break
+    refuse_pending
+    ! cmp --silent before.json state.json || break
+    echo "Something was applied meanwhile: looking again." >&2
+  done
+  if [ "$(waiting)" = yes ]; then echo "A newer export waits for its apply: that is no drift."; fi
+  return "$status"
+}
+
+nothing_to_compare() {
+  if is_new; then
+    echo "Nothing was ever applied."
+    exit 0
+  fi
+  echo "The portal no longer knows what $stack has applied, so there is nothing to compare with: apply it." >&2
+  exit 1
+}
+
+run_url() {
+  if [ -n "${GITHUB_RUN_ID:-}" ]; then
+    echo "$GITHUB_SERVER_URL/$GITHUB_REPOSITORY/actions/runs/$GITHUB_RUN_ID"
+  else
+    echo "${CI_JOB_URL:-}"
+  fi
+}
+
+# Without it the portal would show the apply of before, and leases that wait for nobody knows what.
+tell_failure() {
+  local status=$? query
+  [ "$status" -ne 0 ] || return 0
+  case $status in 129 | 130 | 137 | 143) why="The run was cut off. $why" ;; esac # by a signal; the engine's own is 255
+  query=$(python3 -m remotegpu_network failed export.json --name "$stack" --reason "$why $(run_url)" --out failed.json)
+  portal "/applied?$query" --request POST --header 'Content-Type: application/json' --data-binary @failed.json \
+    --output /dev/null || echo "The portal could not be told of the failure." >&2
+}
+
+comment() {
+  local status=$?
+  [ "$status" -ne 0 ] || why=
+  python3 -m remotegpu_network comment export.json --name "$stack" --applied "$(known)" --stack "$file" \
+    --preview preview.json --refused "$why" >plan.md
+}
+
+applied=first
 case $word in
-  preview) fetch; preview ;;
-  apply) refuse_pending; fetch; preview; apply ;;
-  drift) fetch; pulumi preview --stack "$stack" --refresh --non-interactive --expect-no-changes ;;
-  *) echo "network.sh preview | apply | drift STACK" >&2; exit 2 ;;
+  waiting) waiting ;;
+  preview) trap comment EXIT; fetch; plan; preview export.json ;;
+  apply) trap tell_failure EXIT; fetch; refuse_pending; plan; apply ;;
+  drift) drift ;;
+  *) echo "network.sh waiting | preview | apply | drift STACK" >&2; exit 2 ;;
 esac

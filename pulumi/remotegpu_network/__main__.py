@@ -6,6 +6,8 @@
     adopt EXPORT LISTING --zone ID            which records Cloudflare has already, as lines for the stack file
     gate PREVIEW                              may this `pulumi preview --json` be applied
     pending STATE                             what a cancelled run left open in this `pulumi stack export`
+    comment EXPORT --name STACK …             the comment on a change, in Markdown, also where it is refused
+    failed EXPORT --name STACK …              writes what the portal is told of an apply that failed, prints the query
 
 Each takes --stack FILE, a Pulumi.<stack>.yaml; without it, every cloud is looked at and limits are as by default.
 Exit status: 0 fine, 1 refused (the reason is on stderr), 2 wrong usage, 3 a step was written.
@@ -17,16 +19,20 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-from remotegpu_network import adopt, desired, document, gate, guard, plan, settings, steps
+from remotegpu_network import adopt, comment, desired, document, gate, guard, plan, settings, steps
+from remotegpu_network.desired import Resource
 from remotegpu_network.document import Document
+from remotegpu_network.plan import Plan
 from remotegpu_network.settings import CLOUDS, FIRST, Settings
 
 WROTE_A_STEP = 3
+LONGEST_REASON = 1000  # characters that the portal takes
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +65,7 @@ def _arguments() -> argparse.ArgumentParser:
     word("check", _check, "export")
     planned = word("plan", _plan, "export")
     planned.add_argument("--applied", default=FIRST, help="the export that was applied last, or first")
-    planned.add_argument("--as", dest="form", choices=("text", "markdown", "json"), default="text")
+    planned.add_argument("--as", dest="form", choices=("text", "json"), default="text")
     step = word("step", _step, "export")
     step.add_argument("--applied", type=Path, required=True)
     step.add_argument("--out", type=Path, required=True)
@@ -67,7 +73,23 @@ def _arguments() -> argparse.ArgumentParser:
     adopted.add_argument("--zone", required=True, help="Cloudflare's id of the zone")
     word("gate", _gate, "preview")
     word("pending", _pending, "state")
+    commented = word("comment", _comment, "export")
+    commented.add_argument("--name", required=True, help="the stack's")
+    commented.add_argument("--applied", default=FIRST, help="the export that was applied last, or first")
+    commented.add_argument(
+        "--preview", type=Path, required=True, help="what `pulumi preview --json` printed, if it did"
+    )
+    commented.add_argument("--refused", type=_text, default="", help="why it would not be applied")
+    failed = word("failed", _failed, "export")
+    failed.add_argument("--name", required=True, help="the stack's")
+    failed.add_argument("--reason", type=_text, required=True)
+    failed.add_argument("--out", type=Path, required=True)
     return parser
+
+
+def _text(given: str) -> str:
+    """What was cut within a letter is no text otherwise."""
+    return given.encode(errors="replace").decode()
 
 
 def _settings(told: argparse.Namespace, wanted: Document | None) -> Settings:
@@ -89,24 +111,28 @@ def _told(counts: Mapping[str, int]) -> str:
 
 
 def _plan(told: argparse.Namespace) -> int:
-    wanted = document.read(told.export.read_bytes())
-    chosen = _settings(told, wanted)
-    before = None if told.applied == FIRST else document.read(Path(told.applied).read_bytes())
+    wanted, before, chosen = _compared(told)
     after = desired.resources(wanted, chosen)
-    old = desired.resources(before, replace(chosen, environment=before.environment)).resources if before else []
-    made = plan.compare(old, after.resources)
-    if told.form == "json":
-        print(json.dumps(plan.as_json(made), indent=1))
-    elif told.form == "markdown":
-        print(plan.markdown(made, f"Network of {wanted.environment}, generation {wanted.generation}"))
-    else:
-        print(plan.text(made))
+    made = plan.compare(_resources_of(before, chosen), after.resources)
+    print(json.dumps(plan.as_json(made), indent=1) if told.form == "json" else plan.text(made))
     for note in (*after.notes, *_left_out(after.left_out)):
         print(f"note: {note}", file=sys.stderr)
     if before is not None and steps.first_step(before, wanted, chosen) is not None:
         print("note: this takes two applies, since a name is taken over by another record: see `step`", file=sys.stderr)
     guard.check(wanted, chosen, guard.of_document(before) if before else None)
     return 0
+
+
+def _compared(told: argparse.Namespace) -> tuple[Document, Document | None, Settings]:
+    wanted = document.read(told.export.read_bytes())
+    before = None if told.applied == FIRST else document.read(Path(told.applied).read_bytes())
+    return wanted, before, _settings(told, wanted)
+
+
+def _resources_of(before: Document | None, chosen: Settings) -> Sequence[Resource]:
+    if before is None:
+        return []
+    return desired.resources(before, replace(chosen, environment=before.environment)).resources
 
 
 def _left_out(left: Mapping[str, int]) -> list[str]:
@@ -143,6 +169,36 @@ def _gate(told: argparse.Namespace) -> int:
 
 def _pending(told: argparse.Namespace) -> int:
     return _refuse(gate.pending(_json(told.state)))
+
+
+def _comment(told: argparse.Namespace) -> int:
+    try:
+        preview = json.loads(told.preview.read_bytes())
+    except (OSError, ValueError):  # the engine did not come to it, or not to its end
+        preview = None
+    print(comment.markdown(told.name, refused=told.refused, preview=preview, planned=_planned(told)), end="")
+    return 0
+
+
+def _planned(told: argparse.Namespace) -> tuple[str, Plan] | None:
+    """Title and plan; None where the export is why it was refused."""
+    try:
+        wanted, before, chosen = _compared(told)
+        made = plan.compare(_resources_of(before, chosen), desired.resources(wanted, chosen).resources)
+    except (document.BadDocument, settings.BadSettings, OSError):
+        return None
+    return f"{wanted.environment}, generation {wanted.generation}", made
+
+
+def _failed(told: argparse.Namespace) -> int:
+    try:
+        wanted = document.read(told.export.read_bytes())
+        outputs = {"network": {"environment": wanted.environment, "generation": wanted.generation}}
+    except (document.BadDocument, OSError):  # it failed before there was one, or because of it
+        outputs = {}
+    told.out.write_text(json.dumps(outputs))
+    print(urlencode({"stack": told.name, "outcome": "failed", "reason": told.reason[:LONGEST_REASON]}))
+    return 0
 
 
 def _refuse(problems: list[str]) -> int:

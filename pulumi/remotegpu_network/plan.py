@@ -179,11 +179,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "counts": {what.value: plan.count(what) for what in What},
         "same": plan.same,
     }
-
-
-def markdown(plan: Plan, title: str, at_most: int = 60_000) -> str:
-    """A comment on a change: the sum in sight, the lines folded, never longer than a comment may be."""
-    body = text(plan).replace("```", "'''")
-    if len(body) > at_most:
-        body = body[:at_most].rsplit("\n", 1)[0] + "\n…\n" + summary(plan)
-    return f"### {title}\n\n{summary(plan)}\n\n<details><summary>plan</summary>\n\n```\n{body}\n```\n\n</details>\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -16,17 +17,19 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import tomllib
 import yaml
 
-from remotegpu_network import settings
+from remotegpu_network import desired, settings
 from tests.network.export import name, sealed
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "pulumi" / "ci"
 TOKEN = "marker-of-the-portals-token"
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("GITHUB_", "CI_"))}
 ENGINE = """#!/bin/sh
 echo "pulumi $*" >>"$LOG"
 case "$1 $2" in
@@ -34,28 +37,35 @@ case "$1 $2" in
   "stack export") cat "$ANSWERS/state.json" ;;
   "config set") case $3 in remotegpu:export) echo "$4" >"$ANSWERS/export" ;; esac ;;
   preview*) case "$*" in *--json*) cat "$ANSWERS/preview.json" ;; *expect-no-changes*) exit "${DRIFT:-0}" ;; esac ;;
-  up*) echo "applied $(cat "$ANSWERS/export")" >>"$LOG" ;;
+  up*) export=$(cat "$ANSWERS/export"); [ "$export" != "${BREAKS:-}" ] || exit 255; echo "applied $export" >>"$LOG" ;;
 esac
 """
 
 
 class Portal(BaseHTTPRequestHandler):
-    """Answers the export, and what was applied last if there is any; keeps what is posted."""
+    """Answers the export, and what was applied last if there is any; keeps what is posted, and its query."""
 
-    export: dict[str, Any]
+    export: dict[str, Any] | None
     applied: dict[str, Any] | None
     posted: list[bytes]
+    queries: list[dict[str, str]]
     seen: set[str | None]
 
     def do_GET(self) -> None:
         self.seen.add(self.headers["Authorization"])
-        answer = self.applied if "/applied" in self.path else self.export
-        self.send_response(404 if answer is None else 200)
+        is_applied = "/applied" in self.path
+        answer = self.applied if is_applied else self.export
+        etag = f'"{(answer or {}).get("checksum")}"'
+        is_known = self.headers["If-None-Match"] == etag
+        self.send_response((404 if is_applied else 409) if answer is None else 304 if is_known else 200)
+        self.send_header("ETag", etag)
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        if not is_known:
+            self.wfile.write(json.dumps(answer).encode())
 
     def do_POST(self) -> None:
         self.posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.queries.append(dict(parse_qsl(urlsplit(self.path).query)))
         self.send_response(204)
         self.end_headers()
 
@@ -65,7 +75,7 @@ class Portal(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def portal() -> Iterator[type[Portal]]:
-    kind = type("One", (Portal,), {"export": {}, "applied": None, "posted": [], "seen": set()})
+    kind = type("One", (Portal,), {"export": {}, "applied": None, "posted": [], "queries": [], "seen": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     kind.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
@@ -98,7 +108,7 @@ class Pipeline:
         done = subprocess.run(
             [self.folder / "pulumi" / "ci" / "network.sh", word, "prod"],
             env={
-                **os.environ, "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                **CLEAN, "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PORTAL_URL": self.url, "PORTAL_TOKEN": TOKEN, "LOG": str(self.log), "ANSWERS": str(self.folder),
                 **environment,
             },
@@ -113,6 +123,7 @@ def pipeline(tmp_path: Path, portal: type[Portal]) -> Pipeline:
     return Pipeline(tmp_path, portal.url)  # type: ignore[attr-defined]
 
 
+RECORD = desired.CLOUDFLARE_RECORD
 ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1")
 
 
@@ -124,23 +135,94 @@ def test_the_first_apply_looks_for_what_is_open_previews_applies_and_tells_the_p
     assert code == 0, told
     verbs = [call.split(" --")[0] for call in calls]
     assert verbs == [
-        "pulumi stack export", "pulumi stack output", "pulumi config set remotegpu:export export.json",
-        "pulumi config set remotegpu:applied first", "pulumi preview", "pulumi up", "applied export.json",
+        "pulumi stack output", "pulumi config set remotegpu:applied first", "pulumi stack export",
+        "pulumi config set remotegpu:export export.json", "pulumi preview", "pulumi up", "applied export.json",
         "pulumi stack output",
     ]  # fmt: skip
     assert portal.posted == [b"{}"]
+    assert portal.queries == [{"stack": "prod"}]
     assert portal.seen == {f"Bearer {TOKEN}"}
     assert TOKEN not in told
 
 
-def test_what_one_apply_cannot_do_is_done_in_two(pipeline: Pipeline, portal: type[Portal]) -> None:
+def test_what_is_applied_is_refreshed_as_what_was_let_through(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """Else a record that somebody deleted by hand is shown as to be made, and is not made."""
+    portal.export = sealed(ADDRESS)
+    _, _, calls = pipeline.run("apply")
+    for verb in ("preview", "up"):
+        (call,) = [call for call in calls if call.startswith(f"pulumi {verb} ")]
+        assert "--refresh" in call.split(), call
+
+
+@pytest.fixture
+def in_two(portal: type[Portal], pipeline: Pipeline) -> None:
+    """What one apply cannot do: A and AAAA become a CNAME."""
     portal.applied = sealed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1"))
     portal.export = sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"), generation=8)
     pipeline.answer(outputs={"network": {"generation": 7, "counts": {"machines": 1, "names": 2, "openings": 0}}})
+
+
+def applied_by(calls: list[str]) -> list[str]:
+    return [call.removeprefix("applied ") for call in calls if call.startswith("applied ")]
+
+
+@pytest.mark.usefixtures("in_two")
+def test_what_one_apply_cannot_do_is_done_in_two_and_each_is_looked_at_before(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
     code, told, calls = pipeline.run("apply")
     assert code == 0, told
-    assert [call for call in calls if call.startswith("applied")] == ["applied step.json", "applied export.json"]
-    assert len(portal.posted) == 2
+    assert applied_by(calls) == ["step.json", "export.json"]
+    assert [call.split()[1] for call in calls if call.startswith(("pulumi preview", "pulumi up"))] == [
+        "preview", "up", "preview", "up",
+    ]  # fmt: skip
+    assert portal.queries == [{"stack": "prod"}], "the step is no export of the portal's: it would know nothing by it"
+
+
+@pytest.mark.usefixtures("in_two")
+def test_an_apply_that_broke_between_its_two_steps_is_taken_up_by_the_next_run(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    code, _, calls = pipeline.run("apply", BREAKS="export.json")
+    assert (code, applied_by(calls)) == (255, ["step.json"])
+    assert [query["outcome"] for query in portal.queries] == ["failed"]
+    assert pipeline.run("waiting")[1] == "yes\n", "a poll comes back to it"
+    pipeline.answer(outputs={"network": {"generation": 8, "counts": {"machines": 1, "names": 1, "openings": 0}}})
+    code, told, calls = pipeline.run("apply")
+    assert code == 0, told
+    assert applied_by(calls) == ["step.json", "export.json"]
+    assert portal.queries[1:] == [{"stack": "prod"}]
+
+
+def test_a_failed_apply_is_told_with_its_reason_and_where_its_log_is(pipeline: Pipeline, portal: type[Portal]) -> None:
+    portal.export = sealed(ADDRESS)
+    code, told, _ = pipeline.run("apply", BREAKS="export.json", CI_JOB_URL="https://ci.example.org/jobs/7")
+    assert code == 255
+    (query,), (body,) = portal.queries, portal.posted
+    assert query == {
+        "stack": "prod", "outcome": "failed", "reason": "The engine's apply failed. https://ci.example.org/jobs/7",
+    }  # fmt: skip
+    assert json.loads(body) == {"network": {"environment": "production", "generation": 7}}
+    assert TOKEN not in told
+
+
+@pytest.mark.parametrize("export", [None, {}, {"problem": "503"}])
+def test_an_apply_without_an_export_is_told_as_well(
+    pipeline: Pipeline, portal: type[Portal], export: dict[str, Any] | None
+) -> None:
+    portal.export = export
+    code, _, calls = pipeline.run("apply")
+    assert (code != 0, calls) == (True, [])
+    assert ([query["outcome"] for query in portal.queries], portal.posted) == (["failed"], [b"{}"])
+
+
+def test_a_reason_of_any_length_and_script_is_told(pipeline: Pipeline, portal: type[Portal]) -> None:
+    zones = [f"urn:pulumi:prod::remotegpu::cloudflare:index/zone:Zone::zone.机器{i}" for i in range(200)]
+    portal.export = sealed(ADDRESS)
+    pipeline.answer(preview={"steps": [{"op": "delete", "urn": urn} for urn in zones]})
+    assert pipeline.run("apply")[0] == 1
+    assert portal.queries[0]["reason"].startswith("The zone zone.机器0 would be deleted or replaced")
+    assert len(portal.queries[0]["reason"]) == 1000
 
 
 def test_an_operation_left_open_stops_everything(pipeline: Pipeline, portal: type[Portal]) -> None:
@@ -149,7 +231,8 @@ def test_an_operation_left_open_stops_everything(pipeline: Pipeline, portal: typ
     pipeline.answer(state={"deployment": {"pending_operations": [{"type": "creating", "resource": {"urn": urn}}]}})
     code, told, calls = pipeline.run("apply")
     assert (code, "was cut off" in told) == (1, True)
-    assert calls == ["pulumi stack export --stack prod"]
+    assert not any(call.startswith(("pulumi preview", "pulumi up")) for call in calls)
+    assert "was cut off" in portal.queries[0]["reason"]
 
 
 def test_a_preview_that_would_delete_a_zone_is_not_applied(pipeline: Pipeline, portal: type[Portal]) -> None:
@@ -158,6 +241,7 @@ def test_a_preview_that_would_delete_a_zone_is_not_applied(pipeline: Pipeline, p
     pipeline.answer(preview={"steps": [{"op": "delete", "urn": zone}]})
     code, told, calls = pipeline.run("apply")
     assert (code, "takes every name in it" in told, any("pulumi up" in call for call in calls)) == (1, True, False)
+    assert "takes every name in it" in portal.queries[0]["reason"]
 
 
 @pytest.mark.parametrize("export", [{}, {"problem": "503"}])
@@ -169,40 +253,237 @@ def test_a_broken_export_reaches_no_engine(pipeline: Pipeline, portal: type[Port
 
 def test_a_preview_leaves_the_plan_for_the_comment(pipeline: Pipeline, portal: type[Portal]) -> None:
     portal.export = sealed(ADDRESS)
+    pipeline.answer(preview={"steps": [{"op": "update", "urn": f"urn:pulumi:prod::remotegpu::{RECORD}::m1.address"}]})
     code, told, calls = pipeline.run("preview")
     assert code == 0, told
-    assert "1 to create; 0 stay as they are." in (pipeline.folder / "pulumi" / "plan.md").read_text()
-    assert not any("pulumi up" in call for call in calls)
+    comment = (pipeline.folder / "pulumi" / "plan.md").read_text()
+    assert comment.startswith("<!-- remotegpu-network prod -->\n")
+    assert "1 to create; 0 stay as they are." in comment, "the portal's"
+    assert "1 to change" in comment, "the engine's"
+    assert "not be applied" not in comment
+    assert (any("pulumi up" in call for call in calls), portal.posted) == (False, [])
 
 
-def test_drift_is_an_error(pipeline: Pipeline, portal: type[Portal]) -> None:
+def test_a_preview_that_is_refused_says_so_in_the_comment(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """By the gate, by the guard, and by a broken export: that is when somebody has to read it."""
+    plan = pipeline.folder / "pulumi" / "plan.md"
     portal.export = sealed(ADDRESS)
-    assert pipeline.run("drift")[0] == 0
+    zone = "urn:pulumi:prod::remotegpu::cloudflare:index/zone:Zone::zone.cf"
+    pipeline.answer(preview={"steps": [{"op": "delete", "urn": zone}]})
+    assert pipeline.run("preview")[0] == 1
+    assert "takes every name in it" in plan.read_text()
+    assert "1 to delete" in plan.read_text()
+
+    portal.applied = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(10)))
+    pipeline.answer(outputs={"network": {}}, preview={"steps": []})
+    assert pipeline.run("preview")[0] == 1
+    assert "10 of 10 names are gone" in plan.read_text()
+
+    portal.export = {}
+    assert pipeline.run("preview")[0] == 1
+    assert "would not be applied" in plan.read_text()
+
+
+def test_a_poll_asks_only_the_portal_whether_anything_waits(pipeline: Pipeline, portal: type[Portal]) -> None:
+    portal.export = sealed(ADDRESS, generation=8)
+    assert pipeline.run("waiting") == (0, "yes\n", []), "nothing was ever applied"
+    portal.applied = sealed(ADDRESS, generation=7)
+    assert pipeline.run("waiting") == (0, "yes\n", [])
+    portal.applied = portal.export
+    assert pipeline.run("waiting") == (0, "no\n", [])
+    portal.export = None
+    code, told, calls = pipeline.run("waiting")
+    assert (code != 0, "yes" in told, calls) == (True, False, []), "a portal that gives none is no reason to apply"
+
+
+def test_drift_is_an_error_and_a_change_that_waits_for_its_apply_is_none(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    portal.applied = sealed(ADDRESS)
+    portal.export = sealed(generation=8)
+    code, told, calls = pipeline.run("drift")
+    assert (code, "waits for its apply: that is no drift" in told) == (0, True), told
+    (look,) = [call for call in calls if call.startswith("pulumi preview")]
+    assert {"--refresh", "--expect-no-changes"} <= set(look.split())
+    assert (pipeline.folder / "export").read_text() == "applied.json\n"
+    assert "pulumi config set remotegpu:applied applied.json --stack prod" in calls
     assert pipeline.run("drift", DRIFT="1")[0] == 1
+    assert portal.posted == []
 
 
-def test_github_locks_each_stack_cuts_nothing_off_and_gives_forks_nothing() -> None:
-    flow = yaml.safe_load((CI / "github-actions.yml").read_text())
-    job = flow["jobs"]["network"]
-    assert job["concurrency"] == {"group": "network-${{ matrix.stack }}", "cancel-in-progress": False}
-    assert "head.repo.full_name == github.repository" in job["if"]
-    triggers = flow[True]  # YAML 1.1 reads `on` as yes
-    assert {"pull_request", "push", "schedule", "repository_dispatch"} <= set(triggers)
-    assert "pull_request_target" not in triggers
-    runs = [(step.get("if", ""), step.get("run", "")) for step in job["steps"]]
-    assert [word for word in ("preview", "drift", "apply") for _, run in runs if f"network.sh {word}" in run] == [
-        "preview", "drift", "apply",
-    ]  # fmt: skip
-    assert any(condition == "cancelled()" and "pulumi cancel" in run for condition, run in runs)
+def test_an_apply_beside_it_is_no_drift(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """At GitHub it may go on at the same time: the state has moved when the check has ended."""
+    portal.applied = portal.export = sealed(ADDRESS)
+    engine = pipeline.folder / "bin" / "pulumi"
+    moves = '*expect-no-changes*) ! grep -q one "$ANSWERS/state.json" || { echo {} >"$ANSWERS/state.json"; exit 1; }'
+    pipeline.answer(state={"deployment": {}, "serial": "one"})
+    engine.write_text(ENGINE.replace('*expect-no-changes*) exit "${DRIFT:-0}"', moves))
+    code, told, calls = pipeline.run("drift")
+    assert (code, told.count("looking again")) == (0, 1), told
+    assert sum(call.startswith("pulumi preview") for call in calls) == 2
 
 
-def test_gitlab_locks_each_stack_cuts_nothing_off_and_gives_forks_nothing() -> None:
-    flow = yaml.safe_load((CI / "gitlab-ci.yml").read_text())
-    assert (flow[".network"]["resource_group"], flow[".network"]["interruptible"]) == ("network-$STACK", False)
-    assert "$CI_MERGE_REQUEST_SOURCE_PROJECT_ID == $CI_PROJECT_ID" in flow["network-preview"]["rules"][0]["if"]
-    for job in ("preview", "apply", "drift"):
-        assert f'pulumi/ci/network.sh {job} "$STACK"' in flow[f"network-{job}"]["script"]
-    assert "canceled" in flow[".network"]["after_script"][0]
+def test_drift_says_where_there_is_nothing_to_compare_with(pipeline: Pipeline, portal: type[Portal]) -> None:
+    code, told, _ = pipeline.run("drift")
+    assert (code, "Nothing was ever applied" in told) == (0, True)
+    pipeline.answer(outputs={"network": {"generation": 7}})
+    code, told, _ = pipeline.run("drift")
+    assert (code, "no longer knows" in told) == (1, True)
+
+
+# -- the files of the CIs
+
+
+@pytest.fixture(scope="module")
+def github() -> dict[Any, Any]:
+    flow: dict[Any, Any] = yaml.safe_load((CI / "github-actions.yml").read_text())
+    return flow
+
+
+@pytest.fixture(scope="module")
+def gitlab() -> dict[str, Any]:
+    flow: dict[str, Any] = yaml.safe_load((CI / "gitlab-ci.yml").read_text())
+    return flow
+
+
+def evaluated(text: str, **values: str) -> str:
+    """A value of a workflow with its expressions filled in."""
+    for key, value in values.items():
+        text = text.replace("${{ " + key.replace("__", ".") + " }}", value)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("event", "cron", "word"),
+    [
+        ("pull_request", "", "preview"),
+        ("push", "", "apply"),
+        ("repository_dispatch", "", "apply"),
+        ("workflow_dispatch", "", "apply"),
+        ("schedule", "2-57/5 * * * *", "apply"),
+        ("schedule", "17 3 * * *", "drift"),
+    ],
+)
+def test_github_does_for_each_event_what_the_file_says(
+    github: dict[Any, Any], pipeline: Pipeline, portal: type[Portal], event: str, cron: str, word: str
+) -> None:
+    assert cron in ("", *(each["cron"] for each in github[True]["schedule"]))
+    assert event in github[True]
+    portal.export = portal.applied = sealed(ADDRESS)
+    outputs, calls = todo(github, pipeline, event, cron)
+    assert outputs["word"] == word
+    is_poll = (event, word) == ("schedule", "apply")
+    assert outputs["stacks"] == ("[]" if is_poll else github["env"]["STACKS"]), "a poll ends where nothing waits"
+    portal.export = sealed(ADDRESS, generation=8)
+    assert json.loads(todo(github, pipeline, event, cron)[0]["stacks"]) == json.loads(github["env"]["STACKS"])
+    assert calls == []
+
+
+def todo(github: dict[Any, Any], pipeline: Pipeline, event: str, cron: str) -> tuple[dict[str, str], list[str]]:
+    """Runs the first job's own script."""
+    (script,) = [step["run"] for step in github["jobs"]["todo"]["steps"] if "run" in step]
+    said, log = pipeline.folder / "github-output", pipeline.log
+    said.write_text("")
+    log.write_text("")
+    given = {
+        "EVENT": event, "CRON": cron, "STACKS": github["env"]["STACKS"], "GITHUB_OUTPUT": str(said),
+        "PORTAL_URL": pipeline.url, "PORTAL_TOKEN": TOKEN, "LOG": str(log), "ANSWERS": str(pipeline.folder),
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=pipeline.folder, env={**CLEAN, **given})
+    assert done.returncode == 0
+    return dict(line.split("=", 1) for line in said.read_text().splitlines()), log.read_text().splitlines()
+
+
+def test_at_github_no_preview_drift_check_or_poll_takes_the_place_of_a_waiting_apply(github: dict[Any, Any]) -> None:
+    """GitHub cancels what waits when a newer one of its group comes; in the group of applies are applies alone."""
+    assert "concurrency" not in github
+    assert "concurrency" not in github["jobs"]["todo"]
+    lock = github["jobs"]["network"]["concurrency"]
+    assert lock["cancel-in-progress"] is False
+
+    def group(word: str, number: str = "") -> str:
+        return evaluated(
+            lock["group"],
+            needs__todo__outputs__word=word,
+            matrix__stack="prod",
+            **{"github.event.number && format('-{0}', github.event.number)": number},
+        )
+
+    groups = [group("apply"), group("drift"), group("preview", "-7"), group("preview", "-8")]
+    assert groups == ["network-apply-prod", "network-drift-prod", "network-preview-prod-7", "network-preview-prod-8"]
+    assert github["jobs"]["network"]["if"] == "needs.todo.outputs.stacks != '[]'"
+
+
+def test_github_gives_forks_nothing_asks_no_reviewer_and_shows_the_plan_when_it_is_refused(
+    github: dict[Any, Any],
+) -> None:
+    assert "head.repo.full_name == github.repository" in github["jobs"]["todo"]["if"]
+    assert github["jobs"]["network"]["needs"] == "todo"
+    assert "pull_request_target" not in github[True]
+    steps = github["jobs"]["network"]["steps"]
+    (shown,) = [step for step in steps if step.get("run") == "pulumi/ci/comment.py"]
+    assert shown["if"].startswith("${{ !cancelled() && ")
+    assert [step for step in steps if "GH_TOKEN" in str(step)] == [shown]
+    assert any("cancelled()" in step.get("if", "") and "pulumi cancel" in step["run"] for step in steps)
+    head = (CI / "github-actions.yml").read_text()
+    assert "no required\n# reviewers" in head, "each lease would wait for a person"
+
+
+def test_gitlab_locks_each_stack_and_cuts_nothing_off(gitlab: dict[str, Any]) -> None:
+    locked = gitlab[".network"]
+    assert (locked["resource_group"], locked["interruptible"]) == ("network-$STACK", False)
+    assert gitlab["workflow"]["auto_cancel"]["on_new_commit"] == "none"
+    assert gitlab["network-preview"]["resource_group"] == "network-preview-$STACK", "no apply waits for it"
+    assert not any("resource_group" in gitlab[f"network-{job}"] for job in ("apply", "poll", "drift"))
+    assert "canceled" in locked["after_script"][0]
+
+
+def test_gitlab_does_for_each_event_what_the_file_says(gitlab: dict[str, Any]) -> None:
+    rules = {job: [rule["if"] for rule in gitlab[f"network-{job}"]["rules"]] for job in WORD_OF_JOB}
+    assert "$CI_MERGE_REQUEST_SOURCE_PROJECT_ID == $CI_PROJECT_ID" in rules["preview"][0], "forks are given nothing"
+    assert '$CI_PIPELINE_SOURCE == "trigger"' in rules["apply"], "the portal's call"
+    head = (CI / "gitlab-ci.yml").read_text().partition("\nworkflow:")[0]
+    for job, cron in (("poll", "*/5 * * * *"), ("drift", "17 3 * * *")):
+        (rule,) = rules[job]
+        assert rule == f'$CI_PIPELINE_SOURCE == "schedule" && $CI_PIPELINE_SCHEDULE_DESCRIPTION == "network-{job}"'
+        assert re.search(rf"^#   network-{job} +{re.escape(cron)}(?: |$)", head, re.MULTILINE), (
+            "GitLab has it not in a file"
+        )
+    for job, word in WORD_OF_JOB.items():
+        assert gitlab[f"network-{job}"]["script"] == [f'pulumi/ci/network.sh {word} "$STACK"']
+    assert gitlab["network-preview"]["after_script"] == ["pulumi/ci/comment.py"], "also where it is refused"
+
+
+WORD_OF_JOB = {"preview": "preview", "apply": "apply", "poll": "apply", "drift": "drift"}
+
+
+def test_a_poll_at_gitlab_ends_before_it_installs_anything(
+    gitlab: dict[str, Any], pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    """GitLab runs before_script and script, flattened, in one shell that stops at the first error."""
+    job = gitlab["network-poll"]
+    lines = [
+        line for each in (*job["before_script"], *job["script"]) for line in ([each] if isinstance(each, str) else each)
+    ]
+    pip = pipeline.folder / "bin" / "pip"
+    pip.write_text('#!/bin/sh\necho "pip $*" >>"$LOG"\n')
+    pip.chmod(0o755)
+
+    def run() -> list[str]:
+        pipeline.log.write_text("")
+        given = {
+            **CLEAN, "PATH": f"{pipeline.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PORTAL_URL": pipeline.url, "PORTAL_TOKEN": TOKEN, "LOG": str(pipeline.log), "STACK": "prod", "EXTRAS": "",
+            "ANSWERS": str(pipeline.folder),
+        }  # fmt: skip
+        done = subprocess.run(["bash", "-eo", "pipefail", "-c", "\n".join(lines)], cwd=pipeline.folder, env=given)
+        assert done.returncode == 0
+        return pipeline.log.read_text().splitlines()
+
+    portal.export = portal.applied = sealed(ADDRESS)
+    assert run() == []
+    portal.export = sealed(ADDRESS, generation=8)
+    assert (run()[0], portal.queries) == ("pip install ./pulumi", [{"stack": "prod"}])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pulumi").glob("Pulumi.*.yaml")), ids=lambda file: file.name)

@@ -57,20 +57,6 @@ def test_the_plan_says_what_happens_by_cloud_and_zone() -> None:
     ]
 
 
-def test_the_comment_on_a_change_is_never_longer_than_a_comment_may_be() -> None:
-    made = plan.compare([], resources(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(2000))))
-    comment = plan.markdown(made, "Network")
-    assert len(comment) < 65_536
-    assert comment.count("2000 to create; 0 stay as they are.") == 2
-
-
-def test_a_text_cannot_leave_the_fence_of_the_comment() -> None:
-    comment = plan.markdown(
-        plan.compare([], resources(name("n", "t", "TXT", "```\u0020</details> @everyone"))), "Network"
-    )
-    assert comment.count("```") == 2
-
-
 def test_adding_and_removing_one_of_several_values_touches_no_other() -> None:
     one = [{"priority": p, "target": f"m{p}.example.org"} for p in (1, 2, 3)]
     before, after = resources(name("n", "@", "MX", *one)), resources(name("n", "@", "MX", one[0], one[2]))

@@ -21,8 +21,8 @@ import pytest
 
 from portal import start
 from portal.db import utcnow
-from portal.models import Lease, Tenant
-from portal.services import leases, network
+from portal.models import DnsRecord, DnsZone, Lease, NetworkState, Tenant
+from portal.services import leases, network, network_names, network_views
 from portal.services.actors import SYSTEM
 from portal.services.config import use
 from portal.settings import load
@@ -97,28 +97,105 @@ def pipeline(tmp_path: Path, portal: Portal) -> Pipeline:
     folder.mkdir()
     pipeline = Pipeline(folder, portal.url)
     (folder / "apply.py").write_text(APPLY)
-    applies = 'up*) python3 "$ANSWERS/apply.py" "$(cat "$ANSWERS/export")" "$ANSWERS" ;;'
+    applies = """up*)
+      export=$(cat "$ANSWERS/export"); [ "$export" != "${BREAKS:-}" ] || exit 255
+      python3 "$ANSWERS/apply.py" "$export" "$ANSWERS" ;;"""
     engine = folder / "bin" / "pulumi"
     lines = [applies if line.lstrip().startswith("up*)") else line for line in ENGINE.splitlines()]
     engine.write_text("\n".join(lines) + "\n")
     return pipeline
 
 
-def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
-    portal: Portal, pipeline: Pipeline, calls: Any
-) -> None:
+@pytest.fixture
+def run(portal: Portal, pipeline: Pipeline) -> Any:
+    """A run of the script with the token of a pipeline: exit status, and what it said."""
     token = portal.command("create-token", "pipeline", "--scope", "network").strip()
-    environment = {"PORTAL_TOKEN": token, "CURL_CA_BUNDLE": str(portal.ca_file), "PYTHONPATH": "."}
+    given = {"PORTAL_TOKEN": token, "CURL_CA_BUNDLE": str(portal.ca_file), "PYTHONPATH": "."}
 
-    def in_the_cloud() -> list[str]:
-        found: list[str] = json.loads((pipeline.folder / "cloud.json").read_text())
-        return found
+    def run(word: str, **environment: str) -> tuple[int, str]:
+        status, said, _ = pipeline.run(word, **given, **environment)
+        assert token not in said
+        return status, said
 
+    return run
+
+
+def in_the_cloud(pipeline: Pipeline) -> list[str]:
+    found: list[str] = json.loads((pipeline.folder / "cloud.json").read_text())
+    return found
+
+
+def record(at: str, kind: str, value: str) -> DnsRecord:
+    zone = DnsZone.get()
+    return network_names.create(zone, by=SYSTEM, name=f"{at}.{zone.name}", type=kind, values=[value])
+
+
+def test_a_pipeline_that_asks_applies_once_what_has_changed(pipeline: Pipeline, run: Any) -> None:
+    zone("gpu.example.org")
+    record("www", "A", "192.0.2.1")
+    assert run("waiting") == (0, "yes\n")
+    status, said = run("apply")
+    assert status == 0, said
+    assert run("waiting") == (0, "no\n")
+    record("mail", "A", "192.0.2.2")
+    assert run("waiting") == (0, "yes\n")
+    status, said = run("drift")
+    assert (status, "waits for its apply: that is no drift" in said) == (0, True), said
+    assert in_the_cloud(pipeline) == ["A www.gpu.example.org → 192.0.2.1"]
+
+
+def test_an_apply_that_failed_is_shown_until_one_succeeds(run: Any) -> None:
+    zone("gpu.example.org")
+    record("www", "A", "192.0.2.1")
+    for _ in range(2):
+        assert run("apply", BREAKS="export.json", CI_JOB_URL="https://ci.example.org/jobs/7")[0] == 255
+        (stack,) = network_views.standing().stacks
+        assert stack.failed is not None
+        assert stack.failed.reason == "The engine's apply failed. https://ci.example.org/jobs/7"
+        assert stack.failed.generation == network.state().generation
+        assert network.state().behind_since is not None
+        status, said = run("apply")
+        assert status == 0, said
+        (stack,) = network_views.standing().stacks
+        assert (stack.failed, network.state().behind_since) == (None, None)
+        record(f"more{DnsRecord.select().count()}", "A", "192.0.2.2")
+    NetworkState.update(frozen_reason="restored").execute()
+    assert run("apply")[0] != 0
+    (stack,) = network_views.standing().stacks
+    assert stack.failed is not None, "also where the portal gave it no export"
+    assert stack.failed.reason == "The portal gave no export. "
+
+
+def test_an_apply_that_broke_between_two_steps_is_not_taken_for_done_and_is_taken_up(
+    pipeline: Pipeline, run: Any
+) -> None:
+    """An A that another record replaces by a CNAME takes two applies."""
+    zone("gpu.example.org")
+    address = record("www", "A", "192.0.2.1")
+    record("mail", "A", "192.0.2.2")
+    assert run("apply")[0] == 0
+    network_names.remove(address, by=SYSTEM)
+    record("www", "CNAME", "edge.example.org")
+    assert run("apply", BREAKS="export.json")[0] == 255
+    assert in_the_cloud(pipeline) == ["A mail.gpu.example.org → 192.0.2.2"], "the first step was done"
+    assert network.state().behind_since is not None, "and it still waits"
+    assert run("waiting") == (0, "yes\n")
+    status, said = run("apply")
+    assert status == 0, said
+    assert sorted(in_the_cloud(pipeline)) == [
+        "A mail.gpu.example.org → 192.0.2.2", "CNAME www.gpu.example.org → edge.example.org.",
+    ]  # fmt: skip
+    assert network.state().behind_since is None
+
+
+def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
+    portal: Portal, pipeline: Pipeline, run: Any, calls: Any
+) -> None:
     def apply_when_called() -> None:
         """As CI does: a run for each call, until the portal has nothing new to say."""
         wanted = network.state().generation
         until(lambda: calls.heard and calls.heard[-1]["generation"] >= wanted, "the call", also=portal.tail)
-        status, said, _ = pipeline.run("apply", **environment)
+        status, said = run("apply")
         assert status == 0, said
 
     host = seen_host()
@@ -127,7 +204,7 @@ def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
     assert state_of(lease, "name") == ("open", "closed")
     apply_when_called()
     label = f"A lease{lease.id}.gpu.example.org → 192.0.2.17"
-    assert in_the_cloud() == [label]
+    assert in_the_cloud(pipeline) == [label]
     assert state_of(lease, "name") == ("open", "open")
 
     count = len(calls.heard)
@@ -135,10 +212,10 @@ def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
     host.sees(lease, "closed")
     assert Lease.get_by_id(lease.id).state == "ending", "its name is still there"
     apply_when_called()
-    assert in_the_cloud() == []
+    assert in_the_cloud(pipeline) == []
     assert Lease.get_by_id(lease.id).state == "ended"
     assert len(calls.heard) == count + 1, "one call for the end, none for what the pipeline itself has told"
-    status, said, _ = pipeline.run("apply", **environment)
+    status, said = run("apply")
     assert status == 0, f"asking without being called works as well: {said}"
 
 
