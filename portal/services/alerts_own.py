@@ -65,6 +65,17 @@ NAMES = {
     "TokenExpiring": "warning",
 }
 
+# Those that Prometheus alone raises, by the rules of the role `prometheus`.
+OF_PROMETHEUS_ALONE = (
+    alerts.WATCHDOG,
+    *("MachineOffline", "ExporterUnreachable", "CpuHigh", "MemoryHigh", "DiskFilling", "DiskNearlyFull"),
+    *("DiskFull", "GpuExporterDown", "GpuHot", "GpuTooHot", "GpuMemoryFull", "GpuEccErrors", "GpuRowRemapPending"),
+    *("GpuRowRemapFailed", "GpuXidRestart", "GpuXidReset", "GpuXidHardware", "GpuXidApplication", "GpuXidUnknown"),
+    *("GpuXidNoted", "PortalDown", "PortalErrors", "DatabaseConnections", "BackupOld", "BackupMissing"),
+    *("RedisDown", "RedisMemory"),
+)
+DELIVERED = frozenset((*NAMES, *OF_PROMETHEUS_ALONE))  # no other rule may have one of these names
+
 # What the agent's last report says → the alert that tells of it.
 BY_PROBLEM = {
     "gpu_missing": "GpuLost",

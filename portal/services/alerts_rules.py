@@ -28,7 +28,7 @@ from portal.integrations import prometheus
 from portal.integrations.prometheus import Series
 from portal.models import AlertRule
 from portal.models.states import ALERT_SEVERITIES
-from portal.services import alerts, alerts_own, audit, config
+from portal.services import alerts_own, audit, config
 from portal.services.actors import Actor
 from portal.services.monitoring_measures import NO_DISK
 
@@ -159,7 +159,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
 def _faults(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not NAME.fullmatch(str(fields.get("name", ""))):
         yield "name", "Use 3 to 64 letters and digits, and begin with a capital letter."
-    elif fields["name"] in (*alerts_own.NAMES, alerts.WATCHDOG):
+    elif fields["name"] in alerts_own.DELIVERED:
         yield "name", "One of the delivered alerts has this name."
     if fields.get("metric") not in METRICS:
         yield "metric", f"Choose from {', '.join(METRICS)}."

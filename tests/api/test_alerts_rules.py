@@ -74,6 +74,8 @@ def test_a_rule_is_for_every_machine_a_region_or_some(staff: SignedIn, scope: di
         ({"name": "Gpu-Idle"}, "name"),
         ({"name": "GpuLost"}, "name"),
         ({"name": "Watchdog"}, "name"),
+        ({"name": "MachineOffline"}, "name"),
+        ({"name": "MonitoringSilent"}, "name"),
         ({"metric": "up) or vector(1"}, "metric"),
         ({"condition": "=="}, "condition"),
         ({"threshold": "many"}, "threshold"),

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from portal.services import alerts_own, alerts_samples, monitoring_samples
+from portal.errors import Invalid
+from portal.services import alerts_own, alerts_rules, alerts_samples, alerts_tenants, monitoring_samples
+from portal.services.actors import SYSTEM
 from portal.web import alerts_words
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,19 @@ def test_what_the_portal_raises_by_itself_is_delivered_as_a_rule_with_the_same_s
     """The same name and severity on the same labels: one fingerprint, whoever raises it."""
     own = {name: severity for name, severity in alerts_own.NAMES.items() if name != "MonitoringSilent"}
     assert {name: rules()[name]["labels"]["severity"] for name in own} == own
+
+
+def test_no_rule_of_ones_own_can_have_the_name_of_a_delivered_alert() -> None:
+    """Else both would have one fingerprint on the same labels, and the end of one would be the end of the other."""
+    assert {*rules(), "MonitoringSilent"} == alerts_own.DELIVERED
+    for name in alerts_own.DELIVERED:
+        with pytest.raises(Invalid) as refused:
+            alerts_rules.create(name=name, by=SYSTEM)
+        assert refused.value.fields["name"] == ["One of the delivered alerts has this name."], name
+
+
+def test_what_customers_are_told_of_is_delivered() -> None:
+    assert set(alerts_tenants.TOLD) <= set(rules())
 
 
 def test_every_sentence_of_an_alert_is_in_the_catalogue_of_translations() -> None:
