@@ -264,8 +264,11 @@ def newest_runs(now: datetime) -> dict[tuple[str, str], Run]:
 
 
 def _runs(now: datetime) -> Iterator[Condition]:
+    in_maintenance = {
+        each.name for each in Machine.select(Machine.name).where(Machine.maintenance_since.is_null(False))
+    }
     for (name, playbook), run in newest_runs(now).items():
-        if run.state != "succeeded":
+        if run.state != "succeeded" and name not in in_maintenance:
             yield Condition(
                 "RunFailed",
                 f"The playbook {playbook} has failed on {name}: run {run.id} is {run.state}.",
@@ -324,7 +327,7 @@ def _still_open(now: datetime) -> Iterator[Condition]:
             "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
             {"host": lease.machine.name, "lease": str(lease.id), "part": grant.kind},
         )
-    for opening in openings_stuck(now):
+    for opening in openings_stuck(now).where(Machine.maintenance_since.is_null()):
         why, state = opening.error or "The host does not say why.", opening.observed
         hole = f"{opening.protocol} {opening.first_port}-{opening.last_port} from {opening.source}"
         yield Condition(

@@ -132,6 +132,17 @@ def test_a_failed_run_is_raised_until_the_next_one_goes_well_or_a_day_has_passed
     assert Run.select().count() == 2
 
 
+def test_a_failed_run_on_a_machine_in_maintenance_is_somebodys_work_already(now: datetime) -> None:
+    machine = rental.confirm(rental.register("gpu-1"))
+    rental.finish_run(provisioning.provision(machine, by=SYSTEM), "failed")
+    machines.start_maintenance(machines.get(machine.id), reason="new fans", by=SYSTEM)
+    sweep()
+    assert open_alerts() == []
+    machines.end_maintenance(machines.get(machine.id), by=SYSTEM)
+    sweep()
+    assert open_alerts() == ["RunFailed"]
+
+
 def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: datetime, tenant: Tenant) -> None:
     host = rental.ready_host("gpu-1")
     lease = make_lease(host.machine, tenant, ends_at=later(hours=30))
