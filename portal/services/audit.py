@@ -95,4 +95,6 @@ def mask(value: Any) -> Any:
 
 
 def _is_secret(key: str) -> bool:
-    return any(word in key.lower() for word in SECRET_WORDS)
+    """An id names something secret and gives nothing away."""
+    name = key.lower()
+    return not name.endswith("_id") and any(word in name for word in SECRET_WORDS)

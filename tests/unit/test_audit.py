@@ -39,6 +39,12 @@ def test_a_failed_entry_undoes_the_change(database, monkeypatch):
     assert not Tenant.select().exists()
 
 
+def test_the_id_of_a_secret_is_told_and_the_secret_is_not(database):
+    with atomic():
+        audit.record("agent.credential_rotating", None, by=SYSTEM, credential_id=7, credential="marker", token_id=9)
+    assert AuditEntry.get().detail == {"credential_id": 7, "credential": audit.MASK, "token_id": 9}
+
+
 def test_secrets_are_masked_by_name_at_any_depth(database):
     with atomic():
         audit.record(
