@@ -22,7 +22,7 @@ from portal.api.streams import Reader
 from portal.db import connection
 from portal.errors import NotFound
 from portal.models import Attempt, Task, User
-from portal.models.states import TASK
+from portal.models.states import ATTEMPT
 from portal.services import logs, tasks
 from portal.services.actors import STAFF
 from portal.services.logs import Piece
@@ -55,7 +55,7 @@ class TaskIn(Schema):
 class AttemptOut(Schema):
     id = ma.fields.Integer(required=True)
     number = ma.fields.Integer(required=True)
-    state = ma.fields.String(required=True, validate=ma.validate.OneOf(tuple(TASK)))
+    state = ma.fields.String(required=True, validate=ma.validate.OneOf(tuple(ATTEMPT)))
     created_at = ma.fields.AwareDateTime(required=True)
     started_at = ma.fields.AwareDateTime(allow_none=True)
     ended_at = ma.fields.AwareDateTime(allow_none=True)
@@ -76,7 +76,7 @@ def _log_kept_until(task: Task) -> str | None:
 class TaskOut(Schema):
     id = ma.fields.Integer(required=True)
     name = ma.fields.String(required=True)
-    state = ma.fields.String(required=True, validate=ma.validate.OneOf(tuple(TASK)))
+    state = ma.fields.String(required=True, validate=ma.validate.OneOf(tuple(ATTEMPT)))
     lease_id = ma.fields.Integer(required=True)
     machine_id = ma.fields.Integer(required=True, attribute="lease.machine_id")
     machine_name = ma.fields.String(required=True, attribute="lease.machine.name")
@@ -108,7 +108,7 @@ class TaskDetailOut(TaskOut):
 
 
 class TaskArgs(PageArgs):
-    state = ma.fields.String(validate=ma.validate.OneOf(tuple(TASK)))
+    state = ma.fields.String(validate=ma.validate.OneOf(tuple(ATTEMPT)))
     machine_id = ma.fields.Integer(validate=ma.validate.Range(1, 2**31 - 1))
     keyword = ma.fields.String(validate=ma.validate.Length(max=100), metadata={"description": "In name or command"})
 
@@ -120,7 +120,7 @@ class AllTasksArgs(TaskArgs):
 
 class FiguresOut(Schema):
     figures = ma.fields.Dict(
-        keys=ma.fields.String(validate=ma.validate.OneOf(tuple(TASK))),
+        keys=ma.fields.String(validate=ma.validate.OneOf(tuple(ATTEMPT))),
         values=ma.fields.Integer(),
         required=True,
         metadata={"description": "How many of all matching tasks are in each state"},

@@ -38,7 +38,9 @@ RUN: Transitions = MappingProxyType(
     }
 )
 
-TASK: Transitions = MappingProxyType(
+# Of one try of a task. A task has no way of its own: its state is that of its newest attempt, and so begins at `queued`
+# again with a retry (services/tasks.py, `_mirror`).
+ATTEMPT: Transitions = MappingProxyType(
     {
         "queued": ("starting", "stopped"),
         "starting": ("running", "failed", "stopped", "lost"),

@@ -8,11 +8,11 @@ from portal.db import utcnow
 from portal.models.base import JsonField, Table, UtcDateTimeField, one_of
 from portal.models.leases import Lease
 from portal.models.people import User
-from portal.models.states import TASK
+from portal.models.states import ATTEMPT
 
 
 class Task(Table):
-    """What is to be run. Its state is that of its newest attempt, or `queued` before there is one to send."""
+    """What is to be run. Its state is that of its newest attempt: a copy, which services/tasks.py keeps."""
 
     lease = pw.ForeignKeyField(Lease, backref="tasks", on_delete="RESTRICT")
     lease_id: int
@@ -26,7 +26,7 @@ class Task(Table):
     time_limit_s = pw.IntegerField(null=True, default=3600)
     stop_grace_s = pw.IntegerField(default=30)
     retries = pw.IntegerField(default=0)
-    state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(TASK))])
+    state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(ATTEMPT))])
     created_at = UtcDateTimeField(default=utcnow)
     ended_at = UtcDateTimeField(null=True)
 
@@ -41,7 +41,7 @@ class Attempt(Table):
     task = pw.ForeignKeyField(Task, backref="attempts", on_delete="CASCADE")
     task_id: int
     number = pw.IntegerField()
-    state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(TASK))])
+    state = pw.CharField(16, default="queued", constraints=[one_of("state", tuple(ATTEMPT))])
     desired = pw.CharField(8, default="run", constraints=[one_of("desired", ("run", "stop"))])
     stop_requested_at = UtcDateTimeField(null=True)
     created_at = UtcDateTimeField(default=utcnow)

@@ -17,7 +17,7 @@ from typing import Any
 import peewee
 
 from portal.models import Command, Gpu, Lease, Machine, MachineReport, Reclaim, Run, Task
-from portal.models.states import LEASE, MACHINE, RECLAIM, RUN, TASK
+from portal.models.states import ATTEMPT, LEASE, MACHINE, RECLAIM, RUN
 from portal.services import gpus, health, machines, monitoring_measures
 from portal.services.gpus import ratio
 from portal.services.health import Health
@@ -136,7 +136,7 @@ def _nouns(samples: Samples) -> None:
         ("remotegpu_leases", Lease, LEASE),
         ("remotegpu_reclaims", Reclaim, RECLAIM),
         ("remotegpu_runs", Run, RUN),
-        ("remotegpu_tasks", Task, TASK),
+        ("remotegpu_tasks", Task, ATTEMPT),
     ):
         found = by_state(model)
         for state in states:

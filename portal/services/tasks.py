@@ -1,8 +1,8 @@
 """Tasks: a customer's work on a leased machine. Told in order: create, send, hear from the host, retry, stop, lose.
 
 A task is tried in attempts; each has an id of its own, is sent to one host and never moves backwards, whatever the host
-says later. `Task.state` is a copy of its newest attempt's. The output is in logs.py; how the host runs it is the
-agent's.
+says later. `Task.state` is a copy of its newest attempt's and has no transitions of its own. The output is in
+logs.py; how the host runs it is the agent's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from portal.db import utcnow
 from portal.errors import Conflict, Forbidden, Invalid, NotFound
 from portal.integrations.protocol import parse_time_or_none
 from portal.models import Attempt, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
-from portal.models.states import LEASE_OPEN, TASK, TASK_ENDED, TASK_LIVE
+from portal.models.states import ATTEMPT, LEASE_OPEN, TASK_ENDED, TASK_LIVE
 from portal.services import audit, batch, events, machines, tenants
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.transitions import move
@@ -88,7 +88,7 @@ def matching(
 def figures(tasks: Found) -> dict[str, int]:
     """How many of `tasks` are in each state: over all of them, not over a page."""
     counted: Any = tasks.select(Task.state, peewee.fn.COUNT(Task.id)).order_by().group_by(Task.state).tuples()
-    return dict.fromkeys(TASK, 0) | dict(counted)
+    return dict.fromkeys(ATTEMPT, 0) | dict(counted)
 
 
 def get(tasks: Found, task_id: int) -> Task:
@@ -273,16 +273,22 @@ def _try(task: Task, *, number: int) -> Attempt:
     return attempt
 
 
-def _mirror(task: Task, attempt: Attempt) -> None:
-    """Bring the task up to its newest attempt, and tell the host and those who watch.
+def _mirror(task: Task, attempt: Attempt) -> bool:
+    """Bring the task up to its newest attempt, and tell the host and those who watch. False: there is a newer one.
 
-    No transition of its own: a retry begins at `queued` again, while no attempt ever goes back.
+    No transition: a retry begins at `queued` again, while no attempt ever goes back.
     """
     lease = task.lease
-    Task.update(state=attempt.state, ended_at=attempt.ended_at).where(Task.id == task.id).execute()
+    newest = Attempt.select(peewee.fn.MAX(Attempt.number)).where(Attempt.task == task)
+    copied = Task.update(state=attempt.state, ended_at=attempt.ended_at).where(
+        Task.id == task.id, newest == attempt.number
+    )
+    if copied.execute() != 1:
+        return False
     task.state, task.ended_at = attempt.state, attempt.ended_at
     events.write(f"task.{attempt.state}", machine_id=lease.machine_id, tenant_id=lease.tenant_id, resource_id=task.id)
     events.desired_changed(lease.machine_id)
+    return True
 
 
 # Send
@@ -368,7 +374,7 @@ def way(state: str, to: str) -> tuple[str, ...]:
     for path in ways:
         if path[-1] == to:
             return path[1:]
-        ways += [(*path, after) for after in TASK[path[-1]]]
+        ways += [(*path, after) for after in ATTEMPT[path[-1]]]
     return ()
 
 
@@ -386,21 +392,21 @@ def _follow(attempt: Attempt, steps: tuple[str, ...], reported: Mapping[str, Any
             "signal": reported["signal"],
         }
     for step in steps:
-        move(attempt, leave=attempt.state, enter=step, **(known if step == steps[-1] else {}))
-    _settle(attempt, by=by)
+        _move(attempt, step, by=by, **(known if step == steps[-1] else {}))
+    _settle(attempt)
 
 
-def _settle(attempt: Attempt, *, by: Actor) -> None:
+def _move(attempt: Attempt, step: str, *, by: Actor, **changes: Any) -> None:
+    move(attempt, leave=attempt.state, enter=step, **changes)
+    detail = {"attempt_id": attempt.id, "exit_code": attempt.exit_code, "reason": attempt.reason}
+    audit.record(f"task.{step}", attempt.task, by=by, tenant_id=attempt.task.lease.tenant_id, **detail)
+
+
+def _settle(attempt: Attempt) -> None:
     """An attempt has moved: the task follows, and a failed one is tried again while retries are left."""
     task = attempt.task
-    if attempt.state in TASK_ENDED:
-        detail = {"attempt_id": attempt.id, "exit_code": attempt.exit_code, "reason": attempt.reason}
-        audit.record(f"task.{attempt.state}", task, by=by, tenant_id=task.lease.tenant_id, **detail)
-    if newest_attempt(task).id != attempt.id:
-        return
-    _mirror(task, attempt)
     is_wanted = attempt.desired == "run" and attempt.number <= task.retries
-    if attempt.state in RETRIED and is_wanted and _is_running(task.lease):
+    if _mirror(task, attempt) and attempt.state in RETRIED and is_wanted and _is_running(task.lease):
         _try(task, number=attempt.number + 1)
 
 
@@ -459,8 +465,8 @@ def _stop_attempt(attempt: Attempt, *, reason: str, by: Actor) -> bool:
     Attempt.update(desired="stop", stop_requested_at=now).where(Attempt.id == attempt.id).execute()
     attempt.desired, attempt.stop_requested_at = "stop", now
     if attempt.state == "queued":
-        move(attempt, leave="queued", enter="stopped", ended_at=now, reason=reason)
-        _settle(attempt, by=by)
+        _move(attempt, "stopped", by=by, ended_at=now, reason=reason)
+        _settle(attempt)
     else:
         events.desired_changed(attempt.task.lease.machine_id)
         lease = attempt.task.lease
@@ -557,6 +563,6 @@ def _lose(attempt: Attempt, reason: str) -> bool:
             return False
         for step in steps:
             changes = {"ended_at": utcnow(), "reason": reason} if step == "lost" else {}
-            move(attempt, leave=attempt.state, enter=step, **changes)
-        _settle(attempt, by=SYSTEM)
+            _move(attempt, step, by=SYSTEM, **changes)
+        _settle(attempt)
     return True

@@ -11,15 +11,14 @@ from typing import Any
 
 from portal.db import db, utcnow
 from portal.errors import Conflict
-from portal.models import Alert, AlertSilence, Attempt, Command, Lease, Machine, Reclaim, Run, Table, Task
-from portal.models.states import ALERT, ALERT_SILENCE, COMMAND, LEASE, MACHINE, RECLAIM, RUN, TASK, Transitions
+from portal.models import Alert, AlertSilence, Attempt, Command, Lease, Machine, Reclaim, Run, Table
+from portal.models.states import ALERT, ALERT_SILENCE, ATTEMPT, COMMAND, LEASE, MACHINE, RECLAIM, RUN, Transitions
 
 TABLES: Mapping[type[Table], Transitions] = {
     Machine: MACHINE,
     Lease: LEASE,
     Run: RUN,
-    Task: TASK,
-    Attempt: TASK,
+    Attempt: ATTEMPT,
     Reclaim: RECLAIM,
     Command: COMMAND,
     Alert: ALERT,

@@ -14,7 +14,7 @@ from portal.db import utcnow
 from portal.errors import Invalid
 from portal.integrations import protocol
 from portal.models import Attempt, AuditEntry, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
-from portal.models.states import TASK, TASK_ENDED
+from portal.models.states import ATTEMPT, TASK_ENDED
 from portal.services import heartbeats, leases, tasks
 from portal.services.actors import SYSTEM
 from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, leased_machine, log_range, make_task
@@ -277,7 +277,7 @@ def test_lists_are_filtered_and_counted(
     assert listed(operator, "/admin/tasks?keyword=50%25_off") == [theirs.id]
     assert listed(operator, "/admin/tasks?keyword=5%25f") == [], "what means something to SQL is only text"
     figures = sign_in(operator).get("/admin/tasks/figures").get_json()["figures"]
-    assert figures == {**dict.fromkeys(TASK, 0), "queued": 3, "stopped": 1}
+    assert figures == {**dict.fromkeys(ATTEMPT, 0), "queued": 3, "stopped": 1}
     assert sign_in(customer).get("/admin/tasks").status_code == 403
 
 
@@ -398,6 +398,45 @@ def test_a_retry_is_a_new_attempt_with_an_id_and_an_outcome_of_its_own(
     shown = person.get(f"{URL}/{task.id}").get_json()
     assert [(each["state"], each["exit_code"]) for each in shown["attempts"]] == [("failed", 1), ("succeeded", 0)]
     assert shown["state"] == "succeeded"
+
+
+def test_a_task_is_where_its_newest_attempt_is_and_an_older_one_does_not_take_it_back(
+    sign_in: Any, customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    task, first = make_task(lease, customer)
+
+    def seen() -> tuple[str, str]:
+        return Task.get_by_id(task.id).state, newest(task).state
+
+    for state in ("starting", "running", "failed"):
+        agent.report(attempts=[attempt_report(first.id, state)])
+        assert seen() == (state, state)
+    assert sign_in(customer).post(f"{URL}/{task.id}/retry").status_code == 202
+    assert seen() == ("queued", "queued")
+    with db.atomic():
+        assert not tasks._mirror(task, Attempt.get_by_id(first.id))
+    assert seen() == ("queued", "queued")
+    assert Task.get_by_id(task.id).ended_at is None
+
+
+def test_the_trail_tells_each_step_of_an_attempt_and_whose_word_it_is(
+    customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    _, attempt = make_task(lease, customer)
+    agent.report(attempts=[attempt_report(attempt.id, "running")])
+    agent.report(attempts=[attempt_report(attempt.id, "failed", exit_code=3)])
+    other, waiting = make_task(lease, customer)
+    tasks.stop(other, by=actor_of(customer))
+    steps = [
+        (entry.action, entry.detail["attempt_id"], entry.actor_kind, entry.detail["exit_code"])
+        for entry in AuditEntry.select().where(AuditEntry.detail.contains("exit_code")).order_by(AuditEntry.id)
+    ]
+    assert steps == [
+        ("task.starting", attempt.id, "agent", None),
+        ("task.running", attempt.id, "agent", None),
+        ("task.failed", attempt.id, "agent", 3),
+        ("task.stopped", waiting.id, "user", None),
+    ]
 
 
 def test_each_attempt_has_an_output_of_its_own(sign_in: Any, customer: User, lease: Lease, agent: FakeAgent) -> None:

@@ -61,7 +61,7 @@ def test_every_setting_is_in_the_operators_guide(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / "operator.md").read_text()
 
 
-@pytest.mark.parametrize("noun", ["machine", "lease", "reclaim", "run", "task", "command"])
+@pytest.mark.parametrize("noun", ["machine", "lease", "reclaim", "run", "attempt", "command"])
 def test_the_developers_guide_draws_every_arrow_and_no_other(noun: str) -> None:
     table = (ROOT / "docs" / "developer.md").read_text()
     (line,) = re.findall(rf"^\| {noun}(?:, \w+)? \| (.+) \|$", table, re.MULTILINE)

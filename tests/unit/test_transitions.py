@@ -28,12 +28,9 @@ def a_run(state: str) -> Run:
     return Run.create(playbook="gpu_hosts", purpose="operator", state=state)
 
 
-def a_task(state: str) -> Task:
-    return Task.create(lease=a_lease("active"), created_by=make_user(), name="t", command="true", state=state)
-
-
 def an_attempt(state: str) -> Attempt:
-    return Attempt.create(task=a_task("queued"), number=1, state=state)
+    task = Task.create(lease=a_lease("active"), created_by=make_user(), name="t", command="true")
+    return Attempt.create(task=task, number=1, state=state)
 
 
 def a_reclaim(state: str) -> Reclaim:
@@ -60,7 +57,6 @@ MAKERS: dict[type[Table], Callable[[str], Any]] = {
     Machine: a_machine,
     Lease: a_lease,
     Run: a_run,
-    Task: a_task,
     Attempt: an_attempt,
     Reclaim: a_reclaim,
     Command: a_command,
@@ -73,6 +69,13 @@ def test_every_noun_with_states_is_walked() -> None:
     assert set(MAKERS) == set(TABLES)
     for ways in TABLES.values():
         assert {target for targets in ways.values() for target in targets} <= set(ways)
+
+
+def test_a_task_has_no_way_of_its_own(database: Any) -> None:
+    task = an_attempt("queued").task
+    with pytest.raises(KeyError), atomic():
+        move(task, leave="queued", enter="starting")
+    assert Task.get_by_id(task.id).state == "queued"
 
 
 @pytest.mark.parametrize("table", list(TABLES))
