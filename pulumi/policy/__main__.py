@@ -16,9 +16,11 @@ from pulumi_policy import (
     StackValidationPolicy,
 )
 
+import pulumi
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from remotegpu_network import policy
+from remotegpu_network import policy, settings
 
 
 def resource_policy(check: policy.Check) -> Any:
@@ -33,7 +35,14 @@ def resource_policy(check: policy.Check) -> Any:
 
 
 def _stack(args: StackValidationArgs, report_violation: ReportViolation) -> None:
-    for problem in policy.stack_problems((each.resource_type, each.name, each.props) for each in args.resources):
+    """By the stack's own settings: the engine gives its configuration to the pack, as to the program."""
+    try:
+        told = settings.read(pulumi.Config(settings.PROJECT).get)
+    except settings.BadSettings as error:
+        report_violation(str(error))
+        return
+    rows = ((each.resource_type, each.name, each.props) for each in args.resources)
+    for problem in policy.stack_problems(rows, told.aws_rules_per_group):
         report_violation(problem)
 
 

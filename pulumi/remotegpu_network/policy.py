@@ -176,7 +176,7 @@ def problems(token: str, inputs: Inputs) -> list[str]:
     return [f"{check.__name__}: {problem}" for check in CHECKS for problem in check(token, inputs)]
 
 
-def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_group: int = 60) -> list[str]:
+def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_group: int) -> list[str]:
     """Over all of a stack, as (token, logical, inputs): what only shows when they are seen together."""
     found: list[str] = []
     physical: dict[tuple[Any, ...], str] = {}

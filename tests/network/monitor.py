@@ -71,6 +71,7 @@ def declared(rows: Sequence[dict[str, Any]], settings: Settings, *, preview: boo
 
     run()
     assert not policy.stack_problems(
-        (request.type, request.name, monitor.inputs[request.name]) for request in monitor.requests.values()
+        ((request.type, request.name, monitor.inputs[request.name]) for request in monitor.requests.values()),
+        settings.aws_rules_per_group,
     )
     return monitor

@@ -5,6 +5,7 @@ Those that need the program to run are in test_monitor.py and test_engine.py.
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import pulumi
 from remotegpu_network import adopt, desired, gate, openings, plan, policy
 from remotegpu_network.document import BadDocument
 from remotegpu_network.plan import What
@@ -468,3 +470,25 @@ def test_the_policy_pack_has_every_check_and_refuses_what_it_refuses(monkeypatch
     args = SimpleNamespace(resource_type=desired.CLOUDFLARE_RECORD, props=inputs)
     made["names-are-whole"].validate(args, lambda problem, _urn=None: told.append(problem))
     assert told == ["name 'www' is not a full one"]
+
+
+@pytest.mark.parametrize(("quota", "refused"), [("2", True), ("3", False)])
+def test_the_policy_pack_counts_rules_to_the_number_of_the_stack(
+    monkeypatch: pytest.MonkeyPatch, quota: str, refused: bool
+) -> None:
+    monkeypatch.chdir(PACK.parent)
+    (pack,) = (each for each in runpy.run_path(PACK.name)["policies"]() if each.name == "stack")
+    told: list[str] = []
+    rules = [
+        SimpleNamespace(
+            resource_type=desired.AWS_INGRESS, name=f"r{i}",
+            props={"securityGroupId": "sg-1", "fromPort": i, "toPort": i, "cidrIpv4": "10.0.0.1/32"},
+        )
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    config = {"remotegpu:environment": "production", "remotegpu:clouds": '["aws"]'}
+    monkeypatch.setenv("PULUMI_CONFIG", json.dumps({**config, "remotegpu:aws-rules-per-group": quota}))
+    for key, value in pulumi.runtime.get_config_env().items():  # as the pack's server does before it asks
+        pulumi.runtime.set_config(key, value)
+    pack.validate(SimpleNamespace(resources=rules), lambda problem, _urn=None: told.append(problem))
+    assert told == (["more than 2 IPv4 rules in one group (at r3)"] if refused else [])
