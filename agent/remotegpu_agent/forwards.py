@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from remotegpu_agent import conntrack, nft
 from remotegpu_agent.files import Table, find_json
 from remotegpu_agent.journal import Journal
+from remotegpu_agent.observe import ports
 from remotegpu_agent.observe.tools import ToolFailed
 from remotegpu_agent.protocol import Address, DesiredForward, Network, format_time, now, parse_time
 
@@ -140,7 +141,7 @@ class Forwards:
             log.error("forwards: %s", error)
             self._describe_unseen(forwards, known, str(error))
             return False
-        self._describe(forwards, seen, {**refused, **failed})
+        self._describe(forwards, seen, {**refused, **failed}, held() if seen.ways else {})
         return not failed
 
     # Make it so
@@ -190,7 +191,16 @@ class Forwards:
 
     # Say what is
 
-    def _describe(self, forwards: Collection[DesiredForward], seen: Seen, errors: Mapping[int, str]) -> None:
+    def _describe(
+        self,
+        forwards: Collection[DesiredForward],
+        seen: Seen,
+        errors: Mapping[int, str],
+        at_home: Mapping[tuple[str, int], str],
+    ) -> None:
+        """`at_home`: the ports that this host's own programs hold, and which program it is. A forward leads past it,
+        so it is open, and told of all the same: whoever else asks for the port gets the program.
+        """
         told = {forward.forward_id: forward for forward in [*self._known(), *forwards]}
         wanted = {forward.forward_id for forward in forwards}
         observed = []
@@ -198,7 +208,11 @@ class Forwards:
             is_there = way_of(forward) in seen.ways
             state = "failed" if forward_id in errors else "open" if is_there else "closed"
             if is_there or forward_id in wanted:
-                observed.append(_observed(forward_id, state, errors.get(forward_id)))
+                error = errors.get(forward_id)
+                program = at_home.get((forward.protocol, forward.public_port))
+                if is_there and error is None and program is not None:
+                    error = f"{program} on this gateway listens at port {forward.public_port}/{forward.protocol} itself"
+                observed.append(_observed(forward_id, state, error))
         self._observed = observed
 
     def _describe_unseen(self, forwards: Collection[DesiredForward], known: Iterable[DesiredForward], why: str) -> None:
@@ -207,6 +221,20 @@ class Forwards:
         unwanted = {forward.forward_id for forward in known} - wanted
         states = {**dict.fromkeys(wanted, "failed"), **dict.fromkeys(unwanted, "open")}
         self._observed = [_observed(forward_id, state, why) for forward_id, state in sorted(states.items())]
+
+
+def held() -> dict[tuple[str, int], str]:
+    """(protocol, port) → the program of this host that can be reached there from outside; not what the kernel hands out
+    for a while, as it does for every question to a name server.
+    """
+    first = ports.first_ephemeral()
+    found = {}
+    for each in ports.listening():
+        protocol, port = str(each["protocol"]), int(each["port"])
+        is_handed_out = protocol == "udp" and port >= first
+        if not is_handed_out and not ipaddress.ip_address(each["address"]).is_loopback:
+            found[protocol, port] = str(each["program"])
+    return found
 
 
 def look(*, at: datetime) -> Seen:

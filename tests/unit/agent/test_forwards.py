@@ -13,6 +13,7 @@ import pytest
 from remotegpu_agent import conntrack, nft
 from remotegpu_agent.forwards import Changes, Forwards, Seen, plan, way_of
 from remotegpu_agent.journal import Journal
+from remotegpu_agent.observe import ports
 from remotegpu_agent.observe.tools import ToolFailed
 from remotegpu_agent.protocol import DesiredForward, now
 
@@ -123,6 +124,7 @@ def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forwards:
     monkeypatch.setattr(nft, "apply", list)
     monkeypatch.setattr(conntrack, "flows", list)
     monkeypatch.setattr(conntrack, "forget", lambda ended: len(list(ended)))
+    monkeypatch.setattr(ports, "listening", list)
     return Forwards(tmp_path, Journal(tmp_path / "journal.jsonl"), facts=facts)
 
 
@@ -152,6 +154,46 @@ def test_by_a_clock_that_is_not_believed_nothing_is_opened_and_everything_closed
     assert gateway.settle([six], doubt="this clock is off")
     assert gateway.report() == [{"id": 6, "state": "failed", "error": "this clock is off"}]
     assert gateway.ends() == [], "it was not opened, and the other is closed"
+
+
+def test_a_port_that_a_program_of_the_gateway_holds_is_told_beside_what_is_open(
+    gateway: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [
+        lasting(5),
+        lasting(6, public_port=20018),
+        lasting(7, public_port=20019),
+        lasting(8, public_port=50000, protocol="udp"),
+    ]
+
+    def members(_table: str, name: str, kind: str = "set", **_how: Any) -> list[nft.Member]:
+        if name not in ("forwards", "flows"):
+            return []
+        keys = [tuple(str(part) for part in way_of(each)) for each in wanted]
+        ends = [each.ends_at for each in wanted]
+        if kind == "map":
+            return [nft.Member(key[:3], end, key[3:]) for key, end in zip(keys, ends, strict=True)]
+        return [nft.Member(key, end) for key, end in zip(keys, ends, strict=True)]
+
+    def listens(protocol: str, address: str, port: int) -> dict[str, Any]:
+        return {"protocol": protocol, "address": address, "port": port, "program": "sshd"}
+
+    monkeypatch.setattr(nft, "members", members)
+    monkeypatch.setattr(ports, "first_ephemeral", lambda: 32768)
+    monkeypatch.setattr(
+        ports, "listening",
+        lambda: [
+            listens("tcp", "0.0.0.0", 20017), listens("tcp", "127.0.0.1", 20018), listens("udp", "::", 20019),
+            listens("udp", "0.0.0.0", 50000),
+        ],
+    )  # fmt: skip
+    assert gateway.settle(wanted)
+    assert [(each["id"], each["state"], each["error"]) for each in gateway.report()] == [
+        (5, "open", "sshd on this gateway listens at port 20017/tcp itself"),
+        (6, "open", None),
+        (7, "open", None),
+        (8, "open", None),
+    ]
 
 
 def test_a_host_that_is_no_gateway_says_so(tmp_path: Path) -> None:
