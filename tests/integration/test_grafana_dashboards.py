@@ -7,6 +7,7 @@ say are series by the names and labels that they really have. A panel that shows
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -60,6 +61,7 @@ NVIDIA_SERIES: list[tuple[str, dict[str, str], float, float]] = [
         (f"nvidia_smi_{name}", {"uuid": GPU}, number, 0.0)
         for name, number in {
             "remapped_rows_pending": 0,
+            "mig_mode_current": 0,
             "utilization_gpu_ratio": 0.4,
             "memory_used_bytes": 4e10,
             "memory_total_bytes": 8e10,
@@ -76,6 +78,7 @@ OWN_SERIES: list[tuple[str, dict[str, str], float, float]] = [
     ("up", {"job": "portal", "instance": "127.0.0.1:8081"}, 1, 0),
     ("scrape_duration_seconds", {"job": "portal", "instance": "127.0.0.1:8081"}, 0.01, 0),
     ("prometheus_tsdb_head_series", {"job": "prometheus", "instance": "127.0.0.1:9090"}, 5000, 0),
+    ("alertmanager_notifications_failed_total", {"job": "alertmanager", "integration": "webhook"}, 0, 0),
     ("ALERTS", {"alertname": "DiskFull", "alertstate": "firing", "host": "gpu-1", "severity": "warning"}, 1, 0),
 ]
 
@@ -117,6 +120,8 @@ def portal_says(client: FlaskClient, operator: User) -> str:
     host.report(gpu=rental.gpu_report(used), metrics={**rental.metrics(), "network": network})
     broken = rental.ready_host("gpu-2")
     broken.report(gpu=rental.gpu_report([]))
+    mute = rental.ready_host("gpu-3")
+    mute.report(gpu=rental.gpu_report([], state="timeout", message="no answer"))
     expires_at = utcnow() + timedelta(days=1)
     secret = tokens.create(operator, name="p", scopes=["prometheus"], expires_at=expires_at, by=actor_of(operator))[1]
     client.get("/healthz")
@@ -142,11 +147,40 @@ def hour(portal_says: str, until: float) -> Iterator[Sample]:
         for sample in family.samples
         if not sample.name.endswith("_created")
     ]
+    requests_well = [each for each in said if each[0] == "remotegpu_http_requests_total" and each[1]["status"] == "200"]
+    said += [
+        (name, {**labels, "status": "500"}, *rest) for name, labels, *rest in requests_well[:1]
+    ]  # it makes no error
     of_node = [(name, {**NODE, **labels}, first, grows) for name, labels, first, grows in NODE_SERIES]
     of_nvidia = [(name, {**NVIDIA, **labels}, first, grows) for name, labels, first, grows in NVIDIA_SERIES]
     for name, labels, first, grows in [*said, *of_node, *of_nvidia, *OWN_SERIES]:
         for back_s in range(HOUR_S, -STEP_S, -STEP_S):
             yield Sample(name, labels, until - back_s, first + grows * (HOUR_S - back_s))
+
+
+SERIES = re.compile(r"\b(?!(?:by|on|without|ignoring)\b)[a-zA-Z_:][\w:]*(?:\{[^}]*\}|(?=[ )\[/]|$)(?! *\())")
+WORDS = {"or", "and", "unless", "on", "by", "bool", "group_left"}
+
+
+def series_of(query: str) -> list[str]:
+    """The series that a query rests on, with their labels: `count(x{y="z"} == 0) or vector(0)` → `x{y="z"}`."""
+    without_groups = re.sub(r"\b(?:by|on|without|ignoring|group_left|group_right) *\([^)]*\)", "", query)
+    return [found for found in SERIES.findall(without_groups) if found not in WORDS]
+
+
+def test_the_series_of_a_query_are_found() -> None:
+    assert series_of('count(x{y="z"} == 0) or vector(0)') == ['x{y="z"}']
+    assert series_of("sum by (a, b) (rate(x_total[5m])) / on (a) group_left (c) max(y)") == ["x_total", "y"]
+
+
+def test_every_series_that_a_query_rests_on_is_there_also_where_none_counts_as_zero(asking: Asking) -> None:
+    """`or vector(0)` always answers, also over a misspelt name."""
+    absent = set()
+    for parameter in queries():
+        for series in series_of(parameter.values[0].replace("$host", ".*")):
+            if not asking.get("query", query=series, time=asking.until)["result"]:
+                absent.add(f"{parameter.id}: {series}")
+    assert sorted(absent) == []
 
 
 def test_every_query_of_every_panel_answers_with_series(asking: Asking) -> None:
