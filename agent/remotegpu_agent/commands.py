@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from remotegpu_agent import progress
 from remotegpu_agent.credential import Credential
 from remotegpu_agent.files import find_json, write_json
 from remotegpu_agent.journal import Journal
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 Outcome = tuple[bool, str | None, dict[str, Any] | None]  # ok, message, result
 
 MOST_STARTS = 3
-UNSENT_WAIT_S = 60.0
+UNSENT_WAIT_S = 60.0  # since the portal last took any of it
 
 
 class Refusal(Exception):
@@ -240,14 +241,20 @@ class Operations:
         return result
 
     def _wait_until_sent(self, lease_id: int) -> None:
-        """The end of a log must reach the portal before it is removed here."""
+        """The end of a log must reach the portal before it is removed here: waited for as long as any of it arrives.
+
+        That ends: nothing of the lease writes any more.
+        """
+        arrived = self._tasks.acknowledged_bytes(lease_id)
         deadline = time.monotonic() + self._unsent_wait_s
-        while self._tasks.unsent(lease_id):
+        while unsent := self._tasks.unsent(lease_id):
             if time.monotonic() > deadline:
-                detail: dict[str, Any] = {"attempts": self._tasks.unsent(lease_id)}
-                self._journal.record("lease.logs_lost", lease_id=lease_id, detail=detail)
+                self._journal.record("lease.logs_lost", lease_id=lease_id, detail={"attempts": unsent})
                 return
             time.sleep(0.1)
+            if (now := self._tasks.acknowledged_bytes(lease_id)) > arrived:
+                arrived, deadline = now, time.monotonic() + self._unsent_wait_s
+                progress.tick()  # so that the portal goes on waiting for the cleaning
 
 
 def refuse_baseline(entries: Iterable[Entry]) -> str | None:

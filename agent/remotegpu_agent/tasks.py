@@ -442,6 +442,11 @@ class Tasks:
         with self._lock:
             return [attempt.attempt_id for attempt in self._talking.values() if attempt.lease_id == lease_id]
 
+    def acknowledged_bytes(self, lease_id: int) -> int:
+        """How much of the lease's logs the portal has; it grows while they arrive."""
+        with self._lock:
+            return sum(attempt.mark.acked for attempt in self._attempts.values() if attempt.lease_id == lease_id)
+
     def disown(self, attempt_ids: Iterable[int]) -> None:
         """The portal has lost these: report them no more."""
         with self._lock:

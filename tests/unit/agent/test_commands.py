@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from remotegpu_agent import commands as agent_commands
+from remotegpu_agent import progress
 from remotegpu_agent.commands import Commands, Refusal, refuse_baseline, refuse_clean
 from remotegpu_agent.leases import Entry
 from remotegpu_agent.protocol import Command, Desired, DesiredLease
@@ -188,3 +190,61 @@ def test_a_late_or_wrong_order_to_clean_meets_nobody(
     refusal = refuse_clean(ARGS | args, 7, wanted, entries)
     assert refusal is not None
     assert reason in refusal
+
+
+# --- what a tenant's tasks have written
+
+
+class Backlog:
+    """The logs of a lease: the portal takes `windows` of them, one a look, and the last `left` never."""
+
+    def __init__(self, windows: int, left: int = 0) -> None:
+        self.taken, self.windows, self.left = 0, windows, left
+
+    def unsent(self, lease_id: int) -> list[int]:
+        assert lease_id == 17
+        return [5] if self.taken < self.windows or self.left else []
+
+    def acknowledged_bytes(self, lease_id: int) -> int:
+        assert lease_id == 17
+        self.taken = min(self.taken + 1, self.windows)
+        return self.taken * 1000
+
+
+class Clock:
+    """Time that passes while somebody sleeps, and a journal that notes when."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.noted: list[tuple[str, float, Any]] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, _: float) -> None:
+        self.now_s += 30
+
+    def record(self, kind: str, *, lease_id: int, detail: Any) -> None:
+        assert lease_id == 17
+        self.noted.append((kind, self.now_s, detail))
+
+
+@pytest.mark.parametrize(
+    ("backlog", "lost"),
+    [
+        (Backlog(0), []),
+        (Backlog(400), []),  # over three hours, and some of it always arrives
+        (Backlog(0, left=1), [("lease.logs_lost", 90.0, {"attempts": [5]})]),
+        (Backlog(400, left=1), [("lease.logs_lost", 400 * 30 + 60.0, {"attempts": [5]})]),
+    ],
+)
+def test_a_cleaning_waits_for_the_logs_as_long_as_they_arrive_and_no_longer(
+    backlog: Backlog, lost: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(agent_commands, "time", clock)
+    moved = progress.Progress(places=())
+    parts: Any = [None, None, None, backlog, clock]
+    agent_commands.Operations(*parts)._wait_until_sent(17)
+    assert clock.noted == lost
+    assert moved.value() == max(0, backlog.windows - 1)  # the portal sees that it moves
