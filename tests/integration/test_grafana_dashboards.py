@@ -149,7 +149,7 @@ def hour(portal_says: str, until: float) -> Iterator[Sample]:
     ]
     requests_well = [each for each in said if each[0] == "remotegpu_http_requests_total" and each[1]["status"] == "200"]
     said += [
-        (name, {**labels, "status": "500"}, *rest) for name, labels, *rest in requests_well[:1]
+        (name, {**labels, "status": "500"}, first, grows) for name, labels, first, grows in requests_well[:1]
     ]  # it makes no error
     of_node = [(name, {**NODE, **labels}, first, grows) for name, labels, first, grows in NODE_SERIES]
     of_nvidia = [(name, {**NVIDIA, **labels}, first, grows) for name, labels, first, grows in NVIDIA_SERIES]

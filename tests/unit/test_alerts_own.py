@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from portal.db import utcnow
-from portal.models import Alert, Lease, Run, Tenant, User
+from portal.models import Alert, Lease, Opening, Run, Tenant, User
 from portal.services import alerts, alerts_own, machines, provisioning, tokens
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice
@@ -141,6 +141,18 @@ def test_a_failed_run_on_a_machine_in_maintenance_is_somebodys_work_already(now:
     machines.end_maintenance(machines.get(machine.id), by=SYSTEM)
     sweep()
     assert open_alerts() == ["RunFailed"]
+
+
+def test_an_opening_that_failed_on_a_machine_in_maintenance_is_somebodys_work_already(now: datetime) -> None:
+    machine = rental.ready_host("gpu-1").machine
+    hole = {"protocol": "tcp", "first_port": 80, "last_port": 80, "source": "0.0.0.0/0"}
+    Opening.create(machine=machine, observed="failed", **hole)
+    machines.start_maintenance(machine, reason="new fans", by=SYSTEM)
+    sweep()
+    assert open_alerts() == []
+    machines.end_maintenance(machine, by=SYSTEM)
+    sweep()
+    assert open_alerts() == ["OpeningStuck"]
 
 
 def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: datetime, tenant: Tenant) -> None:
