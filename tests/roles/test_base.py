@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
-from tests.roles.rendering import Role
+from tests.roles.rendering import DISTRIBUTIONS, Role
 from tests.support.rendering import ROLES
 
 ADA = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAdaAda1"
@@ -90,3 +91,12 @@ def test_an_operator_without_keys_is_no_trouble() -> None:
     role = base(base_users=[{"name": "bob"}, {"name": "ada", "keys": ["no key"]}])
     every = role.expression(asked["vars"]["__base_all_keys"])
     assert role.expression(asked["vars"]["__base_odd_keys"], __base_all_keys=every) == ["no key"]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_login_rules_by_a_line_of_its_own_once_on_every_distribution(distribution: str) -> None:
+    role = Role("base", distribution, __base_sudoers=["ops", "ada", "ops"])
+    assert role.lines("sudoers.j2") == ["ada ALL=(ALL:ALL) NOPASSWD: ALL", "ops ALL=(ALL:ALL) NOPASSWD: ALL"]
+    assert distribution.replace(" ", "_") in role.value("__base_supported")
+    assert {"openssh-server", "sudo", "python3-apt"} <= set(role.value("__base_packages"))
+    assert role.value("__base_time_sync_service") == "systemd-timesyncd.service"
