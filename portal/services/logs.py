@@ -133,6 +133,12 @@ def look(attempt_id: int, *, offset: int, now: datetime | None = None) -> Piece:
     return Piece(data, offset, complete, attempt.log_truncated or (no_more and not attempt.log_complete))
 
 
+def is_end_missing(attempt: Attempt, now: datetime | None = None) -> bool:
+    """It ran and has ended, and the end of its output has not come: it was lost, or its host is away."""
+    began = attempt.started_at is not None or attempt.boot_id is not None
+    return began and not attempt.log_complete and _is_given_up(attempt, now or utcnow())
+
+
 def _is_given_up(attempt: Attempt, now: datetime) -> bool:
     """It has ended, and the rest of its output will not come: then nobody waits for it for ever."""
     if attempt.state not in TASK_ENDED or attempt.ended_at is None:

@@ -91,6 +91,7 @@ def task(task_id: int) -> ResponseReturnValue:
         "task": found,
         "attempts": attempts,
         "attempt": attempts[-1],
+        "is_end_missing": logs.is_end_missing(attempts[-1]),
         "is_live": found.state in TASK_LIVE,
         "may_steer": work.is_in_hand_of(found, current_user()),
         "may_run": _may_run(),

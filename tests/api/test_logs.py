@@ -235,6 +235,25 @@ def test_an_attempt_that_never_began_has_a_complete_and_empty_output(
     assert (response.data, response.headers["Log-Complete"]) == (b"", "true")
 
 
+def test_the_page_of_a_task_says_that_the_end_of_its_output_is_missing(
+    sign_in: Any, customer: User, agent: FakeAgent, attempt: Attempt
+) -> None:
+    reader: SignedIn = sign_in(customer)
+
+    def is_told() -> bool:
+        page = reader.client.get(f"/tasks/{attempt.task_id}", headers=reader.headers)
+        assert page.status_code == 200
+        return "its end has not arrived" in page.get_data(as_text=True)
+
+    agent.report(attempts=[attempt_report(attempt.id, "succeeded")], logs=[log_range(attempt.id, 0, b"some")])
+    Attempt.update(ended_at=utcnow() - logs.GIVEN_UP_AFTER + timedelta(seconds=30)).execute()
+    assert not is_told(), "it may still come"
+    Attempt.update(ended_at=utcnow() - logs.GIVEN_UP_AFTER).execute()
+    assert is_told()
+    agent.report(logs=[log_range(attempt.id, 4, b" more", end=True)])
+    assert not is_told()
+
+
 def test_the_end_of_a_lost_output_is_not_waited_for_for_ever(agent: FakeAgent, attempt: Attempt) -> None:
     agent.report(attempts=[attempt_report(attempt.id, "running")], logs=[log_range(attempt.id, 0, b"half")])
     tasks.lose_all_of(Task.get_by_id(attempt.task_id).lease, reason="written off")
