@@ -89,7 +89,7 @@ LANES = (
     FAST,
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
     Lane("site", ("tests/site",), "hosts", hosts=True, site=True, slow=False),
-    Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True, slow=False),
+    Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
     Lane("operations", ("tests/e2e/test_operations.py",), "hosts", hosts=True, slow=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),

@@ -32,11 +32,23 @@ class House:
     poisoned: Path  # the file that exists once anything was taken for a template
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+KINDS = [
+    "sqlite",
+    pytest.param("postgresql", marks=pytest.mark.postgresql),
+    pytest.param("bare", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def house(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, operator_key: Path
 ) -> Iterator[House]:
-    """Web and worker as separate processes, and a bare host of each suite beside them."""
+    """Web and worker as separate processes, and a host of each suite beside them.
+
+    It has the packages that the roles install, and nothing is configured: downloads would take most of the time. Of
+    the kind `bare` (on SQLite) it has nothing but what an installation of Debian leaves, and `at`: no role installs
+    that, and a tenant may leave something in it.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
         environ = {"REPORT_INTERVAL_S": "1", "OFFLINE_AFTER_S": "10"}
@@ -53,9 +65,12 @@ def house(
 
 @contextmanager
 def booted(suite: str, kind: str, operator_key: Path) -> Iterator[Host]:
-    host = boot(unique(f"rental-{kind[:4]}-{suite}"), suite, prepared=True, password=INSTALLER_PASSWORD)
+    name = unique(f"rental-{kind[:4]}-{suite}")
+    host = boot(name, suite, prepared=kind != "bare", password=INSTALLER_PASSWORD)
     try:
         host.authorize("ops", operator_key.with_suffix(".pub").read_text())
+        if kind == "bare":
+            host.run("apt-get update -qq && apt-get install -y -qq --no-install-recommends at", timeout_s=300)
         yield host
     finally:
         host.destroy()

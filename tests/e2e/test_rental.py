@@ -1,13 +1,15 @@
 """The test that decides: from a bare machine to a rented one and back.
 
-Real hosts (Debian 12 and 13), web and worker as separate processes, once on SQLite, once on PostgreSQL with Redis. Only
-the front doors are used: HTTP, SSH, the command line. A step is a function that says what it proves.
+Real hosts (Debian 12 and 13), web and worker as separate processes, once on SQLite, once on PostgreSQL with Redis; and
+where there is time (slow), on hosts that have none of the packages. Only the front doors are used: HTTP, SSH, the
+command line. A step is a function that says what it proves.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from tests.e2e.conftest import POISON, House
 from tests.e2e.world import PROVISION_TIMEOUT_S, RECLAIM_TIMEOUT_S, Person, World, can_sign_in, new_key
 from tests.hosts import Host
 from tests.support.dirt import WAYS, Tenant, immutable, is_named, port_open_from_outside
-from tests.support.portal import Client
+from tests.support.portal import ROOT, Client
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
@@ -81,6 +83,7 @@ on_sqlite = pytest.mark.parametrize("house", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize(
     "house", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True
 )
+on_bare_hosts = pytest.mark.parametrize("house", ["bare"], indirect=True)
 
 
 def test_a_bare_machine_is_rented_and_comes_back_clean(rental: Rental) -> None:
@@ -88,6 +91,7 @@ def test_a_bare_machine_is_rented_and_comes_back_clean(rental: Rental) -> None:
     for host in hosts:
         lease = world.allocate(host, people["tenant"], lasts_s=HOUR_S, retain_s=HOUR_S)
         use(world, host, lease, people)
+    the_portal_would_notice_a_key_that_still_works(world, hosts)
     leases = {host.name: continue_with_the_data(world, host, people) for host in hosts}
     survive_the_end_without_the_portal(world, hosts, leases, people)
     for host in hosts:
@@ -178,33 +182,60 @@ AWAY: dict[str, tuple[Callable[[Host], object], Callable[[Host], object]]] = {
         start_agent,
     ),
 }
-WRITES = """
-for number in $(seq 1 400); do
+LINES = 400
+WRITES = f"""
+for number in $(seq 1 {LINES}); do
     echo "line $number of a log that nobody reads meanwhile"
     sleep 0.05
 done
 exit 3
 """
+WRITTEN = "".join(f"line {number} of a log that nobody reads meanwhile\n" for number in range(1, LINES + 1))
+MINUTES_S = 180.0
 
 
 @on_postgresql
 @pytest.mark.parametrize("suite", ["bookworm"])
 def test_work_goes_on_while_the_agent_is_away(rental: Rental, suite: str) -> None:
     """Network cut, agent stopped, agent killed: afterwards exit code and log are there, byte for byte."""
-    world, host, alice = rental.world, rental.hosts[suite], rental.people["alice"]
+    stay_away_while_a_task_ends(rental, rental.hosts[suite], at_least_s=0)
+
+
+@pytest.mark.slow
+@on_bare_hosts
+@pytest.mark.parametrize("suite", ["trixie"])
+def test_work_goes_on_while_the_agent_is_away_for_minutes(rental: Rental, suite: str) -> None:
+    stay_away_while_a_task_ends(rental, rental.hosts[suite], at_least_s=MINUTES_S)
+
+
+def stay_away_while_a_task_ends(rental: Rental, host: Host, *, at_least_s: float) -> None:
+    """In each way: one task ends while nobody listens, and another one runs when the agent is back."""
+    world, alice = rental.world, rental.people["alice"]
     world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
-    expected = "".join(f"line {number} of a log that nobody reads meanwhile\n" for number in range(1, 401))
     for leave, come_back in AWAY.values():
         task = world.task(alice, host, WRITES)
         world.wait_for_task(alice, task, "running")
         leave(host)
-        until(lambda: world.machine(host)["reachability"] == "offline", "the host to be offline", timeout_s=60)
+        since = datetime.now(UTC)
+        away(world, host, alice, task, until_at=since + timedelta(seconds=at_least_s))
         come_back(host)
-        ended = world.wait_for_task(alice, task, "failed", "succeeded", "lost", "stopped", timeout_s=90)
-        assert (ended["state"], ended["attempts"][-1]["exit_code"], len(ended["attempts"])) == ("failed", 3, 1)
-        assert world.log(alice, task).decode() == expected
+        following = world.task(alice, host, WRITES)
+        for each in (task, following):
+            ended = world.wait_for_task(alice, each, "failed", "succeeded", "lost", "stopped", timeout_s=90)
+            assert (ended["state"], ended["attempts"][-1]["exit_code"], len(ended["attempts"])) == ("failed", 3, 1)
+            assert world.log(alice, each).decode() == WRITTEN
     reclaim(world, host)
     world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+
+def away(world: World, host: Host, alice: Person, task: int, *, until_at: datetime) -> None:
+    """Until the task has ended on the host, the portal has noticed the silence and knows nothing of the end."""
+    attempt = alice.client.get(f"customer/tasks/{task}")["attempts"][-1]["id"]
+    exit_record = f"/var/lib/remotegpu-tasks/{attempt}/root/exit.json"
+    until(lambda: world.machine(host)["reachability"] == "offline", "the host to be offline", timeout_s=60)
+    until(lambda: host.run(["test", "-e", exit_record], check=False).ok, "the task to end on the host", timeout_s=90)
+    until(lambda: datetime.now(UTC) >= until_at, "the minutes to pass", timeout_s=MINUTES_S + 30, every_s=1)
+    assert alice.client.get(f"customer/tasks/{task}")["state"] == "running", "somebody guessed"
 
 
 # -- from bare to ready
@@ -304,6 +335,33 @@ def change_keys(world: World, host: Host, lease: Any, bob: Person) -> None:
     bob.client.delete(f"customer/keys/{added['id']}")
     until(lambda: not can_sign_in(host, lease["login"], second), "the removed key to be refused", timeout_s=20)
     assert can_sign_in(host, lease["login"], bob.key)
+
+
+def the_portal_would_notice_a_key_that_still_works(world: World, hosts: list[Host]) -> None:
+    """The control of the login that a reclaim tries from outside: while the lease is open, that very try succeeds."""
+    known_hosts, verdicts = world.folder / "known_hosts", world.folder / "verdicts"
+    known_hosts.write_text("".join(host.known_hosts for host in hosts))
+    verdicts.mkdir(exist_ok=True)
+    inventory: dict[str, Any] = {}
+    for host in hosts:
+        lease = world.admin.get("admin/leases", machine_id=world.machines[host.name])["items"][0]
+        inventory[host.name] = {
+            "ansible_host": host.address,
+            "verify_probe_login": lease["login"],
+            "verify_probe_key_file": str(world.probe_key(lease["id"])),
+            "verify_known_hosts": str(known_hosts),
+            "verify_output": str(verdicts),
+        }
+    file = world.folder / "probed.json"
+    file.write_text(json.dumps({"gpu_hosts": {"hosts": inventory}}))
+    program = str(Path(sys.executable).with_name("ansible-playbook"))
+    argv = [program, "--inventory", str(file), "playbooks/verify.yml"]
+    played = subprocess.run(argv, cwd=ROOT, env=world.portal.environment(), capture_output=True, text=True, timeout=120)
+    for host in hosts:
+        checks = json.loads((verdicts / f"{host.name}.json").read_text())["checks"]
+        found = next(check for check in checks if check["id"] == "login_from_outside")
+        assert (found["result"], "still opens" in found["reason"]) == ("failed", True), found
+    assert played.returncode == 2, played.stdout
 
 
 def continue_with_the_data(world: World, host: Host, people: dict[str, Any]) -> Any:
