@@ -236,9 +236,12 @@ def unfit_record(entry: Name, zone: Zone, settings: Settings) -> str | None:
 def proxied_to_private(entries: Iterable[Name]) -> Iterator[tuple[str, str]]:
     """Key and reason. A proxied CNAME whose target we know to be private flips for ever (dnsweaver#161)."""
     entries = list(entries)
-    private = {entry.name for entry in entries if not all(records.is_public(value) for value in entry.values)}
-    for entry in entries:
-        if entry.proxied and entry.type == "CNAME" and entry.values[0] in private:
+    proxied = [entry for entry in entries if entry.proxied and entry.type == "CNAME"]
+    targets = {entry.values[0] for entry in proxied}
+    led_to = (entry for entry in entries if entry.name in targets)
+    private = {entry.name for entry in led_to if not all(records.is_public(value) for value in entry.values)}
+    for entry in proxied:
+        if entry.values[0] in private:
             yield entry.key, f"proxied to {entry.values[0]}, which is a private address"
 
 

@@ -48,7 +48,7 @@ def first_step(before: Document, after: Document, settings: Settings) -> Documen
 def _by_key(before: Document, after: Document) -> dict[str, Name]:
     """What was applied, under the keys of today."""
     renamed = {previous: entry.key for entry in after.names for previous in entry.previous_keys}
-    now = (replace(entry, key=renamed.get(entry.key, entry.key)) for entry in before.names)
+    now = (replace(entry, key=renamed[entry.key]) if entry.key in renamed else entry for entry in before.names)
     return {entry.key: entry for entry in now}
 
 
