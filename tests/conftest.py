@@ -7,7 +7,6 @@ belongs to it, `viewer` only looks; `stranger` owns `other_tenant`.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from tests.factories import make_tenant, make_user
 from tests.hosts import owner
 
 API = "/api/v1"
-_databases = itertools.count(1)
 
 
 def pytest_configure() -> None:
@@ -98,6 +96,11 @@ def postgresql_server() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def postgresql_databases(postgresql_server: str) -> postgresql.Databases:
+    return postgresql.Databases(postgresql_server, template="template")
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The address of a fresh, migrated database."""
@@ -107,11 +110,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         shutil.copy(request.getfixturevalue("sqlite_template"), file)
         yield f"sqlite:///{file}"
         return
-    server = request.getfixturevalue("postgresql_server")
-    name = f"test_{next(_databases)}"
-    postgresql.execute(server, f"CREATE DATABASE {name} TEMPLATE template STRATEGY FILE_COPY")
-    yield f"{server}/{name}"
-    postgresql.execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+    with request.getfixturevalue("postgresql_databases").one() as url:
+        yield url
 
 
 @pytest.fixture
