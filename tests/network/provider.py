@@ -19,7 +19,7 @@ from tests.network.engine import plain
 
 
 class Provider(provider_pb2_grpc.ResourceProviderServicer):
-    """Cloudflare's, as far as records and zones go."""
+    """Of any cloud: which type is meant, the URN says."""
 
     def __init__(self, cloud: Cloud) -> None:
         self.cloud = cloud
