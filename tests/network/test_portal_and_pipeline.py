@@ -77,8 +77,8 @@ def calls() -> Iterator[Any]:
 
 
 @pytest.fixture
-def portal(tmp_path: Path, calls: Any) -> Iterator[Portal]:
-    """Web and worker; this process speaks to its services as another worker would."""
+def bound(tmp_path: Path, calls: Any) -> Iterator[Portal]:
+    """A portal that does not run yet; this process speaks to its services as another worker would."""
     environ = {"NETWORK_WEBHOOK_URL": calls.url, "NETWORK_WEBHOOK_SECRET": SECRET, "SWEEP_INTERVAL_S": "0.2"}
     portal = Portal(tmp_path / "instance", environ=environ, port=free_port("127.0.0.1"))
     with running(portal):
@@ -87,8 +87,22 @@ def portal(tmp_path: Path, calls: Any) -> Iterator[Portal]:
         settings = load(portal.environment())
         start.bind(settings)
         use(settings)
-        portal.start("web", "worker")
         yield portal
+
+
+@pytest.fixture
+def host(bound: Portal) -> Host:
+    """A ready machine, seen a moment ago and for a while to come; made before a worker would take its runs."""
+    host = ready_host("gpu-17", address="192.0.2.17")
+    host.report(received_at=utcnow() + timedelta(minutes=10))
+    return host
+
+
+@pytest.fixture
+def portal(bound: Portal, host: Host) -> Portal:
+    """Web and worker."""
+    bound.start("web", "worker")
+    return bound
 
 
 @pytest.fixture
@@ -189,7 +203,7 @@ def test_an_apply_that_broke_between_two_steps_is_not_taken_for_done_and_is_take
 
 
 def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
-    portal: Portal, pipeline: Pipeline, run: Any, calls: Any
+    portal: Portal, host: Host, pipeline: Pipeline, run: Any, calls: Any
 ) -> None:
     def apply_when_called() -> None:
         """As CI does: a run for each call, until the portal has nothing new to say."""
@@ -198,7 +212,6 @@ def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
         status, said = run("apply")
         assert status == 0, said
 
-    host = seen_host()
     zone("gpu.example.org", serves_leases=True)
     lease = allocate(host, Tenant.create(name="Acme"))
     assert state_of(lease, "name") == ("open", "closed")
@@ -217,10 +230,3 @@ def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(
     assert len(calls.heard) == count + 1, "one call for the end, none for what the pipeline itself has told"
     status, said = run("apply")
     assert status == 0, f"asking without being called works as well: {said}"
-
-
-def seen_host() -> Host:
-    """A ready machine, seen a moment ago and for a while to come."""
-    host = ready_host("gpu-17", address="192.0.2.17")
-    host.report(received_at=utcnow() + timedelta(minutes=5))
-    return host
