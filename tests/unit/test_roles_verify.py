@@ -74,6 +74,11 @@ def test_a_port_may_be_open_only_where_it_is_allowed(scan: dict[str, Any], resul
     assert judge.verdict([judged], "gpu-1", "", "")["passed"] is (result == "passed")
 
 
+def test_an_address_that_nobody_can_be_asked_at_from_here_stands_in_the_evidence() -> None:
+    judged = judge.ports_check({"scans": [scanned(22)], "no_way": ["2001:db8::1"]}, [22], 22)
+    assert (judged["result"], judged["evidence"]["no_way"]) == ("passed", ["2001:db8::1"])
+
+
 @pytest.fixture
 def listener() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:

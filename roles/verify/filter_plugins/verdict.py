@@ -39,7 +39,8 @@ def ports_check(scan: Mapping[str, Any], allowed: Sequence[int], ssh_port: int) 
         reason, result = f"not even the SSH port {ssh_port} was seen open, so the scan proves nothing", "unknown"
     elif blind:
         reason, result = f"could not be asked from here: {', '.join(blind)}", "unknown"
-    evidence = {"allowed": sorted(int(port) for port in allowed), "scans": scans}
+    left_out = list(scan.get("no_way") or [])  # addresses that this worker has no route to
+    evidence = {"allowed": sorted(int(port) for port in allowed), "scans": scans, "no_way": left_out}
     return _check("ports_from_outside", result, reason, evidence, sum(each["seconds"] for each in scans))
 
 
