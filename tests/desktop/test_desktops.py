@@ -125,11 +125,12 @@ def test_the_wrong_password_and_other_tenants_get_no_rdp_desktop(
     leased.host.set_password("installer", "of-a-login")
     for login, password, what in (
         (LOGIN, "-" + given["password"][1:], "the wrong password"),
+        (LOGIN, strangers["password"], "another tenant's password"),
         (stranger, strangers["password"], "a lease that has ended"),
         ("installer", "of-a-login", "somebody of the site"),
     ):
         before = len(refusals(leased))
-        with leased.forward(given["port"]) as port, screen(tmp_path / login) as shown:
+        with leased.forward(given["port"]) as port, screen(tmp_path / what) as shown:
             see_by_rdp(shown, port, login, password, given["certificate_sha256"])
             until(_more_than(before, leased), f"xrdp to refuse {what}", timeout_s=90, also=shown.said)
     assert leased.host.run("ps -eo comm | grep -E 'Xorg|Xvnc|Xtigervnc|xfce4' || true").stdout == ""
