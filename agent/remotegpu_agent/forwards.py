@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -141,7 +141,9 @@ class Forwards:
             log.error("forwards: %s", error)
             self._describe_unseen(forwards, known, str(error))
             return False
-        self._describe(forwards, seen, {**refused, **failed}, held() if seen.ways else {})
+        self._describe(
+            forwards, seen, {**refused, **failed}, held({(way.protocol, way.public_port) for way in seen.ways})
+        )
         return not failed
 
     # Make it so
@@ -223,13 +225,13 @@ class Forwards:
         self._observed = [_observed(forward_id, state, why) for forward_id, state in sorted(states.items())]
 
 
-def held() -> dict[tuple[str, int], str]:
-    """(protocol, port) → the program of this host that can be reached there from outside; not what the kernel hands out
-    for a while, as it does for every question to a name server.
+def held(public: Container[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Of these (protocol, port): the program of this host that can be reached there from outside; not what the kernel
+    hands out for a while, as it does for every question to a name server.
     """
     first = ports.first_ephemeral()
     found = {}
-    for each in ports.listening():
+    for each in ports.listening(public):
         protocol, port = str(each["protocol"]), int(each["port"])
         is_handed_out = protocol == "udp" and port >= first
         if not is_handed_out and not ipaddress.ip_address(each["address"]).is_loopback:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from remotegpu_agent.observe.processes import program
@@ -63,15 +63,19 @@ def established_by(uid: int) -> list[str]:
     )
 
 
-def listening() -> list[dict[str, str | int]]:
-    """What can be connected to: protocol, address, port and program ("?" where no process shows it)."""
-    owners = _programs_by_inode()
-    found = {
-        (s.protocol, s.address, s.port, owners.get(s.inode, "?"))
-        for s in sockets()
-        if (s.protocol == "tcp" and s.state == _LISTEN) or (s.protocol == "udp" and s.state == _UDP_UNCONNECTED)
-    }
+def listening(at: Container[tuple[str, int]] | None = None) -> list[dict[str, str | int]]:
+    """What can be connected to: protocol, address, port and program ("?" where no process shows it).
+
+    `at`: only at these, each a protocol and a port. Where nothing listens no process is looked at, which is what costs.
+    """
+    there = [s for s in sockets() if _listens(s) and (at is None or (s.protocol, s.port) in at)]
+    owners = _programs_by_inode() if there else {}
+    found = {(s.protocol, s.address, s.port, owners.get(s.inode, "?")) for s in there}
     return [{"protocol": p, "address": a, "port": n, "program": o} for p, a, n, o in sorted(found)]
+
+
+def _listens(socket: Socket) -> bool:
+    return (socket.protocol, socket.state) in (("tcp", _LISTEN), ("udp", _UDP_UNCONNECTED))
 
 
 def lasting() -> list[dict[str, str | int | None]]:

@@ -124,7 +124,7 @@ def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forwards:
     monkeypatch.setattr(nft, "apply", list)
     monkeypatch.setattr(conntrack, "flows", list)
     monkeypatch.setattr(conntrack, "forget", lambda ended: len(list(ended)))
-    monkeypatch.setattr(ports, "listening", list)
+    monkeypatch.setattr(ports, "sockets", list)
     return Forwards(tmp_path, Journal(tmp_path / "journal.jsonl"), facts=facts)
 
 
@@ -175,13 +175,15 @@ def test_a_port_that_a_program_of_the_gateway_holds_is_told_beside_what_is_open(
             return [nft.Member(key[:3], end, key[3:]) for key, end in zip(keys, ends, strict=True)]
         return [nft.Member(key, end) for key, end in zip(keys, ends, strict=True)]
 
-    def listens(protocol: str, address: str, port: int) -> dict[str, Any]:
-        return {"protocol": protocol, "address": address, "port": port, "program": "sshd"}
+    def listens(protocol: str, address: str, port: int) -> ports.Socket:
+        state = {"tcp": 0x0A, "udp": 0x07}[protocol]
+        return ports.Socket(protocol, address, port, state, uid=0, inode=1, remote="0.0.0.0:0")
 
     monkeypatch.setattr(nft, "members", members)
     monkeypatch.setattr(ports, "first_ephemeral", lambda: 32768)
+    monkeypatch.setattr(ports, "_programs_by_inode", lambda: {1: "sshd"})
     monkeypatch.setattr(
-        ports, "listening",
+        ports, "sockets",
         lambda: [
             listens("tcp", "0.0.0.0", 20017), listens("tcp", "127.0.0.1", 20018), listens("udp", "::", 20019),
             listens("udp", "0.0.0.0", 50000),
@@ -194,6 +196,14 @@ def test_a_port_that_a_program_of_the_gateway_holds_is_told_beside_what_is_open(
         (7, "open", None),
         (8, "open", None),
     ]
+
+
+def test_no_process_is_looked_at_where_nothing_listens_at_a_forwarded_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards are looked at every few seconds, and each process has to be opened to learn what it holds."""
+    other = ports.Socket("tcp", "0.0.0.0", 22, 0x0A, uid=0, inode=1, remote="0.0.0.0:0")
+    monkeypatch.setattr(ports, "sockets", lambda: [other])
+    monkeypatch.setattr(ports, "_programs_by_inode", lambda: pytest.fail("it costs too much"))
+    assert ports.listening({("tcp", 20017)}) == []
 
 
 def test_a_host_that_is_no_gateway_says_so(tmp_path: Path) -> None:
