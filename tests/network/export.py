@@ -93,3 +93,13 @@ def resources(*rows: dict[str, Any], settings: Settings | None = None, **fields:
 def only(*rows: dict[str, Any], **fields: Any) -> Resource:
     (found,) = resources(*rows, **fields)
     return found
+
+
+# What both engines are asked of: one name, and what must not be applied, with a part of what is said of it.
+ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1", machine="m1")
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, "must contain"),
+    ({**sealed(ADDRESS), "generation": 9}, "damaged, or edited by hand"),
+    (sealed(machines={}), "The export is empty"),
+    (sealed(ADDRESS, environment="staging"), "an export of staging, but the stack is of production"),
+]

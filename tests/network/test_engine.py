@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.network.engine import TOKEN, UNKNOWN, Engine, Host, language_host
-from tests.network.export import ZONE_ID, name, opening, sealed, zone
-
-ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1", machine="m1")
+from tests.network.export import ADDRESS, REFUSED, ZONE_ID, name, opening, sealed, zone
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +129,7 @@ def test_a_record_that_is_there_as_wanted_is_adopted_and_nothing_else(engine: En
     assert engine.cloud.calls == ["create DnsRecord gpu-01.gpu.example.org A"]
 
 
-@pytest.mark.parametrize(
-    ("export", "why"),
-    [
-        ({}, "must contain"),
-        ({**sealed(ADDRESS), "generation": 9}, "damaged, or edited by hand"),
-        (sealed(machines={}), "The export is empty"),
-        (sealed(ADDRESS, environment="staging"), "an export of staging, but the stack is of production"),
-    ],
-)
+@pytest.mark.parametrize(("export", "why"), REFUSED)
 def test_what_must_not_be_applied_is_told_and_nothing_is_declared(
     engine: Engine, export: dict[str, object], why: str
 ) -> None:
