@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from remotegpu_network import openings, records, shapes
 from remotegpu_network.document import BadDocument, Document, Group, Name, Wanted, Zone
@@ -62,8 +63,7 @@ Shape = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
+class Resource(NamedTuple):
     """One thing in a cloud.
 
     `place` is the zone or group for people. `parent` is its id (or the zone's name where the cloud goes by name) if

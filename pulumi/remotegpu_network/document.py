@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fastjsonschema
+import orjson
 
 from remotegpu_network import names, openings, records
 from remotegpu_network.openings import Opening
@@ -79,8 +80,7 @@ class Name:
     previous_keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """An opening, in which group, and why."""
 
     opening: Opening
@@ -127,10 +127,12 @@ def seal(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksum(document: Mapping[str, Any]) -> str:
-    """Over everything but the checksum itself: sorted keys, no spaces, UTF-8."""
+    """Over everything but the checksum itself: sorted keys, no spaces, UTF-8.
+
+    Raises TypeError for what has no such form: half a surrogate pair, a number of more than 64 bits.
+    """
     rest = {name: value for name, value in document.items() if name != "checksum"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 # -- reading
@@ -180,7 +182,11 @@ def _broken(raw: Mapping[str, Any]) -> Iterator[str]:
     for name in COUNTED:
         if raw["counts"][name] != len(raw[name]):
             yield f"counts.{name} says {raw['counts'][name]}, but there are {len(raw[name])}: the export is not whole"
-    found = checksum(raw)
+    try:
+        found = checksum(raw)
+    except TypeError as error:
+        yield f"the content is none that an export can have: {error}"
+        return
     if not hmac.compare_digest(found, raw["checksum"]):
         yield f"checksum {raw['checksum']} does not fit the content ({found}): damaged, or edited by hand"
 

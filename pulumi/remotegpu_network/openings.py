@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 PROTOCOLS = ("tcp", "udp", "icmp", "icmpv6", "all")
 NUMBERS = {"6": "tcp", "17": "udp", "1": "icmp", "58": "icmpv6", "-1": "all"}  # the clouds answer in either form
@@ -51,8 +52,7 @@ class Source:
         return self.network is not None and self.network.prefixlen < WORLD_BELOW[self.network.version]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """One hole: protocol, ports (None where the protocol has none), source. `owner` is the key of the portal's row."""
 
     owner: str
@@ -61,8 +61,7 @@ class Opening:
     source: Source
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What a group lets in. `owners` are the keys of all openings that it stands for, in order."""
 
     protocol: str
@@ -143,11 +142,17 @@ def merge(openings: Iterable[Opening]) -> list[Rule]:
     lengths = {
         version: sorted({network.prefixlen for network in networks if network.version == version}) for version in (4, 6)
     }  # fmt: skip
-    owners: dict[Rule, set[str]] = {}
+    stands_for: dict[Rule, list[Rule]] = {}
     for rule in joined:
-        owners.setdefault(_widest(rule, by_peer, lengths), set()).update(rule.owners)
-    kept = (Rule(r.protocol, r.ports, r.source, tuple(sorted(who))) for r, who in owners.items())
-    return sorted(kept, key=order)
+        stands_for.setdefault(_widest(rule, by_peer, lengths), []).append(rule)
+    return sorted((_for_all(rule, same) for rule, same in stands_for.items()), key=order)
+
+
+def _for_all(rule: Rule, narrower: list[Rule]) -> Rule:
+    """The rule with the owners of all those that it stands for, itself among them."""
+    if narrower == [rule]:
+        return rule
+    return rule._replace(owners=tuple(sorted({owner for each in narrower for owner in each.owners})))
 
 
 def order(rule: Rule) -> tuple[str, tuple[int, int], int, int, int, str]:
@@ -167,8 +172,8 @@ def _by_source(openings: Iterable[Opening]) -> Iterator[list[Opening]]:
 def _join(same: list[Opening]) -> Iterator[Rule]:
     """Openings of one protocol and source: port ranges that overlap or touch become one."""
     first = same[0]
-    if first.ports is None:
-        yield Rule(first.protocol, None, first.source, tuple(sorted({each.owner for each in same})))
+    if first.ports is None or len(same) == 1:
+        yield Rule(first.protocol, first.ports, first.source, tuple(sorted({each.owner for each in same})))
         return
     low, high, owners = 0, -1, set[str]()
     for each in sorted(same, key=lambda o: o.ports or EVERY_PORT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_a_version_of_tomorrow_is_told_as_such() -> None:
 def test_what_is_no_export_is_refused(text: bytes) -> None:
     with pytest.raises(BadDocument):
         document.read(text)
+
+
+@pytest.mark.parametrize("fields", [{"machines": [{"key": "m1", "name": "\ud800"}]}, {"generation": 2**70}])
+def test_what_has_no_form_in_bytes_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadDocument, match="none that an export can have"):
+        document.read(json.dumps({**sealed(MACHINE), **fields}))
+
+
+def test_the_checksum_is_that_of_plain_json_with_sorted_keys() -> None:
+    whole = sealed(MACHINE, name("n2", "端口", "TXT", '\t"\x7fü \u2028 \\ /'))
+    rest = {key: value for key, value in whole.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert whole["checksum"] == "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_every_fault_is_named_at_once() -> None:
