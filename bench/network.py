@@ -54,22 +54,27 @@ config:
 
 
 def take(machines: int = 10_000, resources: int = 4_000, rounds: int = 3) -> list[Figure]:
-    """The figures. `rounds`: how often each of the two programs is run, in turns; the fastest counts."""
+    """The figures. `rounds`: how often each is run, the two programs in turns; the fastest counts."""
     with TemporaryDirectory() as folder:
-        return [*plan_of(machines, Path(folder)), *whole_program(resources, rounds, Path(folder))]
+        return [*plan_of(machines, rounds, Path(folder)), *whole_program(resources, rounds, Path(folder))]
 
 
-def plan_of(machines: int, folder: Path) -> list[Figure]:
+def plan_of(machines: int, rounds: int, folder: Path) -> list[Figure]:
     """Two exports of so many machines with 3 records and 5 rules each, of which every hundredth differs."""
     for file, generation in (("before.json", 1), ("after.json", 2)):
         (folder / file).write_text(json.dumps(fleet(machines, generation)))
     (folder / "Pulumi.bench.yaml").write_text(STACK)
     files = [str(folder / file) for file in ("before.json", "after.json", "Pulumi.bench.yaml")]
-    done = subprocess.run([sys.executable, "-c", PLAN, *files], cwd=ROOT, capture_output=True, text=True, check=True)
-    status, seconds, peak = (float(part) for part in done.stderr.split())
+    command = [sys.executable, "-c", PLAN, *files]
+    taken = list[tuple[float, float]]()
+    for _ in range(rounds):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        status, seconds, peak = (float(part) for part in done.stderr.split())
+        if status:
+            raise RuntimeError(done.stderr)
+        taken.append((seconds, peak))
     print(f"{machines} machines: {done.stdout.splitlines()[-1]}")
-    if status:
-        raise RuntimeError(done.stderr)
+    seconds, peak = min(taken)
     return [
         Figure(f"plan of {machines:,} machines, 3 records and 5 rules each, two exports", seconds, "s", at_most=5),
         Figure("its peak of memory", peak / 1e6, "MB", at_most=400),

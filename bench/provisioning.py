@@ -48,6 +48,7 @@ FILES = (
     "etc/default/prometheus-node-exporter",
     "etc/remotegpu/agent.json",
     "etc/remotegpu/ca.pem",
+    "etc/remotegpu/firewall.json",
     "etc/remotegpu/firewall.nft",
     "etc/remotegpu/operator_keys",
     "etc/systemd/system/nftables.service.d/remotegpu.conf",
