@@ -69,6 +69,7 @@ class Lane:
     site: bool = False  # its hosts start from images that are built after those of the others
     dist: str = "worksteal"
     slow: bool | None = None  # whether all of its tests are slow (True), or none (False)
+    slow_first: bool = False  # with what is slow of it, it is the longest of all
 
 
 @dataclass
@@ -96,7 +97,7 @@ LANES = (
     Lane("gateway", ("tests/gateway",), "hosts", hosts=True, slow=True),
     Lane("desktop", ("tests/desktop",), "hosts", hosts=True),
     Lane("agent", ("tests/integration",), "hosts", hosts=True),
-    Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True),
+    Lane("roles", ("tests/roles",), "hosts", jobs=2, hosts=True, slow_first=True),
     Lane("postgresql", ("tests/unit", "tests/api", "tests/integration"), "postgresql and not hosts", jobs=2),
     Lane("browser", ("tests/browser",), "browser", slow=False),
     Lane("network", ("tests/network",), PLAIN, jobs=2, sdks=True, dist="loadfile", slow=False),
@@ -149,7 +150,8 @@ def run_all(what: str, scratch: Path) -> list[Result]:
 def lanes_of_this_machine(what: str) -> list[Lane]:
     lanes = (*LANES, *(() if why_without_cards() else (CARDS,)), *(() if why_without_engine() else (ENGINE,)))
     left_out = {"test": True, "slow": False}.get(what)
-    return [lane for lane in lanes if lane.slow is None or lane.slow is not left_out]
+    chosen = [lane for lane in lanes if lane.slow is None or lane.slow is not left_out]
+    return chosen if what == "test" else sorted(chosen, key=lambda lane: not lane.slow_first)
 
 
 def install_sdks() -> None:
