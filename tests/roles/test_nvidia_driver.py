@@ -131,7 +131,7 @@ def test_from_590_on_a_package_pins_the_branch_that_names_no_longer_carry() -> N
     ],
 )
 def test_all_of_a_driver_is_held_and_nothing_else(line: str, ours: bool) -> None:
-    unheld = says("__nvidia_driver_unheld", "bookworm", __nvidia_driver_dpkg={"stdout": line})
+    unheld = says("__nvidia_driver_unheld", "bookworm", __nvidia_driver_dpkg_now={"stdout": line})
     assert unheld == ([line.split()[1]] if ours else [])
 
 
