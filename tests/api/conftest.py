@@ -5,9 +5,12 @@ Where the database decides (who comes first, what a restoration brings back, how
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.trail import Watch
 
 ON_BOTH = {
     "test_agents_enrolment",
@@ -30,3 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_ours = item.path.parent == Path(__file__).parent
         if is_ours and item.path.stem not in ON_BOTH and item.get_closest_marker("postgresql"):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def every_transition_is_in_the_trail(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    watch = Watch(monkeypatch)
+    yield
+    assert watch.untold == []
