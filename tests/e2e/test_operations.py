@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AUTHORIZED_KEYS = "/home/installer/.ssh/authorized_keys"
 BY_HAND = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f put there by hand"
-OF_A_PROJECT = ("playbooks", "roles", "inventory", "ansible.cfg")
+OF_A_PROJECT = ("playbooks", "roles", "inventory", "agent/protocol", "ansible.cfg")
 RUN_TIMEOUT_S = 300.0
 HEARD_TIMEOUT_S = 40  # a minute where nobody waits for a test
 TICKS = "i=0; while [ ! -e /tmp/go ]; do i=$((i+1)); echo tick $i; sleep 0.2; done; echo over; exit 7"
