@@ -7,6 +7,7 @@ comes at once. The machines and their gateways are in network_machines.py.
 from __future__ import annotations
 
 import ipaddress
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -53,13 +54,26 @@ def follow(
     if machine.gateway_id is None:
         return
     gateway: Machine = Machine.get_by_id(machine.gateway_id)
-    wanted = list(dict.fromkeys((_way_in(machine), *(each for one in openings for each in _ways_of(one, machine)))))
+    events.desired_changed(gateway.id)  # also where nothing but an end is another
+    wanted = _ends(lease, machine, openings)
     there = {_way_of(each): each for each in wanted_of(lease)}
     left = [forward for way, forward in there.items() if way not in wanted]
     _close(left, utcnow(), by=by)
     for way in wanted:
         if way not in there:
             _take(gateway, machine, lease, way, before, by=by)
+
+
+def _ends(lease: Lease, machine: Machine, openings: Iterable[Opening]) -> dict[Way, datetime]:
+    """What is led to the machine, each way until when: the way in until the lease ends, any other until the last of the
+    openings that want it does.
+    """
+    found = {_way_in(machine): lease.ends_at}
+    for opening in openings:
+        ends_at = min(opening.ends_at or lease.ends_at, lease.ends_at)
+        for way in _ways_of(opening, machine):
+            found[way] = max(found.get(way, ends_at), ends_at)
+    return found
 
 
 def _way_in(machine: Machine) -> Way:
@@ -88,7 +102,6 @@ def _take(gateway: Machine, machine: Machine, lease: Lease, way: Way, before: Le
                 forward: Forward = Forward.create(public_port=port, **wanted)
         except peewee.IntegrityError:
             continue
-        events.desired_changed(gateway.id)
         _tell("forward.taken", forward, lease, by=by)
         return forward
     raise NoPortLeft(f"{gateway.name} has no port left in {gateway.forward_ports}. Give it a larger pool.")
@@ -137,18 +150,26 @@ def to_send(gateway: Machine, now: datetime) -> list[dict[str, Any]]:
     """What it shall forward now, in the words of the protocol."""
     if not gateway.is_gateway:
         return []
+    wanted = (Forward.gateway == gateway) & Forward.closed_at.is_null()
     rows = (
         Forward.select(Forward, Lease, Machine)
         .join(Lease)
         .switch(Forward)
         .join(Machine, on=Forward.machine)
-        .where(Forward.gateway == gateway, Forward.closed_at.is_null(), Lease.state == "active", Lease.ends_at > now)
+        .where(wanted, Lease.state == "active", Lease.ends_at > now)
         .order_by(Forward.id)
     )
-    return [_sent(each) for each in rows]
+    openings = defaultdict[int | None, list[Opening]](list)
+    of_leases = Opening.lease << Forward.select(Forward.lease).where(wanted)
+    for opening in Opening.select().where(of_leases, Opening.closed_at.is_null()):
+        openings[opening.lease_id].append(opening)
+    forwards = list(rows)
+    by_lease = {each.lease_id: each for each in forwards}
+    ends = {each.lease_id: _ends(each.lease, each.machine, openings[each.lease_id]) for each in by_lease.values()}
+    return [_sent(each, end) for each in forwards if (end := ends[each.lease_id].get(_way_of(each), now)) > now]
 
 
-def _sent(forward: Forward) -> dict[str, Any]:
+def _sent(forward: Forward, ends_at: datetime) -> dict[str, Any]:
     return {
         "id": forward.id,
         "lease": forward.lease.host_id,
@@ -157,7 +178,7 @@ def _sent(forward: Forward) -> dict[str, Any]:
         "source": forward.source,
         "target_address": str(ipaddress.ip_address(forward.machine.address)),
         "target_port": forward.target_port,
-        "ends_at": format_time(forward.lease.ends_at),
+        "ends_at": format_time(ends_at),
     }
 
 

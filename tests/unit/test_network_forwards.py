@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from typing import Any
 
 import peewee
@@ -210,6 +211,43 @@ def test_a_port_that_is_opened_behind_a_gateway_is_reached_through_it_from_its_s
     assert [(entry.action, entry.detail["target_port"]) for entry in taken.order_by(AuditEntry.id)] == [
         ("forward.taken", 22), ("forward.taken", 8888), ("forward.taken", 9000), ("forward.closed", 8888),
     ]  # fmt: skip
+
+
+def ends_told(gateway: Host) -> dict[int, str]:
+    """Until when each port of the machines is led to, as the gateway's agent is answered."""
+    answer = protocol.check(desired.desired_of(gateway.machine), "desired")
+    return {entry["target_port"]: entry["ends_at"] for entry in answer["forwards"]}
+
+
+def test_a_forward_ends_with_its_opening_and_the_way_in_with_the_lease(gateway: Host, tenant: Tenant) -> None:
+    """The gateway closes by what it was told, with the portal down."""
+    lease = behind(gateway, tenant)
+    soon, with_lease = utcnow() + timedelta(minutes=20), protocol.format_time(lease.ends_at)
+    ask(lease, 8888, ends_at=soon)
+    ask(lease, 9000)
+    ask(lease, 9100, ends_at=lease.ends_at + timedelta(days=1))
+    ask(lease, 22, source="0.0.0.0/0", reason="for a while", ends_at=soon)
+    told = ends_told(gateway)
+    assert told == {22: with_lease, 8888: protocol.format_time(soon), 9000: with_lease, 9100: with_lease}
+    later = {entry["target_port"] for entry in network_forwards.to_send(gateway.machine, soon)}
+    assert later == {22, 9000, 9100}, "over, though nobody has closed it yet"
+
+
+def test_a_way_that_several_openings_want_ends_with_the_last_and_the_gateway_hears_of_it(
+    gateway: Host, tenant: Tenant
+) -> None:
+    lease = behind(gateway, tenant)
+    sooner, later = (utcnow() + timedelta(minutes=minutes) for minutes in (10, 20))
+    ask(lease, 8888, ends_at=sooner)
+    generation, port = gateway.machine.generation, ways(lease)["tcp", 8888, OFFICE]
+    longer = ask(lease, 8888, ends_at=later)
+    assert gateway.machine.generation > generation
+    assert ends_told(gateway)[8888] == protocol.format_time(later)
+    generation = gateway.machine.generation
+    network_requests.close_port(longer, by=SYSTEM)
+    assert gateway.machine.generation > generation
+    assert ends_told(gateway)[8888] == protocol.format_time(sooner)
+    assert ways(lease)["tcp", 8888, OFFICE] == port, "the same port all the time"
 
 
 def test_openings_that_are_merged_keep_the_ports_that_people_know(gateway: Host, tenant: Tenant) -> None:
