@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 RECORDED_S = 300  # how often the recording rules are evaluated, and the window that each of their values covers
+OF_FLEET = 'job="node"'  # the control plane's own machine is another job with a `host`, and no part of the fleet
 PLUMBING = "lo|veth.*|docker.*|br-.*|cni.*|cali.*|flannel.*|virbr.*|vnet.*|tap.*|lxc.*|ifb.*|dummy.*"
 NO_DISK = (
     "tmpfs|ramfs|devtmpfs|overlay|squashfs|iso9660|nsfs|autofs|proc|sysfs|fuse.*|rpc_pipefs|efivarfs|tracefs|cgroup.*"
@@ -84,6 +85,10 @@ def _of_host(series: str, over: str = "avg") -> str:
     return f"max by (host) ({over}_over_time({series}{{<m>}}<w>))"
 
 
+def _of_node(series: str) -> str:
+    return f"max by (host) (avg_over_time({series}{{{OF_FLEET},<m>}}<w>))"
+
+
 def _slowed(reason: str) -> str:
     """The share of time in which clocks were held down for this reason. Drivers from 535 on say event, not throttle."""
     names = [f"nvidia_smi_clocks_{word}_reasons_{reason}" for word in ("event", "throttle")]
@@ -99,13 +104,13 @@ def _slowed_by_mask() -> str:
 
 
 def _traffic(node: str, agent: str, direction: str) -> str:
-    exporter = f'sum by (host) (rate({node}{{device!~"{PLUMBING}",<m>}}<w>))'
+    exporter = f'sum by (host) (rate({node}{{{OF_FLEET},device!~"{PLUMBING}",<m>}}<w>))'
     portal = f"sum by (host) (rate({agent}{{<m>}}<w>))"
     return f'label_replace({exporter} or {portal}, "direction", "{direction}", "", "")'
 
 
 def _file_system(series: str) -> str:
-    selected = f'avg_over_time({series}{{fstype!~"{NO_DISK}",<m>}}<w>)'
+    selected = f'avg_over_time({series}{{{OF_FLEET},fstype!~"{NO_DISK}",<m>}}<w>)'
     return f'max by (host, mount) (label_replace({selected}, "mount", "$1", "mountpoint", "(.*)"))'
 
 
@@ -182,7 +187,7 @@ MEASURES: Mapping[str, Measure] = {
             "cpu",
             "percent",
             (
-                '100 * (1 - avg by (host) (rate(node_cpu_seconds_total{mode="idle",<m>}<w>)))',
+                f'100 * (1 - avg by (host) (rate(node_cpu_seconds_total{{{OF_FLEET},mode="idle",<m>}}<w>)))',
                 f"100 * {_of_host('remotegpu_host_cpu_ratio')}",
             ),
             by=("host",),
@@ -191,7 +196,7 @@ MEASURES: Mapping[str, Measure] = {
             "host_memory",
             "percent",
             (
-                f"100 * (1 - {_of_host('node_memory_MemAvailable_bytes')} / {_of_host('node_memory_MemTotal_bytes')})",
+                f"100 * (1 - {_of_node('node_memory_MemAvailable_bytes')} / {_of_node('node_memory_MemTotal_bytes')})",
                 f"100 * {_of_host('remotegpu_host_memory_used_bytes')}"
                 f" / {_of_host('remotegpu_host_memory_total_bytes')}",
             ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,19 @@ def with_an_agent_alone(now: float) -> list[Sample]:
     return past.samples
 
 
+def with_a_control_plane(now: float) -> list[Sample]:
+    """The host of the fleet uses a quarter of what it has, the control plane's own machine all."""
+    samples = []
+    for job, free in (("node", 75), ("control_plane", 0)):
+        past = Past(f"a-{job}", now)
+        past.add("node_filesystem_avail_bytes", free, job=job, mountpoint="/", fstype="ext4")
+        past.add("node_filesystem_size_bytes", 100, job=job, mountpoint="/", fstype="ext4")
+        past.add("node_memory_MemAvailable_bytes", free, job=job)
+        past.add("node_memory_MemTotal_bytes", 100, job=job)
+        samples += past.samples
+    return samples
+
+
 def before_and_in_a_lease(now: float, began: float, host: str) -> list[Sample]:
     """99 until the lease began, 1 from then on: in the samples, and in what the recording rules made of them."""
     samples = []
@@ -146,6 +159,7 @@ def history(now: datetime) -> Iterator[str]:
             [
                 *with_exporters(end),
                 *with_an_agent_alone(end),
+                *with_a_control_plane(end),
                 *before_and_in_a_lease(end, short, "gpu-3"),
                 *recorded(end, long, "gpu-4"),
                 *of_the_fleet(end),
@@ -274,6 +288,12 @@ def test_a_month_of_the_fleet_comes_from_the_recording_rules(site: None, now: da
     assert (gap["cause"], gap["from"]) == ("no_data", drawn["times"][missing[0]])
 
 
+def test_a_chart_of_the_fleet_is_without_the_control_plane(site: None, now: datetime) -> None:
+    """The other host whose disk is known, by its agent, has three quarters in use, and no memory that is told."""
+    lines = [monitoring_charts.of_fleet(measure, "1h", now)["lines"] for measure in ("disk", "host_memory")]
+    assert [[line["values"][-1] for line in each] for each in lines] == [[75], [25]]
+
+
 # A customer's lease
 
 
@@ -362,6 +382,36 @@ def test_a_question_that_prometheus_refuses_is_told(site: None, settings: Settin
         monitoring_charts.of_fleet("utilization", "1h", datetime.now(UTC))
 
 
+def of_nodes(job: str, idle: str, available: str, received: str) -> dict[str, str]:
+    """What a node_exporter tells of itself, as promtool takes it: one host for each job."""
+    labels = f'host="{job}",job="{job}"'
+    root = f'{{mountpoint="/",fstype="ext4",{labels}}}'
+    return {
+        f'node_cpu_seconds_total{{cpu="0",mode="idle",{labels}}}': idle,
+        f"node_memory_MemAvailable_bytes{{{labels}}}": available,
+        f"node_memory_MemTotal_bytes{{{labels}}}": "100x10",
+        f'node_network_receive_bytes_total{{device="eth0",{labels}}}': received,
+        f"node_filesystem_avail_bytes{root}": available,
+        f"node_filesystem_size_bytes{root}": "100x10",
+    }
+
+
+def test_the_fleet_in_the_recording_rules_is_without_the_control_plane(tmp_path: Path) -> None:
+    """Its own machine is busy and full: neither a mean, nor a sum, nor a maximum of the hosts holds any of it."""
+    series = {
+        **of_nodes("node", idle="0+45x10", available="75x10", received="0+600x10"),
+        **of_nodes("control_plane", idle="0x10", available="1x10", received="0+6000x10"),
+    }
+    expected = {
+        "host:cpu_percent:avg5m": [('{host="node"}', 25)],
+        "fleet:cpu_percent:avg5m": [("", 25)],
+        "fleet:host_memory_percent:avg5m": [("", 25)],
+        "fleet:network_bytes_per_second:avg5m": [('{direction="received"}', 10)],
+        "fleet:disk_percent:avg5m": [("", 25)],
+    }
+    try_rules(tmp_path, series, expected)
+
+
 def test_the_recording_rules_join_both_sources(tmp_path: Path) -> None:
     """promtool evaluates the file of the role: an exporter's GPU, an agent's GPU, a null and a 0."""
     series = {
@@ -383,6 +433,11 @@ def test_the_recording_rules_join_both_sources(tmp_path: Path) -> None:
             ('{host="c",uuid="6"}', 100),
         ],
     }
+    try_rules(tmp_path, series, expected)
+
+
+def try_rules(tmp_path: Path, series: dict[str, str], expected: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+    """The samples of each record after five minutes, one value of each series a minute."""
     test = {
         "rule_files": [str(RULES)],
         "evaluation_interval": "5m",

@@ -42,6 +42,17 @@ def test_every_part_of_an_expression_is_about_the_one_host(measure: Measure) -> 
     assert re.findall(r"<\w>", asked) == [], "no placeholder is left"
 
 
+def test_the_control_planes_own_machine_is_no_part_of_the_fleet() -> None:
+    """It has a node_exporter with a `host` as well, and another job."""
+    asked = [
+        selector
+        for measure in MEASURES.values()
+        for selector in re.findall(r"\bnode_\w+\{([^}]*)\}", measure.raw({}, 90))
+    ]
+    assert len(asked) == 7, "processors, memory (2), network (2), disks (2)"
+    assert {selector for selector in asked if 'job="node"' not in selector.split(",")} == set()
+
+
 def test_a_name_cannot_end_its_own_matcher() -> None:
     assert matching({"uuid": 'x"} or vector(1) #\\'}) == 'uuid="x\\"} or vector(1) #\\\\"'
 
