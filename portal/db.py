@@ -17,7 +17,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import peewee
+import psycopg2
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
+from psycopg2.errors import ReadOnlySqlTransaction
 
 LOCK_WAIT_S = 30.0  # how long a writer waits for another writer before it gives up
 STALLED_S = 60.0  # after this long without a word inside a transaction, PostgreSQL takes its locks away
@@ -25,7 +27,8 @@ SYNCHRONOUS = "full"  # what was answered as kept survives a power cut; in WAL m
 BUSY_TIMEOUT_MS = 20  # inside SQLite's C code no greenlet can run, so it gives up soon and we wait ourselves
 
 AWAY = (peewee.OperationalError, peewee.InterfaceError, MaxConnectionsExceeded)
-"""What asking raises while the database cannot answer: it is down, held by another writer, or out of connections."""
+"""What asking raises while the database cannot answer: it is down, a standby, held by another writer, or out of
+connections. It is over by itself, so asking again is worth it."""
 
 db = peewee.DatabaseProxy()
 
@@ -79,7 +82,7 @@ def _postgresql(url: str, max_connections: int) -> peewee.Database:
         raise ValueError("DATABASE_URL: write postgresql://USER:PASSWORD@HOST:PORT/NAME or sqlite:///FILE")
     options = dict(pair.split("=", 1) for pair in parts.query.split("&") if "=" in pair)
     options = {key: unquote(value) for key, value in options.items()}
-    pool: peewee.Database = PooledPostgresqlDatabase(
+    pool: peewee.Database = _Postgresql(
         unquote(name),
         user=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
@@ -92,6 +95,22 @@ def _postgresql(url: str, max_connections: int) -> peewee.Database:
         **options,
     )
     return pool
+
+
+class _Postgresql(PooledPostgresqlDatabase):  # type: ignore[misc]  # playhouse has no types
+    """Says that it is AWAY where peewee says something else: it has no word for a deadlock, and takes it for an error
+    of ours that a standby does not write."""
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        try:
+            return super().execute_sql(sql, params)
+        except psycopg2.OperationalError as error:  # of a class that peewee does not know
+            raise peewee.OperationalError(error, *error.args) from error
+        except peewee.InternalError as error:
+            if not isinstance(error.__context__, ReadOnlySqlTransaction):
+                raise
+            self.connection().close()  # the next one may lead to the primary; this one never will
+            raise peewee.OperationalError(*error.args) from error
 
 
 def _session() -> str:

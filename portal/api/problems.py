@@ -29,7 +29,7 @@ from portal.db import db
 
 log = logging.getLogger("portal.problems")
 
-LOCKED = ("database is locked", "due to lock timeout")  # as SQLite says it, and PostgreSQL
+LOCKED = ("database is locked", "due to lock timeout", "deadlock detected")  # as SQLite says it, and PostgreSQL
 
 CODES = {
     400: "malformed",

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from operator import itemgetter
@@ -200,7 +200,8 @@ class Wake:
                 log.warning(
                     "The event table cannot be read; waiting calls are answered when their time is up.", exc_info=True
                 )
-                release_connection()
+                with suppress(Exception):  # what was lost with the server cannot be given back
+                    release_connection()
                 pause = 1.0
             time.sleep(pause)
         release_connection()

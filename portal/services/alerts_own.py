@@ -71,8 +71,8 @@ OF_PROMETHEUS_ALONE = (
     *("MachineOffline", "ExporterUnreachable", "CpuHigh", "MemoryHigh", "DiskFilling", "DiskNearlyFull"),
     *("DiskFull", "GpuExporterDown", "GpuHot", "GpuTooHot", "GpuMemoryFull", "GpuEccErrors", "GpuRowRemapPending"),
     *("GpuRowRemapFailed", "GpuXidRestart", "GpuXidReset", "GpuXidHardware", "GpuXidApplication", "GpuXidUnknown"),
-    *("GpuXidNoted", "PortalDown", "PortalErrors", "DatabaseConnections", "BackupOld", "BackupMissing"),
-    *("RedisDown", "RedisMemory"),
+    *("GpuXidNoted", "PortalDown", "PortalErrors", "SweepsFailing", "DatabaseConnections"),
+    *("BackupOld", "BackupMissing", "RedisDown", "RedisMemory"),
 )
 DELIVERED = frozenset((*NAMES, *OF_PROMETHEUS_ALONE))  # no other rule may have one of these names
 

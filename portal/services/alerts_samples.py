@@ -13,7 +13,7 @@ import redis
 
 from portal.db import db, is_sqlite
 from portal.models import ApiToken, Lease, Machine
-from portal.services import alerts_own, config, network
+from portal.services import alerts_own, config, network, sweeps
 from portal.services.monitoring_samples import Samples, labelled
 
 REDIS_TIMEOUT_S = 1.0
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_network_frozen": ("gauge", "1 while no stack is given an export, after a restoration"),
     "remotegpu_certificate_end_timestamp_seconds": ("gauge", "When a certificate of the portal ends"),
     "remotegpu_token_end_timestamp_seconds": ("gauge", "When the API token of a program ends"),
+    "remotegpu_sweep_success_timestamp_seconds": ("gauge", "When a worker last made a round in which no sweep failed"),
     "remotegpu_database_connections": ("gauge", "Connections to the database server, of everybody"),
     "remotegpu_database_connections_limit": ("gauge", "How many connections the database server takes"),
     "remotegpu_redis_up": ("gauge", "1 if Redis answers, 0 if not; nothing where there is none"),
@@ -56,6 +57,8 @@ def _samples(now: datetime) -> Iterator[Sample]:
         yield "remotegpu_certificate_end_timestamp_seconds", {"certificate": certificate}, ends_at.timestamp()
     for token in ApiToken.select().where(ApiToken.revoked_at.is_null(), ApiToken.expires_at > now):
         yield "remotegpu_token_end_timestamp_seconds", {"token": str(token.id)}, token.expires_at.timestamp()
+    if (swept_at := sweeps.swept_at()) is not None:
+        yield "remotegpu_sweep_success_timestamp_seconds", {}, swept_at.timestamp()
     yield from _database()
     yield from _redis()
 

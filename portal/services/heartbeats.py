@@ -137,8 +137,11 @@ class Buffer:
         me = threading.current_thread()
         while True:
             time.sleep(FLUSH_S)
-            if self._writer is me and self.flush():
-                self._idle_since = time.monotonic()
+            try:
+                if self._writer is me and self.flush():
+                    self._idle_since = time.monotonic()
+            except Exception:  # a writer that is gone is not missed by `note`, and no host would be online any more
+                log.exception("Heartbeats were not written; those that come are.")
             with self._lock:
                 if self._writer is not me:
                     return

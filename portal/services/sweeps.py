@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
+from portal.db import atomic, utcnow
+from portal.models import Setting
 from portal.services import (
     alerts_own,
     events,
@@ -31,6 +34,8 @@ from portal.services import (
 
 LOG = logging.getLogger(__name__)
 
+SWEPT = "sweeps.swept"  # row of `setting`
+NOTE_S = 15.0  # between two notes that a round went well; a write each second would be for nobody
 LIFE_S = 30.0  # longer than any round; a sweeper that was killed keeps the others waiting for so long at most
 
 
@@ -49,6 +54,7 @@ class Round:
     def __init__(self, sweeps: tuple[Sweep, ...]) -> None:
         self._sweeps = sweeps
         self._due_at: dict[str, float] = {}
+        self._note_at = float("-inf")
 
     def go(self, now: float) -> list[str]:
         """Do what is due at `now` (seconds of any steady clock), unless another process is sweeping.
@@ -69,7 +75,22 @@ class Round:
             except Exception:
                 LOG.exception("the sweep %s failed; it is tried again in its next round", sweep.name)
                 failed.append(sweep.name)
+        if not failed and now >= self._note_at:
+            _note_swept(utcnow())
+            self._note_at = now + NOTE_S
         return failed
+
+
+def _note_swept(now: datetime) -> None:
+    row = {"value": {"at": now.isoformat()}, "changed_at": now}
+    with atomic():
+        Setting.insert(key=SWEPT, **row).on_conflict(conflict_target=[Setting.key], update=row).execute()
+
+
+def swept_at() -> datetime | None:
+    """When a round in which no sweep failed last ended, as of NOTE_S ago; None before the first."""
+    row = Setting.get_or_none(Setting.key == SWEPT)
+    return None if row is None else datetime.fromisoformat(row.value["at"])
 
 
 def all_sweeps() -> tuple[Sweep, ...]:

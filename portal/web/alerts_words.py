@@ -125,6 +125,11 @@ SENTENCES = (
         "refusal",
         "The portal's log has each with an incident number. Look first whether the database and Redis answer.",
     ),
+    pgettext("refusal", "For minutes no worker has made a round in which no sweep failed."),
+    pgettext(
+        "refusal",
+        "Read why: `journalctl -u remotegpu-worker`. Until it is mended, leases are ended by their hosts alone, and no machine is cleaned.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "%(value)s %% of the database's connections are taken."),
     pgettext("refusal", "Raise max_connections of PostgreSQL, or run fewer web processes and workers."),
     pgettext("refusal", "The last dump of the database on %(host)s that could be read again is %(value)s old."),

@@ -10,7 +10,7 @@ import pytest
 
 from portal.db import utcnow
 from portal.models import Lease, Tenant, User
-from portal.services import alerts_samples, provisioning, tokens
+from portal.services import alerts_samples, provisioning, sweeps, tokens
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
 from tests.factories import actor_of, make_lease, make_machine
@@ -56,6 +56,14 @@ def test_a_programs_token_is_told_by_its_number_alone(database: Any, operator: U
         f'remotegpu_token_end_timestamp_seconds{{token="{token.id}"}}': pytest.approx(ends_at.timestamp())
     }
     assert secret not in alerts_samples.exposition(utcnow())
+
+
+def test_when_a_worker_last_swept_well_is_told(database: Any) -> None:
+    began = utcnow()
+    sweeps.Round(()).go(0)
+    (told,) = of_rows().items()
+    assert told[0] == "remotegpu_sweep_success_timestamp_seconds"
+    assert began.timestamp() <= told[1] <= utcnow().timestamp()
 
 
 def test_connections_are_counted_where_they_can_run_out(database: Any, database_url: str) -> None:

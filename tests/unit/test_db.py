@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,30 @@ def test_who_waits_for_a_program_that_hangs_is_told_so_in_the_end(
     reconnect(database_url)
     with pytest.raises(db.AWAY, match="lock timeout"), db.atomic():
         machines.lock(Machine.get())
+
+
+@ON_POSTGRESQL
+def test_of_two_who_wait_for_each_other_one_is_told_to_come_again(database: Any, database_url: str) -> None:
+    first, second = make_machine("gpu-1"), make_machine("gpu-2")
+    other = psycopg2.connect(database_url, options="-c deadlock_timeout=1h")
+    other.cursor().execute("UPDATE machine SET remark = 'theirs' WHERE id = %s", (second.id,))
+    want_first = threading.Thread(
+        target=lambda: other.cursor().execute("UPDATE machine SET remark = 'theirs' WHERE id = %s", (first.id,))
+    )
+    try:
+        _wait_for_each_other(first, second, want_first)
+        want_first.join(10)
+        assert not want_first.is_alive(), "the other one goes on"
+    finally:
+        other.close()
+
+
+def _wait_for_each_other(first: Machine, second: Machine, want_first: threading.Thread) -> None:
+    with db.atomic():
+        machines.lock(first)
+        want_first.start()
+        with pytest.raises(db.AWAY, match="deadlock detected"):
+            machines.lock(second)
 
 
 def hold_until_another_writes(machine: Machine, other: Any) -> None:
