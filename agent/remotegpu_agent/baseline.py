@@ -6,6 +6,7 @@ verification names what differs. So two takes with nothing changed in between ar
 The sections, and what each holds:
 
 - `accounts`: lines of passwd, group, subuid, subgid, shadow and gshadow by name, with digests for passwords
+- `account_files`: mode and owner of those files
 - `loader`, `cron`, `at_jobs`, `system_units`, `sudoers`, `pam`, `sshd`, `shell_profiles`, `local_programs`, `hosts`,
   `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
   back
@@ -151,6 +152,34 @@ def read_accounts() -> dict[str, Any]:
     return found
 
 
+def read_account_files() -> dict[str, Any]:
+    """Who may read and write the files that list accounts."""
+    found = {path: accounts.rights(path) for path in accounts.FILES}
+    return {path: rights for path, rights in found.items() if rights is not None}
+
+
+def good_rights(sections: dict[str, Any], path: str, now: dict[str, Any] | None) -> dict[str, Any]:
+    """What `accounts.rights` should say of a file of accounts, or of the copy before its last change (`passwd-`).
+
+    `now` itself where nothing is wrong: a copy may be stricter than its file, and so may a file of which an older
+    baseline tells nothing; the bound is what Debian gives it.
+    """
+    known: dict[str, Any] | None = sections.get("account_files", {}).get(path.removesuffix("-"))
+    if known is not None and not path.endswith("-"):
+        return known
+    best = known or _debians_rights(sections, path.removesuffix("-"))
+    if now is None or not now["is_file"] or now["has_acl"] or now["mode"] & ~best["mode"]:
+        return best
+    return now if now["uid"] in (0, best["uid"]) and now["gid"] in (0, best["gid"]) else best
+
+
+def _debians_rights(sections: dict[str, Any], path: str) -> dict[str, Any]:
+    is_secret = path in accounts.SECRET
+    shadow = sections["accounts"]["/etc/group"].get("shadow", ["shadow:x:0:"])[0]
+    gid = int(shadow.split(":")[2]) if is_secret else 0
+    return {"is_file": True, "mode": 0o640 if is_secret else 0o644, "uid": 0, "gid": gid, "has_acl": False}
+
+
 def read_special() -> dict[str, Any]:
     """Set-uid, set-gid and capability files now."""
     return dict(sorted((each.path, special_entry(each)) for each in special.walk() if each.is_special))
@@ -219,6 +248,7 @@ def _file_reader(section: str) -> Callable[[], Snapshot]:
 
 _READERS: dict[str, Callable[[], Any]] = {
     "accounts": read_accounts,
+    "account_files": read_account_files,
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,

@@ -398,11 +398,23 @@ def _users(asked: Asked) -> Iterator[str]:
         lines = (read_text(path) or "").splitlines()
         known = [line for lines in asked.sections["accounts"][path].values() for line in lines]
         yield from (f"{path}: {line.split(':')[0]} is not in the baseline" for line in lines if line not in known)
+    yield from _rights(asked, "/etc/passwd", "/etc/shadow", "/etc/subuid", "/etc/subgid")
 
 
 def _groups(asked: Asked) -> Iterator[str]:
     yield from _database(asked, "group", secret=False)
     yield from _database(asked, "gshadow", secret=True)
+    yield from _rights(asked, "/etc/group", "/etc/gshadow")
+
+
+def _rights(asked: Asked, *paths: str) -> Iterator[str]:
+    """Who may read and write the files themselves, and the copies before their last change."""
+    for path in _find([each for name in paths for each in (name, f"{name}-")], "-prune"):
+        mode, uid, gid, kind = run(["stat", "-c", "%a %u %g %F", "--", path]).strip().split(" ", 3)
+        now = {"is_file": kind.startswith("regular"), "mode": int(mode, 8), "uid": int(uid), "gid": int(gid)}
+        now["has_acl"] = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+        if now != baseline.good_rights(asked.sections, path, now):
+            yield f"{path} has another owner or mode than in the baseline"
 
 
 def _database(asked: Asked, database: str, *, secret: bool) -> Iterator[str]:

@@ -3,7 +3,8 @@
 All look once before the first of them acts: one step often takes away what another is there for, and the report shall
 say what the tenant has left. The order matters: what the loader would put into every program goes before any program is
 started; the door closes first; what would start again ends before what runs; connections end with their processes;
-mounts go before the folders they hide; and the account goes last, for its name and uid tell what is the tenant's.
+mounts go before the folders they hide; the files of accounts are root's again before what the tenant owns is removed;
+and the account goes last, for its name and uid tell what is the tenant's.
 
 Closing a lease at its end is elsewhere: here the lease is over, and its data goes for good. `verify.py` looks once
 more, with other eyes.
@@ -49,11 +50,11 @@ STEPS: tuple[Step, ...] = (
     Step("runtime_folder", data.look_for_runtime_folder, data.remove_paths),
     Step("home", data.look_for_home, data.remove_paths),
     Step("records", data.look_for_records, data.remove_paths),
+    Step("users", restored.look_for_users, restored.put_back_accounts),
+    Step("groups", restored.look_for_groups, restored.put_back_accounts),
     Step("special_files", restored.look_for_special_files, restored.disarm_special_files, streams=True),
     Step("owned_files", data.look_for_files, data.remove_files, streams=True),
     Step("ssh_keys", restored.look_for_changes("ssh_keys"), restored.put_back),
-    Step("users", restored.look_for_users, restored.put_back_accounts),
-    Step("groups", restored.look_for_groups, restored.put_back_accounts),
     Step("sudoers", restored.look_for_changes("sudoers"), restored.put_back),
     Step("pam", restored.look_for_changes("pam"), restored.put_back),
     Step("shell_profiles", restored.look_for_changes("shell_profiles"), restored.put_back),

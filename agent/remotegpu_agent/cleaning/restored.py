@@ -157,18 +157,21 @@ def put_back_units(scope: Scope, found: list[Finding]) -> Iterator[str]:
 
 _USER_FILES = ("/etc/passwd", "/etc/shadow", "/etc/subuid", "/etc/subgid")
 _GROUP_FILES = ("/etc/group", "/etc/gshadow")
+_RIGHTS = ""  # in a finding's place for a name: it is about the file
 
 
 def look_for_users(scope: Scope) -> Iterator[Finding]:
     """Users that were added, changed or removed; the lease's own account is another step."""
     for path in _USER_FILES:
         yield from _changed_lines(scope, path)
+        yield from _changed_rights(scope, path)
 
 
 def look_for_groups(scope: Scope) -> Iterator[Finding]:
     """Groups and memberships that were added, changed or removed."""
     for path in _GROUP_FILES:
         yield from _changed_lines(scope, path)
+        yield from _changed_rights(scope, path)
 
 
 def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
@@ -182,6 +185,14 @@ def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
             yield Finding((path, name), f"{path}: the entry of {name} {how}")
 
 
+def _changed_rights(scope: Scope, path: str) -> Iterator[Finding]:
+    """Who may read and write the file, and the copy of it before its last change: the hashes are in both."""
+    for each in (path, f"{path}-"):
+        now = accounts.rights(each)
+        if now is not None and now != baseline.good_rights(scope.sections, each, now):
+            yield Finding((each, _RIGHTS), f"{each} has another owner or mode than in the baseline")
+
+
 def _without_lease(line: str, scope: Scope) -> str:
     """Membership in the group of all leases comes and goes with the lease's account."""
     if not line.startswith(f"{LEASE_GROUP}:"):
@@ -191,15 +202,19 @@ def _without_lease(line: str, scope: Scope) -> str:
 
 
 def put_back_accounts(scope: Scope, found: list[Finding]) -> Iterator[str]:
-    """Remove the lines that were added, put back those that were changed; a lost password cannot be put back."""
+    """Remove the lines that were added, put back those that were changed; a lost password cannot be put back.
+
+    Each file is written anew, with the owner and mode that it should have.
+    """
     for path in sorted({finding.subject[0] for finding in found}):
-        wanted = {finding.subject[1] for finding in found if finding.subject[0] == path}
-        known: dict[str, list[str]] = scope.sections["accounts"][path]
+        wanted = {finding.subject[1] for finding in found if finding.subject[0] == path} - {_RIGHTS}
+        known: dict[str, list[str]] = scope.sections["accounts"].get(path, {})
         with _accounts_locked():
             now = _lines(path)
             better = {name: _good_lines(path, name, known, now) for name in wanted}
-            _write(path, _replaced(now, {name: lines for name, lines in better.items() if lines is not None}))
-        yield f"put back {', '.join(sorted(name for name in wanted if better[name] is not None))} in {path}"
+            _write(scope, path, _replaced(now, {name: lines for name, lines in better.items() if lines is not None}))
+        names = sorted(name for name in wanted if better[name] is not None)
+        yield f"put back {', '.join(names)} in {path}" if names else f"put back owner and mode of {path}"
 
 
 def _good_lines(path: str, name: str, known: dict[str, list[str]], now: list[str]) -> list[str] | None:
@@ -246,7 +261,8 @@ def remove_account(scope: Scope, found: list[Finding]) -> Iterator[str]:
     for path in sorted({finding.subject for finding in found}):
         with _accounts_locked():
             lines = _without(_lines(path), {scope.login})
-            _write(path, [_without_member(line, scope.login) for line in lines] if path in _GROUP_FILES else lines)
+            without = [_without_member(line, scope.login) for line in lines] if path in _GROUP_FILES else lines
+            _write(scope, path, without)
         yield f"removed {scope.login} from {path}"
 
 
@@ -262,12 +278,13 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _write(path: str, lines: list[str]) -> None:
-    facts = os.stat(path)
+def _write(scope: Scope, path: str, lines: list[str]) -> None:
+    rights = baseline.good_rights(scope.sections, path, accounts.rights(path))
     temporary = Path(f"{path}.remotegpu")
-    with temporary.open("w", errors="surrogateescape") as file:
-        os.fchown(file.fileno(), facts.st_uid, facts.st_gid)
-        os.fchmod(file.fileno(), stat.S_IMODE(facts.st_mode))
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", errors="surrogateescape") as file:
+        os.fchown(file.fileno(), rights["uid"], rights["gid"])
+        os.fchmod(file.fileno(), rights["mode"])
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

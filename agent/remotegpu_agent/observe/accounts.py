@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from remotegpu_agent.observe.tools import read_text
 
 # Files with one line for each name; a line that comes or goes is a user or group that comes or goes.
 BY_NAME = ("/etc/passwd", "/etc/group", "/etc/subuid", "/etc/subgid")
 SECRET = ("/etc/shadow", "/etc/gshadow")
+FILES = (*BY_NAME, *SECRET)
 FIRST_PERSON = 1000  # below are the users and groups of the system and of packages
 _DAY_S = 24 * 3600
 
@@ -34,6 +38,22 @@ def lines(path: str) -> dict[str, list[str]]:
         if name:
             found.setdefault(name, []).append(line)
     return found
+
+
+def rights(path: str) -> dict[str, Any] | None:
+    """Who may read and write one of these files; None where it is not there."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    has_acl = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+    return {
+        "is_file": stat.S_ISREG(facts.st_mode),
+        "mode": stat.S_IMODE(facts.st_mode),
+        "uid": facts.st_uid,
+        "gid": facts.st_gid,
+        "has_acl": has_acl,
+    }
 
 
 def masked(line: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,44 @@ def test_a_missing_or_failing_program_is_said_and_never_taken_for_an_empty_answe
 def test_names_are_printable_whatever_bytes_they_have() -> None:
     assert printable("/tmp/\udcfftab\there") == "/tmp/\\xfftab\\there"
     assert printable("中文") == "中文"
+
+
+# --- who may read and write the files of accounts
+
+DEBIANS = {"is_file": True, "mode": 0o640, "uid": 0, "gid": 42, "has_acl": False}
+OLDER: dict[str, Any] = {"accounts": {"/etc/group": {"shadow": ["shadow:x:42:"]}}}
+NEWER = OLDER | {"account_files": {"/etc/shadow": DEBIANS | {"mode": 0o600}}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_good"),
+    [
+        ({}, True),
+        ({"mode": 0o600, "gid": 0}, True),
+        ({"mode": 0o660}, False),
+        ({"mode": 0o644}, False),
+        ({"uid": 20017}, False),
+        ({"gid": 20017}, False),
+        ({"has_acl": True}, False),
+        ({"is_file": False}, False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/etc/shadow", "/etc/shadow-"])
+def test_a_host_enrolled_before_the_section_is_held_to_what_debian_gives(
+    path: str, changed: dict[str, Any], is_good: bool
+) -> None:
+    now = DEBIANS | changed
+    assert baseline.good_rights(OLDER, path, now) == (now if is_good else DEBIANS)
+
+
+def test_a_file_of_accounts_is_as_in_the_baseline_and_its_copy_no_looser() -> None:
+    strict = DEBIANS | {"mode": 0o600}
+    assert baseline.good_rights(NEWER, "/etc/shadow", DEBIANS) == strict
+    assert baseline.good_rights(NEWER, "/etc/shadow", None) == strict
+    assert baseline.good_rights(NEWER, "/etc/shadow-", DEBIANS) == strict
+    assert baseline.good_rights(NEWER, "/etc/shadow-", DEBIANS | {"mode": 0o400})["mode"] == 0o400
+
+
+def test_what_everybody_needs_of_accounts_is_readable_by_everybody() -> None:
+    assert baseline.good_rights(OLDER, "/etc/passwd", None)["mode"] == 0o644
+    assert baseline.good_rights(OLDER, "/etc/subuid-", None) == DEBIANS | {"mode": 0o644, "gid": 0}

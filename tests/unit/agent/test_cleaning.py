@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tracemalloc
@@ -316,6 +317,7 @@ def test_nothing_is_started_before_the_loaders_settings_are_back_and_the_account
     assert (names[0], names[-1]) == ("loader", "account")
     assert names.index("access") < names.index("system_units") < names.index("processes") < names.index("connections")
     assert names.index("processes") < names.index("mounts") < names.index("home") < names.index("owned_files")
+    assert names.index("users") < names.index("owned_files"), "/etc/shadow may be owned by the tenant"
 
 
 def test_the_table_of_dirt_names_steps_and_checks_that_exist() -> None:
@@ -401,3 +403,22 @@ def test_accounts_are_put_back_in_their_places_and_a_packages_user_is_left(monke
     assert better == {"chrony": None, "mallory": [], "toor": [], "ops": ["ops:x:1000:"]}
     kept = restored._replaced(now, {name: lines for name, lines in better.items() if lines is not None})
     assert kept == ["root:x:0:", "ops:x:1000:", "chrony:x:107:"]
+
+
+def test_a_file_of_accounts_is_written_anew_with_its_rights_and_not_through_a_planted_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow, elsewhere = tmp_path / "shadow", tmp_path / "elsewhere"
+    shadow.write_text("root:*:::::::\n")
+    shadow.chmod(0o666)
+    elsewhere.touch()
+    (tmp_path / "shadow.remotegpu").symlink_to(elsewhere)
+    rights = accounts.rights(str(shadow)) or {}
+    known = {"accounts": {}, "account_files": {str(shadow): rights | {"mode": 0o640}}}
+    here = replace(SCOPE, sections=known)
+    [finding] = restored._changed_rights(here, str(shadow))
+    assert finding.text == f"{shadow} has another owner or mode than in the baseline"
+    monkeypatch.setattr(restored, "_accounts_locked", contextlib.nullcontext)
+    assert list(restored.put_back_accounts(here, [finding])) == [f"put back owner and mode of {shadow}"]
+    assert list(restored._changed_rights(here, str(shadow))) == []
+    assert (shadow.read_text(), elsewhere.read_text()) == ("root:*:::::::\n", "")

@@ -99,6 +99,22 @@ def test_a_look_that_is_early_is_repeated_until_the_driver_has_freed_the_memory(
     assert verify._gpu_memory(ASKED) == []
 
 
+# --- files of accounts
+
+
+def test_a_file_of_accounts_that_all_may_write_is_named_and_so_is_its_copy(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("shadow", "shadow-")]
+    for path in paths:
+        Path(path).touch()
+    rights = {"is_file": True, "mode": 0o640, "uid": os.getuid(), "gid": os.getgid(), "has_acl": False}
+    asked = verify.Asked(None, None, None, {"account_files": {paths[0]: rights}})
+    for mode, named in ((0o640, []), (0o666, paths)):
+        for path in paths:
+            Path(path).chmod(mode)
+        said = list(verify._rights(asked, paths[0]))
+        assert said == [f"{path} has another owner or mode than in the baseline" for path in named]
+
+
 # --- programs that lend power
 
 
