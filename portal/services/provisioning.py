@@ -62,7 +62,7 @@ def run_finished(run: Run) -> None:
                 _forget_first_contact(machine)
                 _ask_for_baseline(machine)
         else:
-            _fail(machine, f"The provisioning run {run.id} is {run.state}: {run.reason or 'see its output'}")
+            _fail_for(machine, run)
 
 
 def newest_provision_run(machine: Machine) -> Run | None:
@@ -91,6 +91,10 @@ def _is_provisioned(machine: Machine) -> bool:
     return machine.state == "provisioning" and run is not None and run.state == "succeeded"
 
 
+def _fail_for(machine: Machine, run: Run) -> None:
+    _fail(machine, f"The provisioning run {run.id} is {run.state}: {run.reason or 'see its output'}")
+
+
 def _fail(machine: Machine, reason: str) -> None:
     with atomic():
         machine = machines.lock(machine)
@@ -100,15 +104,27 @@ def _fail(machine: Machine, reason: str) -> None:
 
 
 def fail_overdue(now: datetime | None = None) -> int:
-    """Machines whose run went well and whose agent then kept silent are failed; returns how many."""
+    """Machines whose run went well and whose agent then kept silent are failed, and those whose run has ended without
+    them hearing of it; returns how many."""
     now = now or utcnow()
     going_on = Machine.select().where(Machine.state == "provisioning")
     return batch.each(going_on, lambda machine: _fail_if_overdue(machine, now))
 
 
 def _fail_if_overdue(machine: Machine, now: datetime) -> bool:
-    run = newest_provision_run(machine)
-    if run is None or run.state != "succeeded" or run.ended_at is None or run.ended_at + READY_DEADLINE > now:
+    with atomic():
+        machine = machines.lock(machine)  # so that nobody provisions it anew meanwhile
+        run = newest_provision_run(machine)
+        if machine.state != "provisioning" or run is None or run.ended_at is None:
+            return False
+        if run.state == "succeeded":
+            return _fail_if_silent(machine, run, now)
+        _fail_for(machine, run)
+    return True
+
+
+def _fail_if_silent(machine: Machine, run: Run, now: datetime) -> bool:
+    if run.ended_at + READY_DEADLINE > now:
         return False
     waited = f"within {READY_DEADLINE.total_seconds() / 60:.0f} min of run {run.id}"
     missing = "no baseline" if machines.is_enrolled(machine) else "no agent enrolled"

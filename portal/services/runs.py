@@ -19,7 +19,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, db, shared_now, utcnow
+from portal.db import AWAY, atomic, db, shared_now, utcnow
 from portal.errors import Conflict, Error, Invalid, NotFound
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
@@ -445,7 +445,10 @@ def _ended(run: Run, *, by: Actor) -> None:
 
 
 def _hand_over(run: Run) -> None:
-    """Tell who waits for it, in the same transaction. A run ends even if that module objects."""
+    """Tell who waits for it, in the same transaction. A run ends even if that module objects.
+
+    Raises what a database that cannot answer now raises: the run has not ended then, and its worker says so again.
+    """
     for hearer in (when_ended.by_kind.get(run.purpose), when_played.by_kind.get(run.playbook)):
         if hearer is not None:
             _tell(hearer, run)
@@ -455,6 +458,8 @@ def _tell(hearer: Callable[[Run], None], run: Run) -> None:
     try:
         with atomic():
             hearer(run)
+    except AWAY:
+        raise
     except Exception as error:
         # Raising would leave the run `running` for ever, with its hosts: it has ended, and the objection is kept.
         LOG.exception("run %s ended, but what it was for did not take its result", run.id)
