@@ -81,6 +81,7 @@ class StackNetworkIn(Schema):
     checksum = ma.fields.String(validate=ma.validate.Length(max=80))
     clouds = ma.fields.List(ma.fields.String(validate=ma.validate.Length(max=16)), validate=ma.validate.Length(max=16))
     counts = ma.fields.Dict(keys=ma.fields.String(), values=ma.fields.Integer())
+    own = ma.fields.Dict(keys=ma.fields.String(), values=ma.fields.Integer())
     resources = ma.fields.Dict(keys=ma.fields.String(), values=ma.fields.Integer())
     left_out = ma.fields.Dict(keys=ma.fields.String(), values=ma.fields.Integer())
 

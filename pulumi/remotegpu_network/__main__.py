@@ -119,7 +119,7 @@ def _plan(told: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     if before is not None and steps.first_step(before, wanted, chosen) is not None:
         print("note: this takes two applies, since a name is taken over by another record: see `step`", file=sys.stderr)
-    guard.check(wanted, chosen, guard.of_document(before) if before else None)
+    guard.check(wanted, chosen, guard.of_document(before, chosen) if before else None)
     return 0
 
 

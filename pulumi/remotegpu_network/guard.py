@@ -1,13 +1,14 @@
 """An export that lost much, or all, is more likely a fault than a wish: it stops here, with an explanation.
 
 An outage or a restored backup of the portal must not delete the names of a whole fleet. Deleting on purpose is still
-possible: raise remotegpu:max-loss-percent for that one run.
+possible: raise remotegpu:max-loss-percent for that one run. Only what lies in the stack's clouds is counted: what
+another stack loses is that one's matter, and must not hide in its size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ class Refused(Exception):
     """This export is not applied. The message says what is lost and how to go on if that is meant."""
 
 
+NAMES, OPENINGS = "names", "openings"
+BOTH = "names and openings"
+
+
 @dataclass(frozen=True)
 class Baseline:
-    """What the last apply had: what kind → keys. Of the outputs of a stack only the numbers are known, and no keys."""
+    """What the stack's clouds had at the last apply: how many of each kind, and which, where an export tells it."""
 
     generation: int
-    keys: Mapping[str, frozenset[str]]
     counts: Mapping[str, int]
-    machines: int
+    keys: Mapping[str, frozenset[str]]
 
 
-def baseline(text: bytes | str) -> Baseline:
+def baseline(text: bytes | str, settings: Settings) -> Baseline:
     """From the export that was applied last, or from `pulumi stack output --json`. Raises BadDocument."""
     try:
         raw = json.loads(text)
@@ -39,26 +43,38 @@ def baseline(text: bytes | str) -> Baseline:
         raise BadDocument([f"the last applied export is no JSON document: {error}"]) from None
     if isinstance(raw, dict) and isinstance(raw.get("network"), dict):
         return _of_outputs(raw["network"])
-    return of_document(documents.parse(raw))
+    return of_document(documents.parse(raw), settings)
 
 
-def of_document(document: Document) -> Baseline:
-    keys = {
-        "names": frozenset(each.key for each in document.names),
-        "openings": frozenset(each.key for each in document.openings),
+def of_document(document: Document, settings: Settings) -> Baseline:
+    keys = {kind: frozenset(found) for kind, found in _own(document, settings).items()}
+    return Baseline(document.generation, own_counts(document, settings), keys)
+
+
+def own_counts(document: Document, settings: Settings) -> dict[str, int]:
+    """What of the document is this stack's, in numbers; stack.py writes them into the outputs."""
+    return {kind: len(found) for kind, found in _own(document, settings).items()}
+
+
+def _own(document: Document, settings: Settings) -> dict[str, set[str]]:
+    """The keys of what lies in zones and groups of the stack's clouds."""
+    clouds, zones, groups = settings.clouds, document.zones, document.groups
+    return {
+        NAMES: {each.key for each in document.names if zones[each.zone].cloud in clouds},
+        OPENINGS: {each.key for each in document.openings if groups[each.group].cloud in clouds},
     }
-    return Baseline(
-        document.generation, keys, {kind: len(found) for kind, found in keys.items()}, len(document.machines)
-    )
 
 
 def _of_outputs(network: Mapping[str, Any]) -> Baseline:
+    """Outputs from before `own` say how much was whose only for names and openings together."""
     try:
-        counts = network["counts"]
-        return Baseline(
-            int(network["generation"]), {}, {k: int(counts[k]) for k in ("names", "openings")}, int(counts["machines"])
-        )
-    except (KeyError, TypeError, ValueError):
+        if "own" in network:
+            counts = {kind: int(network["own"][kind]) for kind in (NAMES, OPENINGS)}
+        else:
+            all_of_them = sum(int(network["counts"][kind]) for kind in (NAMES, OPENINGS))
+            counts = {BOTH: all_of_them - sum(map(int, network.get("left_out", {}).values()))}
+        return Baseline(int(network["generation"]), counts, {})
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BadDocument(["the outputs of the last apply have no generation and counts"]) from None
 
 
@@ -70,7 +86,8 @@ def check(document: Document, settings: Settings, before: Baseline | None) -> No
 
 
 def _problems(document: Document, settings: Settings, before: Baseline | None) -> Iterator[str]:
-    if not document.machines and not document.names and not document.openings:
+    is_empty = not document.machines and not document.names and not document.openings
+    if is_empty and (before is None or any(before.counts.values())):
         yield (
             "The export is empty. A portal that was reset, or whose database was not restored, looks like this. "
             "If the fleet is really gone, use `pulumi destroy`."
@@ -82,15 +99,18 @@ def _problems(document: Document, settings: Settings, before: Baseline | None) -
             f"The export is of generation {document.generation}, the last apply was of {before.generation}: an older "
             f"pipeline run came late, or the portal was restored from a backup. Take a new export."
         )
-    for kind in ("names", "openings"):
-        yield from _loss(kind, document, settings, before)
+    own = _own(document, settings)
+    for kind, had in before.counts.items():
+        if kind in before.keys:
+            lost = sorted(before.keys[kind] - own[kind])
+            yield from _loss(kind, had, len(lost), lost, settings)
+        else:
+            has = sum(map(len, own.values())) if kind == BOTH else len(own[kind])
+            yield from _loss(kind, had, max(0, had - has), [], settings)
 
 
-def _loss(kind: str, document: Document, settings: Settings, before: Baseline) -> Iterator[str]:
-    had = before.counts[kind]
-    now = {each.key for each in (document.names if kind == "names" else document.openings)}
-    lost = sorted(before.keys[kind] - now) if kind in before.keys else []
-    count = len(lost) if kind in before.keys else max(0, had - len(now))
+def _loss(kind: str, had: int, count: int, lost: Sequence[str], settings: Settings) -> Iterator[str]:
+    """`lost`: the keys, where they are known."""
     if count <= settings.may_lose or count * 100 <= settings.max_loss_percent * had:
         return
     some = f" ({', '.join(lost[:5])}{', …' if len(lost) > 5 else ''})" if lost else ""
@@ -113,4 +133,4 @@ def last_applied(settings: Settings, folder: Path) -> Baseline | None:
             f"remotegpu:applied names {settings.applied}, which cannot be read ({error.strerror}). Fetch the last "
             f"applied export, or the output of `pulumi stack output --json`; for the first apply set it to {FIRST}."
         ) from None
-    return baseline(text)
+    return baseline(text, settings)

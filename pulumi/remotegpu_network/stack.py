@@ -41,7 +41,8 @@ def _export(file: Path) -> bytes:
 def told_of(wanted: Document, found: Desired, told: settings.Settings) -> dict[str, Any]:
     """What was applied, in numbers: CI posts it to the portal, and the next run's guard reads it.
 
-    `clouds` says of which part of the export that is true: the portal opens and closes leases' grants by it.
+    `clouds` says of which part of the export that is true: the portal opens and closes leases' grants by it. `counts`
+    are of the whole export, `own` of that part.
     """
     return {
         "clouds": sorted(told.clouds),
@@ -49,6 +50,7 @@ def told_of(wanted: Document, found: Desired, told: settings.Settings) -> dict[s
         "generation": wanted.generation,
         "checksum": wanted.checksum,
         "counts": wanted.counts,
+        "own": guard.own_counts(wanted, told),
         "resources": dict(Counter(f"{each.cloud} {each.place}" for each in found.resources)),
         "left_out": dict(found.left_out),
     }

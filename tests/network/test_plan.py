@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from portal.api.network import OutputsIn
 from remotegpu_network import __main__ as command
 from remotegpu_network import desired, document, guard, plan, steps
+from remotegpu_network import stack as stack_program
 from remotegpu_network.document import BadDocument, Document
 from remotegpu_network.guard import Refused
 from remotegpu_network.plan import What
+from remotegpu_network.settings import Settings
 from tests.network.export import name, opening, parsed, resources, sealed, stack
 
 ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1")
@@ -74,7 +77,7 @@ def fleet(machines: int, generation: int = 1) -> Document:
 
 @pytest.mark.parametrize(("now", "stopped"), [(100, False), (80, False), (79, True), (0, True)])
 def test_an_export_that_lost_more_than_a_fifth_stops_with_an_explanation(now: int, stopped: bool) -> None:
-    before = guard.of_document(fleet(100))
+    before = guard.of_document(fleet(100), stack())
     if not stopped:
         guard.check(fleet(now, 2), stack(), before)
         return
@@ -90,13 +93,14 @@ def test_an_export_that_lost_more_than_a_fifth_stops_with_an_explanation(now: in
 def test_swapping_half_of_the_fleet_for_others_is_a_loss_although_the_numbers_agree() -> None:
     swapped = parsed(*(name(f"x{i}", f"gpu-{i}", "A", "203.0.113.1") for i in range(100)))
     with pytest.raises(Refused, match="100 of 100 names"):
-        guard.check(swapped, stack(), guard.of_document(fleet(100, 0)))
+        guard.check(swapped, stack(), guard.of_document(fleet(100, 0), stack()))
 
 
 def test_the_end_of_a_lease_in_a_small_fleet_is_no_fault() -> None:
-    guard.check(fleet(2, 2), stack(), guard.of_document(fleet(4)))
+    before = guard.of_document(fleet(4), stack())
+    guard.check(fleet(2, 2), stack(), before)
     with pytest.raises(Refused):
-        guard.check(fleet(2, 2), stack(may_lose=0), guard.of_document(fleet(4)))
+        guard.check(fleet(2, 2), stack(may_lose=0), before)
 
 
 def test_an_empty_export_is_refused_even_the_first_time() -> None:
@@ -105,23 +109,102 @@ def test_an_empty_export_is_refused_even_the_first_time() -> None:
         guard.check(empty, stack(max_loss_percent=100), None)
 
 
+ROUTE53 = stack(clouds=("aws",))
+
+
+def two_clouds(cloudflare: int, route53: int, opened: int = 0, *, generation: int = 2) -> Document:
+    return parsed(
+        *(name(f"c{i}", f"c{i}", "A", "203.0.113.1") for i in range(cloudflare)),
+        *(name(f"r{i}", f"r{i}", "A", "203.0.113.1", in_zone="r53") for i in range(route53)),
+        *(opening(f"o{i}", f"10.0.{i}.0/24") for i in range(opened)),
+        generation=generation,
+    )
+
+
+def known_by(form: str, before: Document, settings: Settings) -> guard.Baseline:
+    """As the export itself, or as the outputs of an apply say it."""
+    if form == "export":
+        return guard.of_document(before, settings)
+    told = stack_program.told_of(before, desired.resources(before, settings), settings)
+    if form == "older outputs":
+        del told["own"]
+    return guard.baseline(json.dumps({"network": told, "groups": {}}), settings)
+
+
+@pytest.mark.parametrize("form", ["export", "outputs", "older outputs"])
+def test_a_small_stack_that_loses_all_is_stopped_however_large_another_cloud_is(form: str) -> None:
+    before = known_by(form, two_clouds(1000, 20, generation=1), ROUTE53)
+    with pytest.raises(Refused, match="20 of 20 names"):
+        guard.check(two_clouds(1000, 0), ROUTE53, before)
+    guard.check(two_clouds(1000, 16), ROUTE53, before)
+    with pytest.raises(Refused, match="5 of 20 names"):
+        guard.check(two_clouds(1000, 15), ROUTE53, before)
+
+
+@pytest.mark.parametrize("form", ["export", "outputs", "older outputs"])
+def test_what_another_cloud_loses_stops_its_own_stack_and_no_other(form: str) -> None:
+    before = two_clouds(1000, 20, generation=1)
+    guard.check(two_clouds(0, 20), ROUTE53, known_by(form, before, ROUTE53))
+    for clouds in (("cloudflare",), ("cloudflare", "aws")):
+        theirs = stack(clouds=clouds)
+        with pytest.raises(Refused, match=r"1000 of 10[02]0 names"):
+            guard.check(two_clouds(0, 20), theirs, known_by(form, before, theirs))
+
+
+@pytest.mark.parametrize("form", ["export", "outputs"])
+def test_names_and_openings_of_a_stack_are_counted_apart(form: str) -> None:
+    before = known_by(form, two_clouds(0, 5, 50, generation=1), ROUTE53)
+    with pytest.raises(Refused, match="5 of 5 names"):
+        guard.check(two_clouds(0, 0, 50), ROUTE53, before)
+    with pytest.raises(Refused, match="50 of 50 openings"):
+        guard.check(two_clouds(0, 5, 0), ROUTE53, before)
+
+
+@pytest.mark.parametrize("form", ["export", "outputs", "older outputs"])
+def test_a_stack_that_had_nothing_and_has_nothing_goes_on(form: str) -> None:
+    before = known_by(form, two_clouds(3, 0, generation=1), ROUTE53)
+    guard.check(two_clouds(3, 0), ROUTE53, before)
+    empty = document.parse(sealed(machines={}))
+    guard.check(empty, ROUTE53, before)
+    with pytest.raises(Refused, match="The export is empty"):
+        guard.check(empty, stack(max_loss_percent=100), known_by(form, two_clouds(3, 0, generation=1), stack()))
+
+
+def test_the_portal_takes_what_a_stack_says_that_it_applied() -> None:
+    """It refuses fields that it does not know."""
+    wanted = two_clouds(2, 3, 1)
+    outputs = {"network": stack_program.told_of(wanted, desired.resources(wanted, ROUTE53), ROUTE53), "groups": {}}
+    taken = OutputsIn().load(json.loads(json.dumps(outputs)))
+    assert (taken["network"]["own"], taken["network"]["counts"]["names"]) == ({"names": 3, "openings": 1}, 5)
+
+
+def test_a_stack_is_counted_for_itself_by_the_command_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = tmp_path / "Pulumi.prod.yaml"
+    yaml.write_text("config:\n  remotegpu:environment: production\n  remotegpu:clouds: [aws]\n")
+    files = {"a": two_clouds(100, 10, generation=1).raw, "b": two_clouds(100, 0).raw, "c": two_clouds(0, 10).raw}
+    argv = ("--applied", "a.json", "--stack", str(yaml))
+    status, _, err = run(tmp_path, capsys, "plan", "b.json", *argv, **files)
+    assert (status, "10 of 10 names are gone" in err) == (1, True)
+    assert run(tmp_path, capsys, "plan", "c.json", *argv)[0] == 0
+
+
 def test_an_older_export_never_goes_back_behind_a_newer_one() -> None:
     with pytest.raises(Refused, match="generation 4, the last apply was of 5"):
-        guard.check(fleet(3, 4), stack(), guard.of_document(fleet(3, 5)))
+        guard.check(fleet(3, 4), stack(), guard.of_document(fleet(3, 5), stack()))
 
 
 def test_the_outputs_of_the_last_apply_serve_as_what_was_applied() -> None:
     outputs = {"network": {"generation": 3, "counts": {"machines": 100, "names": 100, "openings": 0}}, "groups": {}}
-    before = guard.baseline(json.dumps(outputs))
+    before = guard.baseline(json.dumps(outputs), stack())
     guard.check(fleet(90, 4), stack(), before)
     with pytest.raises(Refused, match="50 of 100 names"):
         guard.check(fleet(50, 4), stack(), before)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"network": {}}', "null", "[]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"network": {}}', '{"network": {"own": []}}', "null", "[]"])
 def test_what_is_no_baseline_is_not_taken_for_an_empty_one(text: str) -> None:
     with pytest.raises(BadDocument):
-        guard.baseline(text)
+        guard.baseline(text, stack())
 
 
 def test_a_missing_baseline_is_no_first_time(tmp_path: Path) -> None:
