@@ -119,6 +119,7 @@ def main(argv: list[str]) -> int:
         print(f"usage: python -m tests.lanes {' | '.join(MARKS)} | may", file=sys.stderr)
         return 2
     refuse_without_hosts()
+    refuse_without_packages()
     if what == "may":
         return 0
     install_packages()
@@ -175,12 +176,21 @@ def refuse_without_hosts() -> None:
     sys.exit("make test needs root or Docker, for real hosts. Without either: make test-fast (unit, API, SQLite).")
 
 
+def refuse_without_packages() -> None:
+    """Where nobody may install them; said by `may`, before minutes of set-up."""
+    if os.geteuid() != 0 and (missing := missing_packages()):
+        sys.exit(f"make test needs these packages: sudo apt-get install {' '.join(map(first_known, missing))}")
+
+
+def missing_packages() -> list[str]:
+    """As PACKAGES names them."""
+    return [names for names, programs in PACKAGES.items() if not any(map(is_there, programs.split("|")))]
+
+
 def install_packages() -> None:
-    missing = [name for name, programs in PACKAGES.items() if not any(map(is_there, programs.split("|")))]
+    missing = missing_packages()
     if not missing:
         return
-    if os.geteuid() != 0:
-        sys.exit(f"make test needs these packages: apt-get install {' '.join(missing)}")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "update", "-qq"], check=True, env=quiet)
     subprocess.run(
@@ -194,14 +204,18 @@ def install_packages() -> None:
 def first_known(names: str) -> str:
     """Of the packages of a name like `a|b` the first that apt knows; the last, so that apt says what is wrong."""
     *others, last = names.split("|")
-    known = (
-        name for name in others if subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
-    )
-    return next(known, last)
+    return next(filter(is_known, others), last)
+
+
+def is_known(package: str) -> bool:
+    apt = shutil.which("apt-cache")
+    return apt is not None and subprocess.run([apt, "show", package], capture_output=True).returncode == 0
 
 
 def is_there(program: str) -> bool:
-    return Path(program).exists() if program.startswith("/") else shutil.which(program) is not None
+    """Also where root alone looks: a user of Debian has no sbin on the PATH."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    return Path(program).exists() if program.startswith("/") else shutil.which(program, path=path) is not None
 
 
 @contextmanager

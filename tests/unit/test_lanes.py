@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,41 @@ def closing(capsys: pytest.CaptureFixture[str], without_cards: str | None) -> li
     code = lanes.report([Result(FAST, 0.1, 0, {"tests": 3})], time.monotonic(), without_cards=without_cards)
     assert code == 0
     return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of programs that is the whole PATH of somebody who is not root; apt and docker answer yes."""
+    for name in ("docker", "apt-cache"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", ["may", "test"])
+@pytest.mark.parametrize(("known", "chosen"), [("freerdp2-x11", "freerdp2-x11"), ("other", "freerdp3-x11")])
+def test_who_may_not_install_packages_is_told_before_anything_is_set_up_by_a_line_that_can_be_pasted(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, what: str, known: str, chosen: str
+) -> None:
+    (bare / "apt-cache").write_text(f'#!/bin/sh\ntest "$1 $2" = "show {known}"\n')
+    monkeypatch.setattr(lanes, "PACKAGES", {"there": "docker", "freerdp2-x11|freerdp3-x11": "rdp2|rdp3", "xvfb": "X"})
+    with pytest.raises(SystemExit) as refused:
+        lanes.main([what])
+    assert str(refused.value) == f"make test needs these packages: sudo apt-get install {chosen} xvfb"
+
+
+def test_who_has_them_may_run_them_and_nothing_is_installed(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare / "rdp3").touch(mode=0o755)
+    monkeypatch.setattr(lanes, "PACKAGES", {"there": "docker", "freerdp2-x11|freerdp3-x11": "rdp2|rdp3"})
+    assert lanes.main(["may"]) == 0
+
+
+def test_a_program_that_only_root_has_on_the_path_is_there(bare: Path) -> None:
+    assert lanes.is_there("nologin"), "in /usr/sbin on every Debian"
+    assert lanes.is_there("docker")
+    assert not lanes.is_there("no-such-program")
 
 
 def test_a_machine_without_a_card_is_told_of_and_counted_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
