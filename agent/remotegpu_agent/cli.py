@@ -104,6 +104,7 @@ def _compile_unpacked() -> None:
 
 
 def _leases(config: Any) -> Any:
+    from remotegpu_agent.clock import Clock
     from remotegpu_agent.journal import Journal
     from remotegpu_agent.leases import Leases
     from remotegpu_agent.observe.tools import ToolFailed
@@ -121,7 +122,7 @@ def _leases(config: Any) -> Any:
         except (ValueError, LookupError, TypeError, AttributeError, ProtocolError) as error:
             raise ToolFailed(f"{path}: {error}") from error
 
-    openings = Openings(held, path)
+    openings = Openings(held, Clock(config.state_dir))
     return Leases(config, journal, Tasks(config, journal).stop_lease, openings)
 
 
@@ -271,6 +272,7 @@ def _read_request(path: Path) -> dict[str, Any]:
 
 
 def _clean(options: argparse.Namespace) -> int:
+    from remotegpu_agent.clock import Clock
     from remotegpu_agent.commands import Operations, Refusal
     from remotegpu_agent.credential import Credential
     from remotegpu_agent.journal import Journal
@@ -288,7 +290,7 @@ def _clean(options: argparse.Namespace) -> int:
     journal = Journal(config.state_dir / "journal.jsonl")
     tasks = Tasks(config, journal)
     credential, state = Credential(config.credential_file), State(config.state_dir / "desired.json")
-    leases = Leases(config, journal, tasks.stop_lease, Openings(lambda: state.held, state.path))
+    leases = Leases(config, journal, tasks.stop_lease, Openings(lambda: state.held, Clock(config.state_dir)))
     if not credential.is_enrolled:
         sys.exit("remotegpu-agent: this host is not enrolled, so it has no lease to clean")
     # The running agent sends what is left of the logs, not this process: it cannot wait for that.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remotegpu_agent import forwards, nft
+from remotegpu_agent.clock import Clock
 from remotegpu_agent.config import CONFIG_FILE, Config, ConfigError, load
 from remotegpu_agent.files import find_json
 from remotegpu_agent.leases import GUARD_LINK, Leases, end_survives_reboot
@@ -212,7 +213,7 @@ def _firewall() -> Finding:
 def _sshd(config: Config) -> Finding:
     from remotegpu_agent.journal import Journal
 
-    openings = Openings(Held, config.state_dir / "desired.json")
+    openings = Openings(Held, Clock(config.state_dir))
     entries = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings).entries()
     login = next((entry.login for entry in entries if os.path.isdir(config.home_dir / entry.login)), None)
     if login is None:

@@ -76,6 +76,15 @@ class Seen:
         way = way_of(forward)
         return all(_is_near(place.get(way), forward.ends_at) for place in (self.led, self.passed))
 
+    def is_led(self, forward: DesiredForward) -> bool:
+        """In both places, whenever it ends."""
+        return all(way_of(forward) in place for place in (self.led, self.passed))
+
+    def outlasts(self, forward: DesiredForward) -> bool:
+        """It is led, and in no place does it end before it shall."""
+        ends = [place.get(way_of(forward)) for place in (self.led, self.passed)]
+        return self.is_led(forward) and all(end is None or end > forward.ends_at for end in ends)
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -166,11 +175,13 @@ class Forwards:
             nft.apply(command for way in changes.to_close for command in _removing(way, seen))
             forget_flows(changes.to_close, networks)
             self._note_closed(changes.to_close)
-        if doubt is not None:
-            return {**changes.refused, **{forward.forward_id: doubt for forward in changes.to_open}}, {}
-        if changes.to_open:
-            self._note_opened(changes.to_open)
-        return changes.refused, _open(changes.to_open, seen)
+        to_open, refused = changes.to_open, dict(changes.refused)
+        if doubt is not None:  # an earlier end is taken over all the same; what the kernel has is never given a later
+            to_open = tuple(forward for forward in to_open if seen.outlasts(forward))
+            refused |= {forward.forward_id: doubt for forward in changes.to_open if not seen.is_led(forward)}
+        if to_open:
+            self._note_opened(to_open)
+        return refused, _open(to_open, seen)
 
     def _note_opened(self, forwards: Iterable[DesiredForward]) -> None:
         """Before they are: whatever happens next, it is known that there may be flows."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from remotegpu_agent import __version__, facts, metrics
+from remotegpu_agent.clock import Clock
 from remotegpu_agent.commands import Commands, Operations
 from remotegpu_agent.config import Config
 from remotegpu_agent.credential import Credential, enroll
@@ -30,7 +31,7 @@ from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import CannotOpen, Entry, Leases, end_survives_reboot
 from remotegpu_agent.observe.docker import DockerFailed
 from remotegpu_agent.observe.tools import ToolFailed
-from remotegpu_agent.openings import Openings, doubt_of_clock, is_right
+from remotegpu_agent.openings import Openings
 from remotegpu_agent.plan import (
     ArmEnd,
     CloseLease,
@@ -93,7 +94,8 @@ class Agent:
         self.state = State(config.state_dir / "desired.json")
         self.credential = Credential(config.credential_file)
         self.tasks = Tasks(config, self.journal)
-        self.openings = Openings(lambda: self.state.held, self.state.path)
+        self.clock = Clock(config.state_dir)
+        self.openings = Openings(lambda: self.state.held, self.clock)
         self.leases = Leases(config, self.journal, self.tasks.stop_lease, self.openings)
         operations = Operations(self.credential, self.state, self.leases, self.tasks, self.journal)
         self.commands = Commands(config.state_dir / "commands", operations, on_result=self._tell)
@@ -112,7 +114,6 @@ class Agent:
         self._seq = int(time.time() * 1000)
         self._facts_sent_at: float | None = None
         self._contact_written_at = -1.0
-        self._clock_offset_s: float | None = None
         self._last_contact_at: str | None = (find_json(config.run_dir / STATUS_FILE) or {}).get("last_contact_at")
         self._reported_at: str | None = None  # by this very process: an upgrade waits for it
 
@@ -239,9 +240,7 @@ class Agent:
             "report": report,
         }
         answer = self.credential.call(lambda secret: portal.call(SYNC_PATH, message, credential=secret, wait_s=wait_s))
-        self._clock_offset_s = (parse_time(answer.get("now"), "now") - now()).total_seconds()
-        if is_right(self._clock_offset_s):
-            self.state.trust_clock()
+        self.clock.heard(parse_time(answer.get("now"), "now"))
         self._acknowledge(held, answer)
         is_new = self._adopt(held, answer)
         self._write_status(contact=True)
@@ -323,7 +322,7 @@ class Agent:
             if held.desired is None or held.frozen:
                 self.openings.look(self.leases.open_ends())
             else:
-                self.openings.settle(self.leases.open_ends(), clock_offset_s=self._clock_offset_s)
+                self.openings.settle(self.leases.open_ends())
         except ToolFailed as error:
             log.warning("openings: %s", error)
             return False
@@ -332,7 +331,7 @@ class Agent:
     def _settle_forwards(self, held: Held) -> bool:
         """On a gateway. Where nothing is ordered now, what was lasts until its end. False: something resisted."""
         wanted = held.desired.forwards if held.desired is not None and not held.frozen else None
-        return self.forwards.settle(wanted, doubt=doubt_of_clock(self.state.path, self._clock_offset_s))
+        return self.forwards.settle(wanted, doubt=self.clock.doubt())
 
     def _look_for_lost(self) -> bool:
         """After the steps and not every time: a Stop must not wait for systemd to tell of every other task."""
@@ -539,7 +538,7 @@ class Agent:
             "version": __version__,
             "reported_at": self._reported_at,
             "last_contact_at": self._last_contact_at,
-            "clock_offset_s": self._clock_offset_s,
+            "clock_offset_s": self.clock.offset_s,
             "gpu": self.gpu.report(),
         }
         write_json(self.config.run_dir / STATUS_FILE, status)

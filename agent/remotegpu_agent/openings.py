@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from remotegpu_agent import nft, systemd
+from remotegpu_agent.clock import Clock
 from remotegpu_agent.files import find_json
 from remotegpu_agent.nft import Key
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, run
@@ -36,7 +37,6 @@ SETS = {4: "openings", 6: "openings6"}
 ZONE = "remotegpu"
 # By these firewalld's rules of ours are told from those of others: the second while the first is being replaced.
 PRIORITIES = (32001, 32002)
-CLOCK_TOLERANCE_S = 60.0
 REST_S = 30.0  # how long nobody looks again whose firewall is slow, if nothing new is wanted
 END_TOLERANCE = timedelta(seconds=3)  # nft tells whole seconds, and a look takes its time
 
@@ -389,52 +389,27 @@ def machines_own(state_file: Path = STATE_FILE) -> frozenset[Key]:
     return frozenset(pieces(due(desired.openings if desired else (), {}, now())))
 
 
-def is_right(offset_s: float) -> bool:
-    """Is a clock that is so far behind the portal's near enough to it?"""
-    return abs(offset_s) <= CLOCK_TOLERANCE_S
-
-
-def doubt_of_clock(state_file: Path, offset_s: float | None) -> str | None:
-    """Why the host's clock is not to be believed: by it an opening would begin too early, or end too late.
-
-    `offset_s` is how far the portal's is ahead; None before it was heard.
-    """
-    if offset_s is not None and not is_right(offset_s):
-        return f"nothing is opened: this host's clock is {abs(offset_s):.0f} s off the portal's: mend its time"
-    try:
-        written_at = datetime.fromtimestamp(state_file.stat().st_mtime, timezone.utc)
-    except FileNotFoundError:
-        return None
-    if now() < written_at - timedelta(seconds=CLOCK_TOLERANCE_S):
-        spoke_at = format_time(written_at)
-        return f"nothing is opened: this host's clock is behind {spoke_at}, when the portal has spoken"
-    return None
-
-
 class Openings:
     """The openings of this host. Any thread may ask; one at a time changes."""
 
-    def __init__(self, held: Callable[[], Held], state_file: Path, told: Path = TOLD) -> None:
+    def __init__(self, held: Callable[[], Held], clock: Clock, told: Path = TOLD) -> None:
         self._held = held
-        self._state_file = state_file
+        self._clock = clock
         self._told = told
         self._lock = threading.Lock()
         self._wanted: Pieces = {}
         self._seen: Pieces = {}
         self._seen_at: float | None = None  # monotonic; None: it has to be looked at again
-        self._clock_offset_s: float | None = None  # as it was last heard
         self._trouble: str | None = None
         self._report: list[dict[str, Any]] = []
 
-    def settle(self, leases: Mapping[int, datetime], *, clock_offset_s: float | None = None) -> None:
+    def settle(self, leases: Mapping[int, datetime]) -> None:
         """Make the firewall let in what is due and nothing else; `leases` are open here, each with its end.
 
         Raises ToolFailed when something resisted.
         """
         with self._lock:
-            if clock_offset_s is not None:
-                self._clock_offset_s = clock_offset_s
-            trouble = doubt_of_clock(self._state_file, self._clock_offset_s)
+            trouble = self._clock.doubt()
             try:
                 trouble = self._settle(leases, doubt=trouble)
             except ToolFailed as error:
@@ -467,8 +442,9 @@ class Openings:
         at = now()
         self._seen = owner.look(at)
         steps = plan(wanted, self._seen)
-        if doubt or self._held().frozen:
-            steps = [step for step in steps if isinstance(step, Close) and self._is_nobodys(step.key)]
+        frozen = self._held().frozen
+        if doubt or frozen:
+            steps = [step for step in steps if self._is_nobodys(step) or (not frozen and self._is_sooner(step))]
         if steps:
             for step in steps:
                 log.info("openings: %s", describe(step))
@@ -484,10 +460,19 @@ class Openings:
     def _is_at_rest(self) -> bool:
         return self._seen_at is not None and time.monotonic() - self._seen_at < REST_S
 
-    def _is_nobodys(self, key: Key) -> bool:
-        """Whether a piece that is open belongs to no opening that is due, however those are cut now."""
+    def _is_nobodys(self, step: Step) -> bool:
+        """Whether it closes what belongs to no opening that is due, however those are cut now."""
         alive = {each for until in self._wanted.values() for each in until.ids}
-        return not alive & set(self._seen[key].ids)
+        return isinstance(step, Close) and not alive & set(self._seen[step.key].ids)
+
+    def _is_sooner(self, step: Step) -> bool:
+        """Whether what is open is to end before the kernel would end it. By a clock that went back all others would
+        last for longer than they may.
+        """
+        if not isinstance(step, Move):
+            return False
+        seen = self._seen[step.key]
+        return seen.is_whole and _outlives(seen.ends_at, step.until.ends_at)
 
     def _find_owner(self, *, brings_back: bool) -> Sets | None:
         """None where there is none, or its table is gone and nobody wants it back."""

@@ -5,11 +5,8 @@ forgotten leases that are running here. Then the host is frozen: nothing is open
 end at their own time) until an operator thaws it. Here is no network and no host.
 """
 
-import contextlib
 import logging
-import os
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,12 +133,6 @@ class State:
             held = Held(epoch=epoch)
             self._write(held, None)
             self._held = held
-
-    def trust_clock(self) -> None:
-        """The portal agrees with this host's clock: a file from its future was written while the clock was wrong."""
-        with self._lock, contextlib.suppress(FileNotFoundError):
-            if self.path.stat().st_mtime > time.time():
-                os.utime(self.path)
 
     def _write(self, held: Held, raw: dict[str, Any] | None) -> None:
         value = {"epoch": held.epoch, "generation": held.generation, "frozen": held.frozen, "desired": raw}

@@ -156,6 +156,34 @@ def test_by_a_clock_that_is_not_believed_nothing_is_opened_and_everything_closed
     assert gateway.ends() == [], "it was not opened, and the other is closed"
 
 
+@pytest.mark.parametrize(
+    ("seen_s", "given_s"), [(7200, [3600]), (1800, []), (None, [3600])], ids=["earlier", "later", "endless"]
+)
+def test_by_a_clock_that_is_not_believed_no_end_is_made_later(
+    gateway: Forwards, monkeypatch: pytest.MonkeyPatch, seen_s: float | None, given_s: list[float]
+) -> None:
+    """What the kernel has was counted by its own time, and what is led stays led."""
+    five, six, told = lasting(5), lasting(6, public_port=20018), list[str]()
+
+    def members(_table: str, name: str, kind: str = "set", *, at: datetime) -> list[nft.Member]:
+        if name not in ("forwards", "flows"):
+            return []
+        key = tuple(str(part) for part in way_of(five))
+        end = None if seen_s is None else at + timedelta(seconds=seen_s)
+        return [nft.Member(key[:3], end, key[3:]) if kind == "map" else nft.Member(key, end)]
+
+    monkeypatch.setattr(nft, "members", members)
+    monkeypatch.setattr(nft, "apply", told.extend)
+    assert gateway.settle([five, six], doubt="this clock went back")
+    assert gateway.report() == [
+        {"id": 5, "state": "open", "error": None},
+        {"id": 6, "state": "failed", "error": "this clock went back"},
+    ]
+    added = [line for line in told if line.startswith("add element")]
+    ends = [round(int(line.split("timeout ")[1].split("ms")[0]) / 1000) for line in added]
+    assert ends == given_s * 2, "in both places"
+
+
 def test_a_port_that_a_program_of_the_gateway_holds_is_told_beside_what_is_open(
     gateway: Forwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remotegpu_agent import files, killing, leases, systemd
+from remotegpu_agent.clock import Clock
 from remotegpu_agent.config import Config
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.leases import Leases, expiry_stamp, parse_openssh_version
@@ -66,7 +67,7 @@ def test_every_key_line_carries_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     config = Config("https://portal.example", state_dir=tmp_path)
     keys = (Key("SHA256:a", "ssh-ed25519 AAAA a"), Key("SHA256:b", "ssh-ed25519 BBBB b"))
     lease = DesiredLease(17, "lease17", 20017, True, END, keys)
-    openings = Openings(Held, tmp_path / "desired.json")
+    openings = Openings(Held, Clock(tmp_path))
     text = Leases(config, Journal(tmp_path / "journal.jsonl"), lambda *_: None, openings).render_keys(lease)
     assert text == (
         'expiry-time="20260701102959Z" ssh-ed25519 AAAA a\nexpiry-time="20260701102959Z" ssh-ed25519 BBBB b\n'
@@ -87,7 +88,7 @@ def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Leases]:
     for directory in (config.state_dir, config.keys_dir):
         directory.mkdir()
     (config.keys_dir / "lease17").write_text("ssh-ed25519 AAAA a\n")
-    openings = Openings(Held, config.state_dir / "desired.json", tmp_path / "firewall.json")
+    openings = Openings(Held, Clock(config.state_dir), tmp_path / "firewall.json")
     there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings)
     there._note(DesiredLease(17, "lease17", 20017, True, END, ()), closed_at=None)
     there.reserve.keep()

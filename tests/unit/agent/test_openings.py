@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remotegpu_agent import nft, openings, verify
+from remotegpu_agent.clock import Clock
 from remotegpu_agent.nft import Key
 from remotegpu_agent.observe import firewall
 from remotegpu_agent.observe.tools import ToolFailed
@@ -36,6 +36,7 @@ from remotegpu_agent.openings import (
 )
 from remotegpu_agent.protocol import Desired, DesiredOpening, now
 from remotegpu_agent.state import Held
+from tests.support.clocks import HostTime
 
 NOW = datetime(2026, 5, 1, 10, 0, tzinfo=timezone.utc)
 HOUR = timedelta(hours=1)
@@ -393,6 +394,15 @@ class Kernel:
             self.loaded.append(words[1])
         return ""
 
+    def left_s(self, key: Key) -> float | None:
+        """How long what is open to IPv4 lasts."""
+        return self.sets["openings"][" . ".join(key)][0]
+
+    def passes(self, time: timedelta) -> None:
+        for members in self.sets.values():
+            for key, (left_s, comment) in list(members.items()):
+                members[key] = (None if left_s is None else left_s - time.total_seconds(), comment)
+
     def change(self, what: str, name: str, element: str) -> None:
         key = element.split(" timeout")[0].split(" comment")[0]
         if what == "delete":
@@ -415,14 +425,19 @@ class AtWork:
     """A host of nftables; its portal wants `desired`."""
 
     kernel: Kernel
-    state_file: Path
-    told: Path
+    state_dir: Path
     desired: list[DesiredOpening] = field(default_factory=list)
     frozen: str | None = None
 
     def __post_init__(self) -> None:
+        self.told = self.state_dir / "firewall.json"
         self.told.write_text('{"backend": "nftables", "table": "remotegpu", "rules": "/etc/remotegpu/firewall.nft"}')
-        self.openings = Openings(self.held, self.state_file, self.told)
+        self.start()
+
+    def start(self) -> None:
+        """A process that begins."""
+        self.clock = Clock(self.state_dir)
+        self.openings = Openings(self.held, self.clock, self.told)
 
     def held(self) -> Held:
         return Held("e", 1, Desired(7, "e", 1, (), (), (), 15, 1, tuple(self.desired)), frozen=self.frozen)
@@ -435,7 +450,7 @@ class AtWork:
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AtWork:
     kernel = Kernel()
     monkeypatch.setattr(nft, "run", kernel.run)
-    return AtWork(kernel, tmp_path / "desired.json", tmp_path / "firewall.json")
+    return AtWork(kernel, tmp_path)
 
 
 def soon(**fields: Any) -> DesiredOpening:
@@ -515,23 +530,102 @@ def test_a_host_without_our_firewall_says_so_and_how_it_gets_one(host: AtWork) -
 def test_a_clock_that_is_off_opens_nothing_and_still_closes(host: AtWork, offset_s: float) -> None:
     host.kernel.sets["openings"]["tcp . 9 . 0.0.0.0/0"] = (60, "9")
     host.desired = [soon()]
-    host.openings.settle(LEASE, clock_offset_s=offset_s)
+    host.clock.heard(now() + timedelta(seconds=offset_s))
+    host.openings.settle(LEASE)
     assert host.kernel.sets["openings"] == {}
     (reported,) = host.openings.report()
     assert (reported["state"], "clock" in reported["error"]) == ("failed", True)
-    host.openings.settle(LEASE, clock_offset_s=1.0)
+    host.clock.heard(now() + timedelta(seconds=1))
+    host.openings.settle(LEASE)
     assert host.reported() == [(12, "open")]
 
 
-def test_a_clock_behind_the_portals_last_word_opens_nothing(host: AtWork) -> None:
-    """After a boot without a battery, before the portal could be asked."""
-    host.state_file.touch()
-    later = (now() + HOUR).timestamp()
-    os.utime(host.state_file, (later, later))
-    host.desired = [soon()]
-    host.openings.settle(LEASE)
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> HostTime:
+    return HostTime(NOW).in_place_of(monkeypatch, openings)
+
+
+def test_a_clock_behind_what_was_known_before_a_boot_opens_nothing(host: AtWork, time: HostTime) -> None:
+    """Without a battery, before the portal could be asked."""
+    host.clock.heard(NOW)
+    time.boots_anew(after=-HOUR)
+    host.start()
+    host.desired = [opening()]
+    host.openings.settle({7: NOW + HOUR})
     assert host.reported() == [(12, "failed")]
     assert host.kernel.sets["openings"] == {}
+
+
+@pytest.fixture
+def hours_open(host: AtWork, time: HostTime) -> AtWork:
+    """One is open for 8 hours, ordered by the portal; it speaks no more, and 5 hours have passed."""
+    host.clock.heard(NOW)
+    host.desired = [opening(ends_at=NOW + 8 * HOUR)]
+    host.openings.settle({7: NOW + 9 * HOUR})
+    time.passes(5 * HOUR)
+    host.kernel.passes(5 * HOUR)
+    host.openings.settle({7: NOW + 9 * HOUR})
+    assert host.kernel.left_s(WEB) == 3 * 3600
+    return host
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["the same process", "the next"])
+def test_a_clock_that_goes_back_gives_nothing_a_later_end(
+    hours_open: AtWork, time: HostTime, is_restarted: bool
+) -> None:
+    host, leases = hours_open, {7: NOW + 9 * HOUR}
+    time.is_set(-2 * HOUR)
+    if is_restarted:
+        host.start()
+    host.openings.settle(leases)
+    assert host.kernel.left_s(WEB) == 3 * 3600
+    assert host.reported() == [(12, "open")]
+    host.kernel.sets["openings"].clear()
+    host.openings.settle(leases)
+    assert host.kernel.sets["openings"] == {}, "until when it would be open now nobody knows"
+    assert host.reported() == [(12, "failed")]
+    time.is_set(2 * HOUR)
+    host.openings.settle(leases)
+    assert host.kernel.left_s(WEB) == 3 * 3600
+    assert host.reported() == [(12, "open")]
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["the same process", "the next"])
+def test_by_a_clock_that_went_back_an_earlier_end_is_taken_over_and_what_is_over_closed(
+    hours_open: AtWork, time: HostTime, is_restarted: bool
+) -> None:
+    host = hours_open
+    time.is_set(-2 * HOUR)
+    if is_restarted:
+        host.start()
+    host.openings.settle({7: NOW + 4 * HOUR})
+    assert host.kernel.left_s(WEB) == 3600
+    host.openings.settle({})
+    assert host.kernel.sets["openings"] == {}
+
+
+def test_a_clock_that_goes_forward_closes_what_is_over_by_it_and_opens_nothing(
+    hours_open: AtWork, time: HostTime
+) -> None:
+    host = hours_open
+    time.is_set(2 * HOUR)
+    host.desired += [opening(13, source="198.51.100.0/24", ends_at=NOW + 24 * HOUR)]
+    host.openings.settle({7: NOW + 24 * HOUR})
+    assert host.reported() == [(12, "open"), (13, "failed")]
+    time.is_set(2 * HOUR)
+    host.openings.settle({7: NOW + 24 * HOUR})
+    assert host.kernel.sets["openings"] == {}
+
+
+def test_after_a_boot_it_is_opened_for_the_rest_of_its_time_by_a_clock_that_went_on(
+    hours_open: AtWork, time: HostTime
+) -> None:
+    host = hours_open
+    time.boots_anew(after=HOUR / 2)
+    host.kernel.sets["openings"].clear()
+    host.start()
+    host.openings.settle({7: NOW + 9 * HOUR})
+    assert host.kernel.left_s(WEB) == 2.5 * 3600
 
 
 def test_a_clock_that_is_off_closes_nothing_that_is_still_due(host: AtWork) -> None:
@@ -540,15 +634,18 @@ def test_a_clock_that_is_off_closes_nothing_that_is_still_due(host: AtWork) -> N
     host.openings.settle(LEASE)
     before = dict(host.kernel.sets["openings"])
     host.desired += [soon(opening_id=13, ends_at=None, lease=None)]
-    host.openings.settle(LEASE, clock_offset_s=90.0)
+    host.clock.heard(now() + timedelta(seconds=90))
+    host.openings.settle(LEASE)
     assert host.kernel.sets["openings"] == before
     assert host.reported() == [(12, "open"), (13, "open")]
 
 
 def test_the_end_of_another_lease_opens_nothing_by_a_clock_that_was_heard_to_be_off(host: AtWork) -> None:
     host.desired = [soon()]
-    host.openings.settle(LEASE, clock_offset_s=90.0)
-    host.openings.settle(LEASE)  # as a lease's end asks, which hears no clock
+    host.clock.heard(now() + timedelta(seconds=90))
+    host.openings.settle(LEASE)
+    host.start()  # as a lease's end asks, by a process that hears no clock
+    host.openings.settle(LEASE)
     assert host.reported() == [(12, "failed")]
     assert host.kernel.sets["openings"] == {}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import state as state_module
-from remotegpu_agent.openings import doubt_of_clock
 from remotegpu_agent.protocol import Desired, ProtocolError, read_desired
 from remotegpu_agent.state import Answer, Held, State, judge
 
@@ -158,19 +155,3 @@ def test_what_is_wanted_counts_though_the_disk_is_full(tmp_path: Path, monkeypat
     kept = State(tmp_path / "desired.json").held
     assert (kept.generation, kept.desired) == (6, desired(6)), "what had no room then is written with what comes next"
     assert kept.frozen is not None
-
-
-@pytest.mark.parametrize("ahead_s", [3600, -3600])
-def test_a_clock_that_was_ahead_and_is_right_again_leaves_no_doubt_behind(tmp_path: Path, ahead_s: int) -> None:
-    state = State(tmp_path / "desired.json")
-    state.begin(EPOCH)
-    written_at = int(time.time()) + ahead_s
-    os.utime(state.path, (written_at, written_at))
-    state.trust_clock()
-    assert (doubt_of_clock(state.path, None), state.held) == (None, Held(EPOCH))
-    assert (state.path.stat().st_mtime == written_at) == (ahead_s < 0), "what was written in the past stays as it is"
-
-
-def test_before_the_first_contact_there_is_no_clock_to_doubt(tmp_path: Path) -> None:
-    State(tmp_path / "desired.json").trust_clock()
-    assert not (tmp_path / "desired.json").exists()
