@@ -5,6 +5,7 @@ Each error carries a stable `code` for programs and a sentence for people: the t
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 
@@ -65,3 +66,8 @@ class TooMany(Error):
 class Unavailable(Error):
     status = 503
     code = "unavailable"
+
+
+def incident() -> str:
+    """A number under which the log tells of a fault of ours, whose words are for no page and no API."""
+    return uuid.uuid4().hex[:12]

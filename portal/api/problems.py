@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -221,7 +220,7 @@ def _is_busy(error: Exception) -> bool:
 
 def _unexpected(error: Exception) -> Problem:
     """Nothing of the error leaves the house but a number, under which the log tells the rest."""
-    incident = uuid.uuid4().hex[:12]
+    incident = errors.incident()
     log.error("incident %s: %s %s", incident, request.method, request.path, exc_info=error)
     _let_go_of_connection()
     return Problem(

@@ -20,7 +20,7 @@ from typing import Any
 import peewee
 
 from portal.db import AWAY, atomic, db, shared_now, utcnow
-from portal.errors import Conflict, Error, Invalid, NotFound
+from portal.errors import Conflict, Error, Invalid, NotFound, incident
 from portal.integrations import queue as bell
 from portal.integrations.faults import point
 from portal.models import Baseline, Lease, Machine, Run, RunEvent, RunHost, Task, User
@@ -462,10 +462,12 @@ def _tell(hearer: Callable[[Run], None], run: Run) -> None:
         raise
     except Exception as error:
         # Raising would leave the run `running` for ever, with its hosts: it has ended, and the objection is kept.
-        LOG.exception("run %s ended, but what it was for did not take its result", run.id)
-        reason = f"{run.reason or ''} Its result was not taken: {error}".strip()
+        number = incident()
+        LOG.exception("incident %s: run %s ended, but what it was for did not take its result", number, run.id)
+        objection = error.message if isinstance(error, Error) else f"the log has why, as incident {number}."
+        reason = f"{run.reason or ''} Its result was not taken: {objection} Mend that and run it again.".strip()
         Run.update(reason=reason).where(Run.id == run.id).execute()
-        audit.record("run.unheard", run, by=SYSTEM, outcome="failed", error=str(error))
+        audit.record("run.unheard", run, by=SYSTEM, outcome="failed", incident=number)
 
 
 # ── cancel ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from portal.db import AWAY, connection, utcnow
-from portal.errors import Error
+from portal.errors import Error, incident
 from portal.integrations.faults import point
 from portal.integrations.processes import Process
 from portal.integrations.runner import Runner
@@ -78,10 +78,14 @@ class Execution:
             LOG.warning("run %s is held by somebody else by now; what was done here is void", self._run.id)
         except AWAY:
             LOG.exception("run %s: the database is away; the run is taken up when its lock has expired", self._run.id)
-        except Exception as error:
-            LOG.exception("run %s could not be executed", self._run.id)
+        except Exception:
+            number = incident()
+            LOG.exception("incident %s: run %s could not be executed", number, self._run.id)
+            reason = (
+                f"The worker could not execute it: the log has why, as incident {number}. Mend that and run it again."
+            )
             with contextlib.suppress(WrongState, *AWAY):
-                self._finish(Outcome("failed", reason=f"The worker could not execute it: {error}"))
+                self._finish(Outcome("failed", reason=reason))
         finally:
             directory.remove(self._path)
             point("directory.removed")

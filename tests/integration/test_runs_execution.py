@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from portal.models import Machine, Run
 from portal.services import config, runs, vault
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
+from portal.worker.execution import Execution
 from portal.worker.main import Worker
 from tests.support.runs import make_machine, marked, project, start_worker
 from tests.support.waiting import until
@@ -251,6 +253,26 @@ def test_a_fault_while_looking_for_runs_does_not_end_the_worker(
     work("- name: Say\n  ansible.builtin.debug: {msg: hello}")
     assert ended(run).state == "succeeded"
     assert [fault in caplog.text for fault in ("no space left", "connection already closed")] == [True, True]
+
+
+def test_a_fault_of_the_worker_is_told_by_its_incident_and_in_full_by_the_log(
+    machine: Machine, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.runs_dir.parent.mkdir(parents=True, exist_ok=True)
+    settings.runs_dir.write_text("no folder")
+    runs.queue("gpu_hosts", [machine], by=SYSTEM)
+    run = runs.claim("token", lock_s=60)
+    assert run is not None
+    Execution(run, "token", settings, project=tmp_path, worker_stops=threading.Event()).execute()
+    told = runs.get_run(run.id)
+    said = re.fullmatch(
+        r"The worker could not execute it: the log has why, as incident (\w{12})\. Mend that and run it again\.",
+        str(told.reason),
+    )
+    assert told.state == "failed"
+    assert said is not None
+    assert f"incident {said[1]}: run {run.id} could not be executed" in caplog.text
+    assert str(settings.runs_dir) in caplog.text
 
 
 def test_nothing_is_started_when_no_host_is_left(work: Work, machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import psycopg2
 import pytest
 
 from portal import db
-from portal.models import Machine, Run, RunHost
+from portal.errors import Conflict
+from portal.models import AuditEntry, Machine, Run, RunHost
 from portal.services import machines, provisioning, runs
 from portal.services.actors import SYSTEM
 from portal.services.runs import Outcome
@@ -77,6 +79,30 @@ def test_a_machine_that_somebody_holds_hears_of_the_end_when_it_is_free(
 
 def object_to(_run: Run) -> None:
     raise ZeroDivisionError("division by zero")
+
+
+def test_an_objection_that_nobody_foresaw_is_told_by_its_incident_and_in_full_by_the_log(
+    machine: Machine, hears: Hears, caplog: pytest.LogCaptureFixture
+) -> None:
+    hears(object_to)
+    run = rental.finish_run(provisioning.provision(machine, by=SYSTEM), "failed")
+    told = re.fullmatch(
+        r"it went wrong Its result was not taken: the log has why, as incident (\w{12})\. Mend that and run it again\.",
+        str(run.reason),
+    )
+    assert told is not None
+    assert f"incident {told[1]}: run {run.id} ended" in caplog.text
+    assert "ZeroDivisionError: division by zero" in caplog.text
+    assert AuditEntry.get(AuditEntry.action == "run.unheard").detail == {"incident": told[1]}
+
+
+def test_an_objection_in_words_for_people_is_told_in_them(machine: Machine, hears: Hears) -> None:
+    def refuse(_run: Run) -> None:
+        raise Conflict("The machine is somebody's.")
+
+    hears(refuse)
+    run = rental.finish_run(provisioning.provision(machine, by=SYSTEM))
+    assert run.reason == "Its result was not taken: The machine is somebody's. Mend that and run it again."
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
