@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from ipaddress import ip_network
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 TOLD = Path("/etc/remotegpu/firewall.json")
 SETS = {4: "openings", 6: "openings6"}
 ZONE = "remotegpu"
-# By these firewalld's rules of ours are told from those of others: the second while the first is being replaced.
-PRIORITIES = (32001, 32002)
+# By these firewalld's rules of ours are told from those of others: the second while the first is being replaced, and
+# the third where that was cut off and both are there.
+PRIORITIES = (32001, 32002, 32003)
 REST_S = 30.0  # how long nobody looks again whose firewall is slow, if nothing new is wanted
 END_TOLERANCE = timedelta(seconds=3)  # nft tells whole seconds, and a look takes its time
 
@@ -271,38 +272,41 @@ class Firewalld(Sets):
     def look(self, at: datetime) -> dict[Key, Until]:
         found = super().look(at)
         self._rules = zone_rules()
-        half = found.keys() ^ self._rules.keys()
+        doubled = {key for key, priorities in self._rules.items() if len(priorities) > 1}
+        half = (found.keys() ^ self._rules.keys()) | doubled
         return found | {key: replace(found.get(key, Until(None, ())), is_whole=False) for key in half}
 
     def carry_out(self, steps: list[Step], at: datetime) -> None:
-        """Few calls, since each takes half a second. Of what stays open the new rule comes before the old one goes:
-        firewalld cannot move an end.
+        """Few calls, since each takes half a second. firewalld cannot move an end, and does not tell it: a second rule
+        comes, and the first goes last, so that wherever this is cut off, the next look sees a piece that is not whole.
+        What is new is in the sets before its rule is: no connection comes in without the mark that cuts it.
         """
-        closed = [(step.key, each) for step in steps if isinstance(step, Close) for each in self._there(step.key)]
-        staying = [step for step in steps if isinstance(step, Move | Open)]
-        there = [(step.key, each) for step in staying for each in self._there(step.key)]
-        # There under both where somebody was cut off in the middle of this.
-        doubled = [
-            (key, PRIORITIES[0]) for key, each in there if each == PRIORITIES[1] and (key, PRIORITIES[0]) in there
-        ]
-        old = [each for each in there if each not in doubled]
-        remove_rules([*closed, *doubled])
+        moved = [step for step in steps if isinstance(step, Move)]
+        opened = [step for step in steps if isinstance(step, Open)]
+        closed = [step for step in steps if isinstance(step, Close)]
+        full = [(step.key, PRIORITIES[-1]) for step in moved if len(self._there(step.key)) == len(PRIORITIES)]
+        remove_rules([*self._rules_of(closed), *full])
+        for key, priority in full:
+            self._rules[key].discard(priority)
+        self._add(moved, at)
         super().carry_out(steps, at)
-        self._add(staying, old, at)
-        remove_rules(old)
+        self._add(opened, at)
+        remove_rules(self._rules_of(moved))
 
-    @staticmethod
-    def _add(steps: list[Move | Open], old: list[tuple[Key, int]], at: datetime) -> None:
-        """One call for all that end in the same second."""
+    def _add(self, steps: Sequence[Move | Open], at: datetime) -> None:
+        """Beside what was there. One call for all that end in the same second."""
         by_end: dict[int | None, list[str]] = {}
         for step in steps:
             left_s = seconds_left(step.until.ends_at, at)
-            priority = next(each for each in PRIORITIES if (step.key, each) not in old)
+            priority = next(each for each in PRIORITIES if each not in self._there(step.key))
             by_end.setdefault(None if left_s is None else int(left_s), []).append(rule_of(step.key, priority))
         for end, rules in by_end.items():
             if end is None or end > 0:  # 0 would be without an end, to firewalld
                 timeout = [] if end is None else [f"--timeout={end}"]
                 _firewalld(*(f"--add-rich-rule={rule}" for rule in rules), *timeout)
+
+    def _rules_of(self, steps: Iterable[Step]) -> list[tuple[Key, int]]:
+        return [(step.key, priority) for step in steps for priority in sorted(self._there(step.key))]
 
     def _there(self, key: Key) -> set[int]:
         return self._rules.get(key, set())

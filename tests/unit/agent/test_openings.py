@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address, ip_network
@@ -333,15 +335,28 @@ def test_firewalld_gets_the_new_rule_before_the_old_one_goes(zone: Zone) -> None
     ]
 
 
-def test_firewalld_that_was_left_with_both_is_left_with_one(zone: Zone) -> None:
-    zone.rules += [f'rule priority="{each}" {RULE}' for each in PRIORITIES]
-    owner = Firewalld(FIREWALL)
-    owner.look(NOW)
+@pytest.mark.parametrize("left", list(itertools.combinations(PRIORITIES, 2)))
+def test_firewalld_that_was_left_with_two_is_left_with_one_of_a_known_end(zone: Zone, left: tuple[int, int]) -> None:
+    """Never with one alone in between whose end nobody knows: if this is cut off too, the next look would trust it."""
+    zone.rules += [f'rule priority="{each}" {RULE}' for each in left]
+    owner, (free,) = Firewalld(FIREWALL), set(PRIORITIES) - set(left)
+    assert not owner.look(NOW)[WEB].is_whole
     owner.carry_out([Move(WEB, Until(NOW + HOUR, (1,)))], NOW)
     assert zone.told == [
-        [f'--remove-rich-rule=rule priority="32001" {RULE}'],
-        [f'--add-rich-rule=rule priority="32001" {RULE}', "--timeout=3600"],
-        [f'--remove-rich-rule=rule priority="32002" {RULE}'],
+        [f'--add-rich-rule=rule priority="{free}" {RULE}', "--timeout=3600"],
+        [f'--remove-rich-rule=rule priority="{each}" {RULE}' for each in left],
+    ]
+
+
+def test_firewalld_that_was_left_with_all_of_them_is_left_with_one(zone: Zone) -> None:
+    zone.rules += [f'rule priority="{each}" {RULE}' for each in PRIORITIES]
+    owner = Firewalld(FIREWALL)
+    assert not owner.look(NOW)[WEB].is_whole
+    owner.carry_out([Move(WEB, Until(NOW + HOUR, (1,)))], NOW)
+    assert zone.told == [
+        [f'--remove-rich-rule=rule priority="32003" {RULE}'],
+        [f'--add-rich-rule=rule priority="32003" {RULE}', "--timeout=3600"],
+        [f'--remove-rich-rule=rule priority="{each}" {RULE}' for each in PRIORITIES[:2]],
     ]
 
 
@@ -670,3 +685,133 @@ def test_a_look_tells_what_there_is_and_changes_nothing(host: AtWork) -> None:
     host.openings.look(LEASE)
     assert host.reported() == [(12, "closed")]
     assert host.kernel.transactions == 1
+
+
+# --- at work beside firewalld
+
+
+@dataclass
+class Daemon:
+    """firewalld and the kernel of one host. Each call that changes something is counted, and one of them is cut off."""
+
+    kernel: Kernel = field(default_factory=Kernel)
+    rules: dict[str, int | None] = field(default_factory=dict)  # each with its timeout
+    calls: int = 0
+    cut_off_at: int | None = None
+    is_carried_out: bool = False  # the one that is cut off
+    after_each: Callable[[], None] = lambda: None
+
+    def run(self, argv: list[str], *, stdin: str | None = None) -> str:
+        if argv[0] == "nft" and argv[1] != "-f":
+            return self.kernel.run(argv, stdin=stdin)
+        if "--list-rich-rules" in argv:
+            return "\n".join(self.rules)
+        self.calls += 1
+        is_cut_off = self.calls == self.cut_off_at
+        if not is_cut_off or self.is_carried_out:
+            self.kernel.run(argv, stdin=stdin) if argv[0] == "nft" else self.change(argv[2:])
+            self.after_each()
+        if is_cut_off:
+            raise ToolFailed(f"{argv[0]} gave no answer within 30 s")
+        return "success"
+
+    def change(self, words: list[str]) -> None:
+        timeouts = [int(word.removeprefix("--timeout=")) for word in words if word.startswith("--timeout=")]
+        for word in words:
+            what, _, rule = word.partition("=")
+            if what == "--add-rich-rule":
+                self.rules.setdefault(rule, *(timeouts or [None]))  # it warns of one that is there, and leaves it
+            elif what == "--remove-rich-rule":
+                self.rules.pop(rule, None)
+
+    def let_in(self) -> dict[Key, list[int | None]]:
+        """The timeouts under which the zone lets in each piece."""
+        found: dict[Key, list[int | None]] = {}
+        for rule, timeout in self.rules.items():
+            (key,) = openings.read_rules(rule)
+            found.setdefault(key, []).append(timeout)
+        return found
+
+    def marked(self) -> dict[Key, int | None]:
+        """What the sets mark, and how long."""
+        members = [each for of_family in self.kernel.sets.values() for each in of_family.items()]
+        return {tuple(key.split(" . ")): None if left_s is None else int(left_s) for key, (left_s, _) in members}
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch, time: HostTime) -> Daemon:
+    found = Daemon()
+    monkeypatch.setattr(nft, "run", found.run)
+    monkeypatch.setattr(openings, "run", found.run)
+    return found
+
+
+@pytest.fixture
+def zoned(daemon: Daemon, tmp_path: Path) -> AtWork:
+    host = AtWork(daemon.kernel, tmp_path)
+    host.told.write_text('{"backend": "firewalld", "table": "remotegpu", "rules": "/etc/remotegpu/firewall.nft"}')
+    return host
+
+
+OTHER = ("tcp", "9000", "203.0.113.0/24")
+TWO_LEASES = {7: NOW + 9 * HOUR}
+
+
+def settled(host: AtWork) -> bool:
+    """One process looks and acts; it may be cut off."""
+    host.start()
+    try:
+        host.openings.settle(TWO_LEASES)
+    except ToolFailed:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("is_carried_out", [False, True], ids=["failed", "died after it"])
+@pytest.mark.parametrize("hours", [1, 3], ids=["earlier", "later"])
+def test_an_end_that_is_moved_is_the_rules_own_wherever_the_first_try_is_cut_off(
+    zoned: AtWork, daemon: Daemon, hours: int, is_carried_out: bool
+) -> None:
+    """Also the second try, and also by the agent's death: what is on the host says that it is not done."""
+    cuts = [cut for first in range(1, 6) for cut in ([first], *([first, second] for second in range(1, 6)))]
+    most = 0
+    for cut in cuts:
+        daemon.rules.clear()
+        daemon.kernel.sets["openings"].clear()
+        zoned.desired = [opening(ends_at=NOW + 2 * HOUR)]
+        assert settled(zoned)
+        assert (daemon.let_in(), daemon.marked()) == ({WEB: [7200]}, {WEB: 7200})
+
+        zoned.desired = [
+            opening(ends_at=NOW + hours * HOUR),
+            opening(13, ports=(9000, 9000), ends_at=NOW + hours * HOUR),
+        ]
+        for at in cut:
+            daemon.calls, daemon.cut_off_at, daemon.is_carried_out = 0, at, is_carried_out
+            settled(zoned)
+            most = max(most, daemon.calls)
+        daemon.cut_off_at = None
+        assert settled(zoned)
+        wanted = hours * 3600
+        assert (daemon.let_in(), daemon.marked()) == (
+            {WEB: [wanted], OTHER: [wanted]},
+            {WEB: wanted, OTHER: wanted},
+        ), cut
+        daemon.calls = 0
+        assert settled(zoned)
+        assert daemon.calls == 0, "and then it is at rest"
+    assert most == 4, "every call was cut off once"
+
+
+def test_nobody_comes_in_by_firewalld_without_the_mark_by_which_he_is_cut_off(zoned: AtWork, daemon: Daemon) -> None:
+    def all_is_marked() -> None:
+        assert daemon.let_in().keys() <= daemon.marked().keys()
+
+    daemon.after_each = all_is_marked
+    zoned.desired = [opening(), opening(13, ports=(9000, 9000))]
+    assert settled(zoned)
+    zoned.desired = [opening(ends_at=NOW + 2 * HOUR)]
+    assert settled(zoned)
+    zoned.desired = []
+    assert settled(zoned)
+    assert (daemon.let_in(), daemon.marked()) == ({}, {})
