@@ -192,6 +192,24 @@ def covers(one: Key, other: Key) -> bool:
     return wide.version == narrow.version and _is_within(narrow, wide)
 
 
+def is_covered(one: Key, others: Iterable[Key]) -> bool:
+    """Whether whoever is let in by the piece is let in by these together, no two of which overlap."""
+    return sum(_in_common(one, each) for each in others) == _in_common(one, one) > 0
+
+
+def _in_common(one: Key, other: Key) -> int:
+    """How many pairs of a port and an address both let in."""
+    try:
+        networks = ip_network(one[2]), ip_network(other[2])
+    except ValueError:  # a range that is no network: not by us
+        return 0
+    if one[0] != other[0] or networks[0].version != networks[1].version or not networks[0].overlaps(networks[1]):
+        return 0
+    (first, last), (other_first, other_last) = _ports(one), _ports(other)
+    ports = max(0, min(last, other_last) - max(first, other_first) + 1)
+    return ports * min(each.num_addresses for each in networks)
+
+
 def _ports(key: Key) -> tuple[int, int]:
     first, _, last = key[1].partition("-")
     return int(first), int(last or first)
@@ -279,19 +297,21 @@ class Firewalld(Sets):
     def carry_out(self, steps: list[Step], at: datetime) -> None:
         """Few calls, since each takes half a second. firewalld cannot move an end, and does not tell it: a second rule
         comes, and the first goes last, so that wherever this is cut off, the next look sees a piece that is not whole.
-        What is new is in the sets before its rule is: no connection comes in without the mark that cuts it.
+        What is new is in the sets before its rule is: no connection comes in without the mark that cuts it. What is
+        only cut in another way goes last as well: else it would be closed meanwhile.
         """
         moved = [step for step in steps if isinstance(step, Move)]
         opened = [step for step in steps if isinstance(step, Open)]
         closed = [step for step in steps if isinstance(step, Close)]
         full = [(step.key, PRIORITIES[-1]) for step in moved if len(self._there(step.key)) == len(PRIORITIES)]
-        remove_rules([*self._rules_of(closed), *full])
+        recut = [step for step in closed if is_covered(step.key, [each.key for each in opened])]
+        remove_rules([*self._rules_of(step for step in closed if step not in recut), *full])
         for key, priority in full:
             self._rules[key].discard(priority)
         self._add(moved, at)
         super().carry_out(steps, at)
         self._add(opened, at)
-        remove_rules(self._rules_of(moved))
+        remove_rules(self._rules_of([*moved, *recut]))
 
     def _add(self, steps: Sequence[Move | Open], at: datetime) -> None:
         """Beside what was there. One call for all that end in the same second."""

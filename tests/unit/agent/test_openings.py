@@ -33,6 +33,7 @@ from remotegpu_agent.openings import (
     Until,
     covers,
     due,
+    is_covered,
     pieces,
     plan,
 )
@@ -198,6 +199,39 @@ def test_what_is_open_until_another_moment_is_moved_and_never_closed(seen: Until
 )
 def test_a_piece_is_covered_by_one_that_lets_in_no_less(one: Key, is_covered: bool) -> None:
     assert covers(one, WEB) is is_covered
+
+
+NARROW = ("tcp", "8000-8010", "203.0.113.0/24")
+
+
+@pytest.mark.parametrize(
+    ("others", "is_so"),
+    [
+        ([("tcp", "8000-8020", "203.0.113.0/24")], True),
+        ([("tcp", "8000-8010", "203.0.112.0/22")], True),
+        ([("tcp", "7000-8004", "203.0.113.0/24"), ("tcp", "8005-9000", "0.0.0.0/0")], True),
+        ([("tcp", "8000-8010", "203.0.113.0/25"), ("tcp", "8000-8010", "203.0.113.128/25")], True),
+        ([("tcp", "8000-8009", "203.0.113.0/24")], False),
+        ([("tcp", "8000-8010", "203.0.113.0/25")], False),
+        ([("udp", "8000-8010", "203.0.113.0/24")], False),
+        ([("tcp", "8000-8010", "::/0")], False),
+        ([], False),
+    ],
+)
+def test_a_piece_is_covered_by_several_that_together_let_in_no_less(others: list[Key], is_so: bool) -> None:
+    assert is_covered(NARROW, others) is is_so
+
+
+@given(MANY, MANY, st.data())
+def test_whoever_is_let_in_by_what_is_covered_is_let_in_by_those_that_cover_it(
+    before: list[DesiredOpening], after: list[DesiredOpening], data: st.DataObject
+) -> None:
+    keys = sorted(pieces(before))
+    if keys:
+        key, others = data.draw(st.sampled_from(keys)), pieces(after)
+        pairs = itertools.product(range(1, 7), ip_network(key[2]))
+        said = all(any(lets_in(each, *pair) for each in others) for pair in pairs if lets_in(key, *pair))
+        assert is_covered(key, others) is said
 
 
 # --- what nft and firewalld tell, and are told
@@ -815,3 +849,35 @@ def test_nobody_comes_in_by_firewalld_without_the_mark_by_which_he_is_cut_off(zo
     zoned.desired = []
     assert settled(zoned)
     assert (daemon.let_in(), daemon.marked()) == ({}, {})
+
+
+def test_what_is_only_cut_in_another_way_is_never_closed(zoned: AtWork, daemon: Daemon) -> None:
+    """Wider, and cut apart by one within it that is open for longer, and whole again."""
+    before, wider = opening(ports=(8000, 8010)), opening(13, ports=(8000, 8020))
+    within = opening(14, ports=(8005, 8005), source="203.0.113.7/32", ends_at=NOW + 2 * HOUR)
+
+    def all_are_let_in() -> None:
+        for places in (daemon.let_in(), daemon.marked()):
+            for port, source in itertools.product((8000, 8005, 8010), ("203.0.113.7", "203.0.113.200")):
+                assert any(lets_in(key, port, ip_address(source)) for key in places)
+
+    zoned.desired = [before]
+    assert settled(zoned)
+    daemon.after_each = all_are_let_in
+    for desired in ([wider], [wider, within], [wider]):
+        zoned.desired = desired
+        assert settled(zoned)
+        assert daemon.let_in().keys() == daemon.marked().keys() == pieces(desired).keys()
+
+
+def test_what_goes_is_closed_before_a_part_of_it_is_opened(zoned: AtWork, daemon: Daemon) -> None:
+    """A port that goes serves nobody while the rest is opened."""
+    zoned.desired = [opening(ports=(8000, 8020))]
+    assert settled(zoned)
+    seen: list[bool] = []
+    daemon.after_each = lambda: seen.append(
+        any(lets_in(key, 8015, ip_address("203.0.113.7")) for key in daemon.let_in())
+    )
+    zoned.desired = [opening(ports=(8000, 8010))]
+    assert settled(zoned)
+    assert seen == [False] * 3
