@@ -11,7 +11,8 @@ The sections, and what each holds:
   `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
   back
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
-- `special_files`: set-uid, set-gid and capability files · `firewall`: the ruleset without its changing parts
+- `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
+- `firewall`: the ruleset without its changing parts
 - `listening_ports`, `docker` (ids), `mounts`, `swaps`, `modules`, `gpu_holders`, `temporary_folders`, `packages`
 
 Never in here: the content of a private key, or a password's hash. What is compared with it lies in `cleaning/` and
@@ -23,7 +24,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from remotegpu_agent.observe import accounts, docker, files, firewall, mounts, ports, processes, special
@@ -152,28 +153,53 @@ def read_accounts() -> dict[str, Any]:
     return found
 
 
-def read_account_files() -> dict[str, Any]:
-    """Who may read and write the files that list accounts."""
-    found = {path: accounts.rights(path) for path in accounts.FILES}
+def read_rights(paths: Iterable[str]) -> dict[str, files.Rights]:
+    """Who may read and write these, as far as they are there."""
+    found = {path: files.rights(path) for path in paths}
     return {path: rights for path, rights in found.items() if rights is not None}
 
 
-def good_rights(sections: dict[str, Any], path: str, now: dict[str, Any] | None) -> dict[str, Any]:
-    """What `accounts.rights` should say of a file of accounts, or of the copy before its last change (`passwd-`).
+def good_rights(sections: dict[str, Any], path: str, now: files.Rights | None) -> files.Rights:
+    """What `files.rights` should say of a file of accounts, or of the copy before its last change (`passwd-`).
 
     `now` itself where nothing is wrong: a copy may be stricter than its file, and so may a file of which an older
     baseline tells nothing; the bound is what Debian gives it.
     """
-    known: dict[str, Any] | None = sections.get("account_files", {}).get(path.removesuffix("-"))
+    known: files.Rights | None = sections.get("account_files", {}).get(path.removesuffix("-"))
     if known is not None and not path.endswith("-"):
         return known
     best = known or _debians_rights(sections, path.removesuffix("-"))
-    if now is None or not now["is_file"] or now["has_acl"] or now["mode"] & ~best["mode"]:
-        return best
-    return now if now["uid"] in (0, best["uid"]) and now["gid"] in (0, best["gid"]) else best
+    return now if now is not None and _is_no_looser(now, best) else best
 
 
-def _debians_rights(sections: dict[str, Any], path: str) -> dict[str, Any]:
+def good_store(sections: dict[str, Any], path: str, now: files.Rights) -> files.Rights:
+    """The same of a folder whose content is not looked at, for others cannot come there (`special.STORES`).
+
+    Which service makes it stricter later is no matter. A baseline that is older says of none; no engine lets others
+    list its store.
+    """
+    known: files.Rights | None = sections.get("stores", {}).get(path)
+    gid = 0 if now["gid"] in special.LEASE_IDS else now["gid"]
+    mode = now["mode"] & (~0o027 if now["mode"] & 0o004 else ~0o022)
+    best = known or now | {"mode": mode, "uid": 0, "gid": gid, "has_acl": False}
+    return now if _is_no_looser(now, best) else best
+
+
+def _is_no_looser(now: files.Rights, best: files.Rights) -> bool:
+    is_the_same_kind = now["is_file"] == best["is_file"] and now["has_acl"] <= best["has_acl"]
+    its_owners = now["uid"] in (0, best["uid"]) and now["gid"] in (0, best["gid"])
+    return is_the_same_kind and its_owners and not now["mode"] & ~best["mode"]
+
+
+def is_told_of(sections: dict[str, Any], target: str, fstype: str) -> bool:
+    """Whether the baseline would tell of this mount: one that is older is silent of all below /proc and /sys.
+
+    There a container has tmpfs of its own, which hide what is the host's; the walks enter them all the same.
+    """
+    return "stores" in sections or fstype != "tmpfs" or not mounts.is_the_kernels(target)
+
+
+def _debians_rights(sections: dict[str, Any], path: str) -> files.Rights:
     is_secret = path in accounts.SECRET
     shadow = sections["accounts"]["/etc/group"].get("shadow", ["shadow:x:0:"])[0]
     gid = int(shadow.split(":")[2]) if is_secret else 0
@@ -248,11 +274,12 @@ def _file_reader(section: str) -> Callable[[], Snapshot]:
 
 _READERS: dict[str, Callable[[], Any]] = {
     "accounts": read_accounts,
-    "account_files": read_account_files,
+    "account_files": lambda: read_rights(accounts.FILES),
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
     "special_files": read_special,
+    "stores": lambda: read_rights(special.STORES),
     "firewall": firewall.look_at,
     "listening_ports": ports.lasting,
     "docker": docker.everything,

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline, openings
-from remotegpu_agent.observe import accounts, firewall, gpus, mounts
+from remotegpu_agent.observe import accounts, files, firewall, gpus, mounts, special
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
-_CLOSED_STORES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/remotegpu-agent", "/var/lib/remotegpu-tasks")
 _LEASE_UIDS = (20000, 59999)
 # Beside its reserve an idle driver shows some MiB as used; the smallest CUDA context there is takes about 100.
 _IDLE_GPU_BYTES = 64 * 1024**2
@@ -217,6 +216,8 @@ def _tasks(asked: Asked) -> Iterator[str]:
     patterns = ["remotegpu-task-*"] + ([f"remotegpu-lease-end-{asked.lease_id}.*"] if asked.lease_id else [])
     for unit, _load, active in _units(*patterns):
         yield f"{unit} is {active}"
+    for path in _find(["/var/lib/remotegpu-tasks"], "-mindepth", "1", "-maxdepth", "1", "!", "-regex", ".*/[0-9]+"):
+        yield f"{path} is of no task"
     if asked.uid is not None:
         for path in _find(["/var/lib/remotegpu-tasks"], "-mindepth", "1", "-maxdepth", "1", "-gid", str(asked.uid)):
             yield f"{path} is left of a task"
@@ -410,9 +411,7 @@ def _groups(asked: Asked) -> Iterator[str]:
 def _rights(asked: Asked, *paths: str) -> Iterator[str]:
     """Who may read and write the files themselves, and the copies before their last change."""
     for path in _find([each for name in paths for each in (name, f"{name}-")], "-prune"):
-        mode, uid, gid, kind = run(["stat", "-c", "%a %u %g %F", "--", path]).strip().split(" ", 3)
-        now = {"is_file": kind.startswith("regular"), "mode": int(mode, 8), "uid": int(uid), "gid": int(gid)}
-        now["has_acl"] = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+        now = _rights_of(path)
         if now != baseline.good_rights(asked.sections, path, now):
             yield f"{path} has another owner or mode than in the baseline"
 
@@ -428,8 +427,23 @@ def _database(asked: Asked, database: str, *, secret: bool) -> Iterator[str]:
             yield f"{database}: the entry of {name} {how}"
 
 
+def _rights_of(path: str) -> files.Rights:
+    mode, uid, gid, kind = run(["stat", "-c", "%a %u %g %F", "--", path]).strip().split(" ", 3)
+    has_acl = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+    is_file = kind.startswith("regular")
+    return {"is_file": is_file, "mode": int(mode, 8), "uid": int(uid), "gid": int(gid), "has_acl": has_acl}
+
+
 def _special_files(asked: Asked) -> Iterator[str]:
     """The content is read of those of the baseline alone: a tenant's own may be terabytes, and are named anyway."""
+    for path in _find(list(special.STORES), "-prune"):
+        now = _rights_of(path)
+        if now != baseline.good_store(asked.sections, path, now):
+            yield f"{path} is open to others than in the baseline"
+    yield from _programs_that_lend(asked)
+
+
+def _programs_that_lend(asked: Asked) -> Iterator[str]:
     known = asked.sections["special_files"]
     lending = set(_find_everywhere("-type", "f", "-perm", "/6000"))
     capable = {path for path in _find_everywhere("-type", "f") if _capabilities(path)}
@@ -478,7 +492,7 @@ def _mounts(asked: Asked) -> Iterator[str]:
     listed = run(["findmnt", "-rn", "-o", "TARGET,FSTYPE"]).splitlines()
     now = collections.Counter((_unescaped(line.split(" ")[0]), line.split(" ")[1]) for line in listed)
     for target, fstype in sorted((now - known).elements()):
-        if not mounts.comes_and_goes(target):
+        if not mounts.comes_and_goes(target, fstype) and baseline.is_told_of(asked.sections, target, fstype):
             yield f"{fstype} is mounted on {target}"
 
 
@@ -588,9 +602,14 @@ def _find(roots: list[str], *words: str) -> Iterator[str]:
 def _find_everywhere(*words: str) -> Iterator[str]:
     """On every file system of this machine's own; each is entered from its own mount point only."""
     places = {_unescaped(place) for place in run(["findmnt", "-rn", "-t", _LOCAL_TYPES, "-o", "TARGET"]).splitlines()}
-    places = {place for place in places if not place.startswith((*_CLOSED_STORES, "/proc/", "/sys/"))}
-    closed = [word for store in _CLOSED_STORES for word in ("-path", store, "-prune", "-o")]
-    return _find(sorted(places), "-xdev", *closed, *words)
+    first, last = str(_LEASE_UIDS[0] - 1), str(_LEASE_UIDS[1] + 1)
+    a_leases = [f"( -{kind} +{first} -{kind} -{last} )".split() for kind in ("uid", "gid")]
+    closed = ["-type", "d", "!", "-perm", "/007", "!", *a_leases[0], "!", *a_leases[1]]
+    ways = {place: special.folders_of_store(place) for place in places}
+    shut = set(_find(sorted({folder for way in ways.values() for folder in way}), "-prune", *closed))
+    open_places = sorted(place for place, way in ways.items() if not shut.intersection(way))
+    in_stores = [word for store in special.STORES for word in ("-o", "-path", store, "-o", "-path", f"{store}/*")][1:]
+    return _find(open_places, "-xdev", "(", *in_stores, ")", *closed, "-prune", "-o", *words)
 
 
 def _now() -> str:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from remotegpu_agent.baseline import TEMPORARY_FOLDERS
+from remotegpu_agent.baseline import TEMPORARY_FOLDERS, is_told_of
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
@@ -24,7 +24,8 @@ def look_for_mounts(scope: Scope) -> Iterator[Finding]:
     known = collections.Counter((each["target"], each["fstype"]) for each in scope.sections["mounts"])
     now = collections.Counter((each["target"], each["fstype"]) for each in mounts.lasting())
     for target, fstype in sorted((now - known).elements(), reverse=True):
-        yield Finding(target, f"{fstype} is mounted on {target}")
+        if is_told_of(scope.sections, target, fstype):
+            yield Finding(target, f"{fstype} is mounted on {target}")
     for mount in reversed(mounts.listed()):
         if f"{mount.target}/".startswith(tuple(f"/run/user/{uid}/" for uid in scope.uids)):
             yield Finding(mount.target, f"{mount.fstype} is mounted on {mount.target}")

@@ -52,9 +52,7 @@ def end_connections(scope: Scope, found: list[Finding]) -> Iterator[str]:
 
 
 def look_for_tasks(scope: Scope) -> Iterator[Finding]:
-    """Units of the lease's tasks, what lies there of them (no other step enters that folder), and the timer of its
-    end.
-    """
+    """Units of the lease's tasks, what lies there of them, what else somebody put there, and the timer of its end."""
     for unit in _units("remotegpu-task-*"):
         if unit.get("User") in (scope.login, str(scope.uid)):
             yield Finding(unit["Id"], f"task unit {unit['Id']} is {unit['ActiveState']}")
@@ -63,6 +61,8 @@ def look_for_tasks(scope: Scope) -> Iterator[Finding]:
     for entry in os.scandir(TASK_FOLDERS) if os.path.isdir(TASK_FOLDERS) else ():
         if scope.is_its_group(entry.stat(follow_symlinks=False).st_gid):
             yield Finding(entry.path, f"{entry.path} is left of a task")
+        elif not entry.name.isdigit():
+            yield Finding(entry.path, f"{entry.path} is of no task")
 
 
 def _units(pattern: str) -> list[dict[str, str]]:

@@ -188,7 +188,7 @@ def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
 def _changed_rights(scope: Scope, path: str) -> Iterator[Finding]:
     """Who may read and write the file, and the copy of it before its last change: the hashes are in both."""
     for each in (path, f"{path}-"):
-        now = accounts.rights(each)
+        now = files.rights(each)
         if now is not None and now != baseline.good_rights(scope.sections, each, now):
             yield Finding((each, _RIGHTS), f"{each} has another owner or mode than in the baseline")
 
@@ -279,7 +279,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _write(scope: Scope, path: str, lines: list[str]) -> None:
-    rights = baseline.good_rights(scope.sections, path, accounts.rights(path))
+    rights = baseline.good_rights(scope.sections, path, files.rights(path))
     temporary = Path(f"{path}.remotegpu")
     temporary.unlink(missing_ok=True)
     with temporary.open("x", errors="surrogateescape") as file:
@@ -309,29 +309,50 @@ def _accounts_locked() -> Iterator[None]:
 def look_for_special_files(scope: Scope) -> Iterator[Finding]:
     """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing.
 
-    The content counts for those of the baseline alone: a tenant could have us read terabytes of the others.
+    The content counts for those of the baseline alone: a tenant could have us read terabytes of the others. Stores come
+    first: once they are shut again, nobody looks into them.
     """
+    for path in special.STORES:
+        rights = files.rights(path)
+        if rights is not None and rights != (best := baseline.good_store(scope.sections, path, rights)):
+            yield Finding(functools.partial(_shut, path, best), f"{path} is open to others than in the baseline")
     known: Snapshot = scope.sections["special_files"]
+    packaged = functools.cache(special.packaged_paths)
     for each in special.walk():
         if not each.is_special:
             continue
         before = known.get(each.path)
         now = {"mode": stat.S_IMODE(each.mode)} if before is None else baseline.special_entry(each)
         if not files.same(before, now):
-            yield Finding(
-                (each.path, before, now), f"{each.path} (mode {now['mode']:o}) {files.difference(before, now)}"
-            )
+            text = f"{each.path} (mode {now['mode']:o}) {files.difference(before, now)}"
+            yield Finding(functools.partial(_disarm, each.path, before, now, packaged), text)
 
 
 def disarm_special_files(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:
+    """Each finding knows its way back."""
+    for finding in found:
+        yield from finding.subject()
+
+
+def _shut(path: str, best: files.Rights) -> Iterator[str]:
+    handle = os.open(path, files.FOLDER)
+    try:
+        with contextlib.suppress(OSError):  # it has none
+            os.removexattr(handle, "system.posix_acl_access")
+        os.fchown(handle, best["uid"], best["gid"])
+        os.fchmod(handle, best["mode"])
+        yield f"put back owner and mode of {path}"
+    finally:
+        os.close(handle)
+
+
+def _disarm(path: str, before: Entry | None, now: Entry, packaged: Callable[[], frozenset[str]]) -> Iterator[str]:
     """A packaged program loses the power it was given; anything else is removed. A changed one is named and left."""
-    packaged = functools.cache(special.packaged_paths)
-    for path, before, now in (finding.subject for finding in found):
-        if before is None and path not in packaged():
-            yield from remove.remove(path)
-        elif before is None or before.get("sha256") == now.get("sha256"):
-            mode = now["mode"] & ~(stat.S_ISUID | stat.S_ISGID) if before is None else before["mode"]
-            yield from _set_power(path, mode, None if before is None else before.get("capabilities"))
+    if before is None and path not in packaged():
+        yield from remove.remove(path)
+    elif before is None or before.get("sha256") == now.get("sha256"):
+        mode = now["mode"] & ~(stat.S_ISUID | stat.S_ISGID) if before is None else before["mode"]
+        yield from _set_power(path, mode, None if before is None else before.get("capabilities"))
 
 
 def _set_power(path: str, mode: int, capabilities: str | None) -> Iterator[str]:

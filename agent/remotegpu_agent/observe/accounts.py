@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from remotegpu_agent.observe.tools import read_text
 
@@ -38,22 +35,6 @@ def lines(path: str) -> dict[str, list[str]]:
         if name:
             found.setdefault(name, []).append(line)
     return found
-
-
-def rights(path: str) -> dict[str, Any] | None:
-    """Who may read and write one of these files; None where it is not there."""
-    try:
-        facts = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    has_acl = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
-    return {
-        "is_file": stat.S_ISREG(facts.st_mode),
-        "mode": stat.S_IMODE(facts.st_mode),
-        "uid": facts.st_uid,
-        "gid": facts.st_gid,
-        "has_acl": has_acl,
-    }
 
 
 def masked(line: str) -> str:

@@ -19,6 +19,7 @@ from remotegpu_agent.progress import tick
 
 Entry = dict[str, Any]
 Snapshot = dict[str, Entry]
+Rights = dict[str, Any]
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_LIMIT_BYTES = 256 * 1024
@@ -115,6 +116,22 @@ def look_at(path: str, *, content: bool = False) -> Entry | None:
     if stat.S_ISREG(facts.st_mode):
         return {"type": "file", **entry, **_content(path, facts.st_size, content)}
     return {"type": "special", **entry}
+
+
+def rights(path: str) -> Rights | None:
+    """Who may do what with a file or folder; None where there is nothing."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    has_acl = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+    return {
+        "is_file": stat.S_ISREG(facts.st_mode),
+        "mode": stat.S_IMODE(facts.st_mode),
+        "uid": facts.st_uid,
+        "gid": facts.st_gid,
+        "has_acl": has_acl,
+    }
 
 
 def _content(path: str, size: int, wanted: bool) -> Entry:

@@ -13,9 +13,16 @@ LOCAL_TYPES = frozenset({
 })  # fmt: skip
 # What the system itself mounts and unmounts while it runs; the same place says nothing about a tenant.
 _COMING_AND_GOING = re.compile(
-    r"^(/run/user/\d+(/.*)?|/run/credentials/.*|/run/docker/.*|/var/lib/docker/.+|/run/netns/.*|/proc/.*|/sys/.*"
+    r"^(/run/user/\d+(/.*)?|/run/credentials/.*|/run/docker/.*|/var/lib/docker/.+|/run/netns/.*"
     r"|/run/containerd/.*|/run/systemd/.*|/dev/pts/.*)$"
 )
+# Below /proc and /sys the kernel's own views come and go: nobody can keep anything in them.
+_VIEWS = frozenset({
+    "proc", "sysfs", "cgroup", "cgroup2", "autofs", "binfmt_misc", "bpf", "configfs", "debugfs", "tracefs", "efivarfs",
+    "fusectl", "pstore", "securityfs", "selinuxfs", "resctrl", "nfsd", "nsfs", "fuse.lxcfs",
+})  # fmt: skip
+_OF_THE_KERNEL = ("/proc/", "/sys/")
+_A_PROCESS = re.compile(r"/proc/\d+(/|$)")  # nobody but who wants to hide it mounts there
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,21 @@ def _unescaped(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
 
 
-def comes_and_goes(target: str) -> bool:
-    """Whether the system itself mounts and unmounts there as it runs."""
+def comes_and_goes(target: str, fstype: str) -> bool:
+    """Whether the system itself mounts and unmounts that there as it runs."""
+    if is_the_kernels(target):
+        return fstype in _VIEWS and not _A_PROCESS.match(target)
     return bool(_COMING_AND_GOING.match(target))
+
+
+def is_the_kernels(target: str) -> bool:
+    """Whether it lies below /proc or /sys."""
+    return target.startswith(_OF_THE_KERNEL)
 
 
 def lasting() -> list[dict[str, str]]:
     """The mounts that should be the same tomorrow: target and type, as often as they are there."""
-    kept = [(m.target, m.fstype) for m in listed() if not comes_and_goes(m.target)]
+    kept = [(m.target, m.fstype) for m in listed() if not comes_and_goes(m.target, m.fstype)]
     return [{"target": target, "fstype": fstype} for target, fstype in sorted(kept)]
 
 
@@ -70,7 +84,7 @@ def local() -> list[str]:
     seen: set[tuple[str, str]] = set()
     places = []
     for mount in listed():
-        if mount.fstype not in LOCAL_TYPES or mount.target.startswith(("/proc/", "/sys/")):
+        if mount.fstype not in LOCAL_TYPES:
             continue
         if (mount.device, mount.root) in seen:
             continue  # the same tree bound a second time

@@ -1,7 +1,7 @@
 """Programs that lend their owner's power: set-uid, set-gid and file capabilities; and files by their owner.
 
-One walk over this machine's own file systems answers all of it. Stores that only root can enter are left out: Docker's
-layers are full of set-uid programs of other systems.
+One walk over this machine's own file systems answers all of it. Where only root can enter a folder of a store, it is
+left out: Docker's layers are full of set-uid programs of other systems.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from remotegpu_agent.observe import docker, files, mounts
 
-CLOSED_STORES = (f"{docker.ROOT}/", "/var/lib/containerd/", "/var/lib/remotegpu-agent/", "/var/lib/remotegpu-tasks/")
+STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
+LEASE_IDS = range(20000, 60000)
 _PATH_MAX = 4096
 
 
@@ -28,6 +29,7 @@ class Found:
     gid: int
     capabilities: str | None
     is_too_deep: bool = False  # a folder that no path leads into: what is in it was not looked at
+    is_open: bool = False  # a folder that is looked into
 
     @property
     def is_special(self) -> bool:
@@ -40,13 +42,30 @@ def walk() -> Iterator[Found]:
     """Everything on this machine's own file systems, without following a link or entering another mount."""
     points = mounts.points()
     for place in mounts.local():
-        if not is_closed_store(place):
+        if not _is_shut_off(place):
             yield from _below(place, points)
 
 
-def is_closed_store(path: str) -> bool:
-    """Whether only root comes there: the container engine's store, and the agent's (a task's log waits there)."""
-    return f"{path}/".startswith(CLOSED_STORES)
+def _is_shut_off(place: str) -> bool:
+    try:
+        return any(_is_closed(each, os.lstat(each)) for each in folders_of_store(place))
+    except FileNotFoundError:
+        return True  # a container's, which has ended
+
+
+def folders_of_store(path: str) -> list[str]:
+    """The folders of a store that lead to the path, and itself; none where it lies in no store."""
+    for store in STORES:
+        if f"{path}/".startswith(f"{store}/"):
+            inner = path[len(store) :].split("/")[1:]
+            return [store, *("/".join([store, *inner[: n + 1]]) for n in range(len(inner)))]
+    return []
+
+
+def _is_closed(path: str, facts: os.stat_result) -> bool:
+    """Whether the folder is one of a store that nobody can enter but root and the store's own users."""
+    is_a_leases = facts.st_uid in LEASE_IDS or facts.st_gid in LEASE_IDS
+    return not facts.st_mode & 0o007 and not is_a_leases and bool(folders_of_store(path))
 
 
 def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
@@ -62,10 +81,11 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
             with os.scandir(handle) as entries:
                 for entry in entries:
                     found = _look_at(os.path.join(folder, entry.name), entry, handle)
-                    if found is None or is_closed_store(found.path):
+                    if found is None:
                         continue
-                    yield found
-                    if stat.S_ISDIR(found.mode) and found.path not in points and not found.is_too_deep:
+                    if found.path not in STORES:  # a store stays, whosesoever it has become
+                        yield found
+                    if found.is_open and found.path not in points:
                         pending.append(found.path)
         except FileNotFoundError:
             continue  # the folder went while it was read
@@ -79,8 +99,10 @@ def _look_at(path: str, entry: os.DirEntry[str], folder: int) -> Found | None:
     except FileNotFoundError:
         return None
     capabilities = _capabilities(folder, entry.name, facts.st_mode)
-    is_too_deep = stat.S_ISDIR(facts.st_mode) and len(os.fsencode(path)) >= _PATH_MAX
-    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, capabilities, is_too_deep)
+    is_folder = stat.S_ISDIR(facts.st_mode)
+    is_too_deep = is_folder and len(os.fsencode(path)) >= _PATH_MAX
+    is_open = is_folder and not is_too_deep and not _is_closed(path, facts)
+    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, capabilities, is_too_deep, is_open)
 
 
 def _capabilities(folder: int, name: str, mode: int) -> str | None:

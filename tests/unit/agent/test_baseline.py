@@ -113,11 +113,31 @@ def test_a_mount_line_is_read_with_its_escapes() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/run/user/20017", "/var/lib/docker/overlay2/x/merged", "/run/credentials/a.service"]
+    ("target", "fstype", "is_the_systems"),
+    [
+        ("/run/user/20017", "tmpfs", True),
+        ("/var/lib/docker/overlay2/x/merged", "overlay", True),
+        ("/run/credentials/a.service", "tmpfs", True),
+        ("/home/lease17/mount", "tmpfs", False),
+        ("/proc/sys/fs/binfmt_misc", "binfmt_misc", True),
+        ("/sys/kernel/debug", "debugfs", True),
+        ("/sys/kernel/debug", "tmpfs", False),
+        ("/proc/fs", "ext4", False),
+        ("/proc/4711", "proc", False),
+        ("/proc/4711/root", "proc", False),
+    ],
 )
-def test_mounts_that_the_system_makes_as_it_runs_are_not_in_the_baseline(target: str) -> None:
-    assert mounts.comes_and_goes(target)
-    assert not mounts.comes_and_goes("/home/lease17/mount")
+def test_mounts_that_the_system_makes_as_it_runs_are_not_in_the_baseline(
+    target: str, fstype: str, is_the_systems: bool
+) -> None:
+    assert mounts.comes_and_goes(target, fstype) is is_the_systems
+
+
+def test_an_older_baseline_says_nothing_of_what_a_container_hides_of_the_host() -> None:
+    older: dict[str, Any] = {}
+    said = [("/proc/acpi", "tmpfs"), ("/proc/acpi", "ext4"), ("/mnt", "tmpfs")]
+    assert [baseline.is_told_of(older, *mount) for mount in said] == [False, True, True]
+    assert [baseline.is_told_of({"stores": {}}, *mount) for mount in said] == [True, True, True]
 
 
 def test_addresses_are_read_as_the_kernel_writes_them() -> None:
@@ -193,3 +213,32 @@ def test_a_file_of_accounts_is_as_in_the_baseline_and_its_copy_no_looser() -> No
 def test_what_everybody_needs_of_accounts_is_readable_by_everybody() -> None:
     assert baseline.good_rights(OLDER, "/etc/passwd", None)["mode"] == 0o644
     assert baseline.good_rights(OLDER, "/etc/subuid-", None) == DEBIANS | {"mode": 0o644, "gid": 0}
+
+
+STORE = {"is_file": False, "mode": 0o710, "uid": 0, "gid": 0, "has_acl": False}
+
+
+@pytest.mark.parametrize(
+    ("now", "good"),
+    [
+        ({}, {}),
+        ({"mode": 0o711}, {"mode": 0o711}),
+        ({"mode": 0o755}, {"mode": 0o750}),
+        ({"mode": 0o773}, {"mode": 0o751}),
+        ({"gid": 100000}, {"gid": 100000}),
+        ({"gid": 20018}, {"gid": 0}),
+        ({"uid": 20018}, {"uid": 0}),
+        ({"has_acl": True}, {}),
+    ],
+)
+def test_a_store_of_which_an_older_baseline_says_nothing_is_roots_and_not_listed_by_others(
+    now: dict[str, Any], good: dict[str, Any]
+) -> None:
+    assert baseline.good_store({}, "/var/lib/docker", STORE | now) == STORE | good
+
+
+def test_a_store_may_be_stricter_than_in_the_baseline_and_not_more_open() -> None:
+    known = {"stores": {"/var/lib/docker": STORE | {"mode": 0o711}}}
+    for mode, good in ((0o711, 0o711), (0o700, 0o700), (0o715, 0o711)):
+        now = STORE | {"mode": mode}
+        assert baseline.good_store(known, "/var/lib/docker", now) == STORE | {"mode": good}

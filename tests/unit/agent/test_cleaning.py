@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import data, network, remove, restored, scope
+from remotegpu_agent.cleaning import data, network, processes, remove, restored, scope
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
 from remotegpu_agent.observe import accounts, files, firewall, mounts, special
@@ -227,6 +227,56 @@ def test_the_content_of_a_tenants_own_set_uid_files_is_never_read(mine: Scope, m
     assert not path.exists()
 
 
+def test_a_store_is_walked_where_others_can_enter_it(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path(mine.home)
+    store = home / "store"
+    for name, mode in (("open", 0o755), ("shut", 0o710)):
+        (store / name).mkdir(parents=True)
+        (store / name / "left").touch()
+        (store / name).chmod(mode)
+    store.chmod(0o711)
+    monkeypatch.setattr(special, "STORES", (str(store),))
+
+    def walked() -> list[str]:
+        return sorted(each.path for each in special.walk())
+
+    assert walked() == [f"{store}/{name}" for name in ("open", "open/left", "shut")], "the store itself is nobody's"
+    store.chmod(0o710)
+    assert walked() == []
+    monkeypatch.setattr(mounts, "local", lambda: [f"{store}/open", f"{store}/gone"])
+    assert walked() == [], "what is mounted there is as far away"
+    store.chmod(0o711)
+    assert walked() == [f"{store}/open/left"]
+
+
+def test_a_store_that_was_opened_is_shut_before_anything_is_looked_for(
+    mine: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Path(mine.home, "store")
+    store.mkdir()
+    layer = store / "layer"
+    layer.touch()
+    layer.chmod(0o4755)
+    store.chmod(0o710)
+    monkeypatch.setattr(special, "STORES", (str(store),))
+    here = replace(mine, sections=mine.sections | {"stores": baseline.read_rights([str(store)])})
+    store.chmod(0o755)
+    done = list(restored.disarm_special_files(here, restored.look_for_special_files(here)))
+    assert done == [f"put back owner and mode of {store}"]
+    assert (layer.stat().st_mode & 0o7777, list(restored.look_for_special_files(here))) == (0o4755, [])
+
+
+def test_what_lies_among_the_tasks_and_is_of_no_task_goes(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "TASK_FOLDERS", mine.home)
+    monkeypatch.setattr(processes, "_units", lambda _pattern: [])
+    stranger = replace(mine, gid=20017)
+    for name in ("17", ".left"):
+        Path(mine.home, name).mkdir()
+    assert [finding.subject for finding in processes.look_for_tasks(stranger)] == [f"{mine.home}/.left"]
+    list(processes.end_tasks(stranger, list(processes.look_for_tasks(stranger))))
+    assert [path.name for path in Path(mine.home).iterdir()] == ["17"]
+
+
 # --- whom an order may touch
 
 
@@ -413,7 +463,7 @@ def test_a_file_of_accounts_is_written_anew_with_its_rights_and_not_through_a_pl
     shadow.chmod(0o666)
     elsewhere.touch()
     (tmp_path / "shadow.remotegpu").symlink_to(elsewhere)
-    rights = accounts.rights(str(shadow)) or {}
+    rights = files.rights(str(shadow)) or {}
     known = {"accounts": {}, "account_files": {str(shadow): rights | {"mode": 0o640}}}
     here = replace(SCOPE, sections=known)
     [finding] = restored._changed_rights(here, str(shadow))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import gpu_child, verify
-from remotegpu_agent.observe import files, gpus
+from remotegpu_agent.observe import files, gpus, special
+from remotegpu_agent.observe.tools import run
 
 MIB = 1024**2
 ASKED = verify.Asked(17, "lease17", 20017, {"gpu_holders": ["exporter.service"]})
@@ -155,7 +156,7 @@ def test_a_program_that_lends_power_is_compared_in_mode_and_content(
     if is_large and change is change_content:
         program.write_bytes(b"#!/bin/sh, and more\n")
         program.chmod(0o4755)
-    found = list(verify._special_files(verify.Asked(None, None, None, {"special_files": known})))
+    found = list(verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": known})))
     assert found == [text.format(program) for text in said]
 
 
@@ -167,5 +168,33 @@ def test_the_content_of_a_program_that_a_tenant_left_is_never_read(
     program.chmod(0o4755)
     monkeypatch.setattr(verify, "_find_everywhere", lambda *_words: iter([str(program)]))
     monkeypatch.setattr(verify, "run", lambda argv, **_: pytest.fail(f"started {argv}"))
-    found = list(verify._special_files(verify.Asked(None, None, None, {"special_files": {}})))
+    found = list(verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": {}})))
     assert found == [f"{program} lends power and is not in the baseline"]
+
+
+def test_a_store_is_entered_where_others_can_enter_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = programs_in_a_store(tmp_path)
+    monkeypatch.setattr(special, "STORES", (str(tmp_path / "store"),))
+    monkeypatch.setattr(
+        verify, "run", lambda argv, **how: f"{tmp_path}\n" if argv[0] == "findmnt" else run(argv, **how)
+    )
+    assert sorted(verify._find_everywhere("-type", "f")) == programs[:2]
+    (tmp_path / "store").chmod(0o710)
+    assert list(verify._find_everywhere("-type", "f")) == programs[:1]
+    place = tmp_path / "store" / "open"
+    monkeypatch.setattr(verify, "run", lambda argv, **how: f"{place}\n" if argv[0] == "findmnt" else run(argv, **how))
+    assert list(verify._find_everywhere("-type", "f")) == [], "what is mounted there is as far away"
+    (tmp_path / "store").chmod(0o711)
+    assert list(verify._find_everywhere("-type", "f")) == programs[1:2]
+
+
+def programs_in_a_store(folder: Path) -> list[str]:
+    """One beside the store, one in an open folder of it, and one where only root comes."""
+    paths = [folder / "beside", folder / "store" / "open" / "left", folder / "store" / "shut" / "layer"]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o755)
+    (folder / "store").chmod(0o711)
+    (folder / "store" / "open").chmod(0o755)
+    (folder / "store" / "shut").chmod(0o710)
+    return [str(path) for path in paths]
