@@ -27,6 +27,43 @@ network() {
   return "$status"
 }
 
+# One signal asks the engine to end what it has begun and to write its state; a second one makes it drop everything, and
+# then nobody knows what the cloud has done. CIs signal twice, or all of a process group: so it has a group of its own.
+running='' interrupted='' cancelled='' signals=0
+engine() {
+  local status before
+  running=starting
+  set -m
+  pulumi "$@" </dev/null &
+  set +m
+  running=$!
+  [ -z "$cancelled" ] || interrupt # it came while the engine was being started
+  while
+    before=$signals status=0
+    wait "$running" || status=$?
+    [ "$before" != "$signals" ] # a signal ends the wait, not the engine
+  do :; done
+  running=
+  [ -n "$cancelled" ] || return "$status"
+  why="The engine was told to end, and has ended." # how, a shell whose wait was interrupted does not know for sure
+  exit "$cancelled"
+}
+
+cancel() {
+  cancelled=$1 signals=$((signals + 1))
+  case $running in
+    '') exit "$cancelled" ;;
+    starting) ;;
+    *) interrupt ;;
+  esac
+}
+
+# In a container GitLab's runner signals every process by itself, the engine before us.
+interrupt() {
+  [ -n "$interrupted" ] || [ "${CI_DISPOSABLE_ENVIRONMENT:-}" = true ] || kill -INT "$running" || true
+  interrupted=yes
+}
+
 # The token goes in by standard input: in the arguments every process on this machine could read it.
 portal() {
   local path=$1
@@ -95,7 +132,7 @@ known() { if [ "$applied" = applied.json ]; then echo applied.json; else echo fi
 preview() {
   pulumi config set remotegpu:export "$1" --stack "$stack"
   why="The engine's preview failed."
-  pulumi preview --stack "$stack" --refresh --non-interactive --json >preview.json
+  engine preview --stack "$stack" --refresh --non-interactive --json >preview.json
   network gate preview.json --stack "$file"
 }
 
@@ -103,7 +140,7 @@ preview() {
 up() {
   preview "$1"
   why="The engine's apply failed."
-  pulumi up --stack "$stack" --refresh --yes --non-interactive --skip-preview
+  engine up --stack "$stack" --refresh --yes --non-interactive --skip-preview
 }
 
 # Only the export is told to the portal. If it fails after a step, what the portal knows is what was there before the
@@ -134,7 +171,7 @@ drift() {
     pulumi config set remotegpu:applied applied.json --stack "$stack"
     pulumi config set remotegpu:export applied.json --stack "$stack"
     status=0
-    pulumi preview --stack "$stack" --refresh --non-interactive --expect-no-changes || status=$?
+    engine preview --stack "$stack" --refresh --non-interactive --expect-no-changes || status=$?
     [ "$status" -ne 0 ] || break
     refuse_pending
     ! cmp --silent before.json state.json || break
@@ -165,6 +202,7 @@ run_url() {
 tell_failure() {
   local status=$? query
   [ "$status" -ne 0 ] || return 0
+  trap '' HUP INT TERM # the portal hears of it, however often the job is cancelled
   case $status in 129 | 130 | 137 | 143) why="The run was cut off. $why" ;; esac # by a signal; the engine's own is 255
   query=$(python3 -m remotegpu_network failed export.json --name "$stack" --reason "$why $(run_url)" --out failed.json)
   portal "/applied?$query" --request POST --header 'Content-Type: application/json' --data-binary @failed.json \
@@ -178,6 +216,9 @@ comment() {
     --preview preview.json --refused "$why" >plan.md
 }
 
+trap 'cancel 129' HUP
+trap 'cancel 130' INT
+trap 'cancel 143' TERM
 applied=first
 case $word in
   waiting) waiting ;;

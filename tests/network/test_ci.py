@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import yaml
 
 from remotegpu_network import desired, settings
 from tests.network.export import name, sealed
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "pulumi" / "ci"
@@ -104,18 +106,28 @@ class Pipeline:
             (self.folder / f"{file}.json").write_text(json.dumps(content))
 
     def run(self, word: str, **environment: str) -> tuple[int, str, list[str]]:
+        script = self.start(word, **environment)
+        told, _ = script.communicate()
+        return script.returncode, told, self.calls()
+
+    def start(self, word: str, **environment: str) -> subprocess.Popen[str]:
+        """As a CI does: the step's own process, which leads a group."""
         self.log.write_text("")
-        done = subprocess.run(
+        return subprocess.Popen(
             [self.folder / "pulumi" / "ci" / "network.sh", word, "prod"],
             env={
                 **CLEAN, "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PORTAL_URL": self.url, "PORTAL_TOKEN": TOKEN, "LOG": str(self.log), "ANSWERS": str(self.folder),
                 **environment,
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr, self.log.read_text().splitlines()
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
 
 
 @pytest.fixture
@@ -223,6 +235,115 @@ def test_a_reason_of_any_length_and_script_is_told(pipeline: Pipeline, portal: t
     assert pipeline.run("apply")[0] == 1
     assert portal.queries[0]["reason"].startswith("The zone zone.机器0 would be deleted or replaced")
     assert len(portal.queries[0]["reason"]) == 1000
+
+
+LONG = """
+under_way() { # until it is let go, whatever it is told; then it writes its state
+  for signal in HUP INT TERM; do trap "echo heard $signal >>\\"$LOG\\"" "$signal"; done
+  echo "under way $$" >>"$LOG"
+  until [ -e "$ANSWERS/let-go" ]; do sleep 0.05; done
+  echo "state written" >>"$LOG"
+  exit "$ENDS"
+}
+[ "$1" != "$LONG" ] || under_way
+"""
+
+
+class Cancelled:
+    """An apply whose engine is in the middle of `verb`."""
+
+    def __init__(self, pipeline: Pipeline, verb: str, ends: int = 255, **environment: str) -> None:
+        self.pipeline = pipeline
+        engine = pipeline.folder / "bin" / "pulumi"
+        call = 'echo "pulumi $*" >>"$LOG"\n'
+        engine.write_text(ENGINE.replace(call, call + LONG))
+        self.script = pipeline.start("apply", LONG=verb, ENDS=str(ends), **environment)
+        self.engine = int(until(lambda: self.said("under way"), "the engine", also=pipeline.calls)[0])
+
+    def said(self, words: str) -> list[str]:
+        return [line.removeprefix(f"{words} ") for line in self.pipeline.calls() if line.startswith(words)]
+
+    def end(self) -> tuple[int, str, list[str]]:
+        """What it ended with, what it said, and what the engine had heard by then."""
+        (self.pipeline.folder / "let-go").touch()
+        told, _ = self.script.communicate(timeout=60)
+        return self.script.returncode, told, self.said("heard")
+
+
+@pytest.mark.parametrize("verb", ["preview", "up"])
+@pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_cancelled_run_asks_the_engine_once_waits_for_its_state_and_then_tells_the_portal(
+    pipeline: Pipeline, portal: type[Portal], verb: str, sent: str, code: int
+) -> None:
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, verb, CI_JOB_URL="https://ci.example.org/jobs/7")
+    run.script.send_signal(signal.Signals[f"SIG{sent}"])
+    until(lambda: run.said("heard"), "the engine's signal", also=pipeline.calls)
+    assert (run.script.poll(), portal.queries) == (None, []), "the engine goes on: nobody knows yet how it ends"
+    done, told, heard = run.end()
+    assert (done, heard) == (code, ["INT"]), told
+    assert pipeline.calls()[-1] == "state written", "and nothing is begun after it"
+    assert [query["reason"] for query in portal.queries] == [
+        "The run was cut off. The engine was told to end, and has ended. https://ci.example.org/jobs/7"
+    ]
+
+
+def test_a_cancelled_run_begins_nothing_more_even_if_the_engine_came_to_its_end(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, "preview", ends=0)
+    run.script.send_signal(signal.SIGINT)
+    code, told, _ = run.end()
+    assert (code, pipeline.calls()[-1]) == (130, "state written"), told
+    assert [query["outcome"] for query in portal.queries] == ["failed"]
+
+
+def test_a_second_signal_of_the_ci_does_not_reach_the_engine(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """GitHub sends another one after 7.5 seconds; the engine would drop what it has begun."""
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, "up")
+    run.script.send_signal(signal.SIGINT)
+    until(lambda: run.said("heard"), "the engine's signal", also=pipeline.calls)
+    for _ in range(2):
+        run.script.send_signal(signal.SIGTERM)
+    _, told, heard = run.end()
+    assert (heard, len(portal.queries)) == (["INT"], 1), told
+
+
+def test_a_signal_to_the_whole_group_is_one_to_the_engine(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """GitLab's shell runner and a terminal send it to the group."""
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, "up")
+    assert os.getpgid(run.script.pid) == run.script.pid
+    os.killpg(run.script.pid, signal.SIGTERM)
+    until(lambda: run.said("heard"), "the engine's signal", also=pipeline.calls)
+    code, told, heard = run.end()
+    assert (code, heard) == (143, ["INT"]), told
+
+
+def test_an_engine_that_the_runner_has_told_itself_is_not_told_again(pipeline: Pipeline, portal: type[Portal]) -> None:
+    """In a container GitLab's runner sends TERM to every process, from the youngest on."""
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, "up", CI_DISPOSABLE_ENVIRONMENT="true")
+    os.kill(run.engine, signal.SIGTERM)
+    until(lambda: run.said("heard"), "the engine's signal", also=pipeline.calls)
+    run.script.send_signal(signal.SIGTERM)
+    code, told, heard = run.end()
+    assert (code, heard) == (143, ["TERM"]), told
+    assert portal.queries[0]["reason"].startswith("The run was cut off.")
+
+
+def test_a_run_that_is_cancelled_before_the_engine_changes_anything_never_starts_it(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    portal.export = sealed(ADDRESS)
+    run = Cancelled(pipeline, "config", ends=0)  # a setting of the stack file, in the foreground
+    run.script.send_signal(signal.SIGTERM)
+    code, told, heard = run.end()
+    assert (code, heard) == (143, []), told
+    assert not [call for call in pipeline.calls() if call.startswith(("pulumi preview", "pulumi up"))]
+    assert [query["outcome"] for query in portal.queries] == ["failed"]
 
 
 def test_an_operation_left_open_stops_everything(pipeline: Pipeline, portal: type[Portal]) -> None:
