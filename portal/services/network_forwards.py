@@ -18,7 +18,7 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.integrations.protocol import format_time
 from portal.models import Forward, Lease, Machine, Opening
-from portal.services import audit, events, network_machines, network_places
+from portal.services import audit, events, machines, network_machines, network_places
 from portal.services.actors import Actor
 
 EVERYBODY = {4: "0.0.0.0/0", 6: "::/0"}
@@ -49,11 +49,11 @@ def follow(
 
     A port that is wanted no longer is closed; it stays taken until the gateway was seen to have closed it. `before` is
     the lease that this one continues: its ports are taken again where they are free. Called inside the transaction that
-    holds the machine's row, before the network's. Raises NoPortLeft.
+    holds the machine's row, takes the gateway's, and comes before the network's. Raises NoPortLeft.
     """
     if machine.gateway_id is None:
         return
-    gateway: Machine = Machine.get_by_id(machine.gateway_id)
+    gateway = machines.lock(machine.gateway)  # of two who take several ports, each might wait for one of the other's
     events.desired_changed(gateway.id)  # also where nothing but an end is another
     wanted = _ends(lease, machine, openings)
     there = {_way_of(each): each for each in wanted_of(lease)}

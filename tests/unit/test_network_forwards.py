@@ -9,7 +9,7 @@ from typing import Any
 import peewee
 import pytest
 
-from portal.db import atomic, connection, utcnow
+from portal.db import atomic, connection, db, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.models import AuditEntry, Forward, Lease, Machine, Opening, Tenant
@@ -19,6 +19,7 @@ from portal.services.network_forwards import NoPortLeft
 from tests.factories import make_lease, make_machine, make_tenant
 from tests.support.network import OFFICE, reports, seen, wish
 from tests.support.rental import Host
+from tests.support.waiting import until
 
 POOL = 8
 
@@ -77,6 +78,43 @@ def test_many_who_come_at_once_get_a_port_each_and_the_rest_is_refused(
     assert len(refused) == 3
     held = Forward.select().where(Forward.released_at.is_null())
     assert sorted(each.public_port for each in held) == sorted(ports)
+
+
+@pytest.mark.parametrize("database_url", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True)
+def test_two_who_take_several_ports_at_once_do_not_wait_for_each_other(
+    gateway: Host, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One goes round in the pool and comes to the port with which the other, who has had it before, begins."""
+    before = behind(gateway, tenant)
+    for lease in (before, *(behind(gateway, tenant) for _ in range(POOL - 2))):
+        take(lease)
+        close(gateway, lease)
+    first, second = behind(gateway, tenant), behind(gateway, tenant)
+    wide = Opening(protocol="tcp", first_port=9000, last_port=9001, source=OFFICE)
+    wrong, tell = list[Exception](), network_forwards._tell
+
+    def come(lease: Lease, before: Lease | None = None) -> None:
+        try:
+            with connection(), atomic():
+                network_forwards.follow(lease, machines.lock(lease.machine), [wide], by=SYSTEM, before=before)
+        except Exception as error:
+            wrong.append(error)
+
+    other = threading.Thread(target=come, args=(second, before))
+
+    def begin_the_other(action: str, forward: Forward, lease: Lease, **rest: Any) -> None:
+        tell(action, forward, lease, **rest)
+        if lease.id == first.id and other.ident is None:
+            other.start()
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            until(lambda: db.execute_sql(waiting).fetchone()[0], "the other to wait for a row of this one")
+
+    monkeypatch.setattr(network_forwards, "_tell", begin_the_other)
+    come(first)
+    other.join(60)
+    assert wrong == []
+    taken = {lease.id: [each.public_port for each in network_forwards.of_lease(lease)] for lease in (first, second)}
+    assert taken == {first.id: [20007, 20000, 20001], second.id: [20002, 20003, 20004]}
 
 
 def test_the_database_refuses_a_second_holder_whatever_the_code_believes(gateway: Host, tenant: Tenant) -> None:
