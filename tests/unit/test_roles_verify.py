@@ -213,6 +213,35 @@ def test_a_host_that_was_lost_before_the_question_is_unknown() -> None:
     assert "cannot be reached" in only["reason"]
 
 
+PORTS = judge.ports_check({"scans": [scanned(22)]}, [22], 22)
+LOGIN = judge.login_check({"rc": 255, "stderr": "Permission denied (publickey)."}, "lease17")
+HOST = judge.host_checks(said(check()), [])
+
+
+@pytest.mark.parametrize(
+    ("checks", "told"),
+    [
+        ([PORTS, LOGIN, *HOST], "gpu-1 is clean: 3 checks passed"),
+        ([PORTS, *HOST], "gpu-1 is clean: 2 checks passed; no login was tried (verify_probe_login)"),
+    ],
+)
+def test_a_host_that_was_asked_is_clean(checks: list[dict[str, Any]], told: str) -> None:
+    assert judge.conclusion(judge.verdict(checks, "gpu-1", "", "")) == told
+
+
+@pytest.mark.parametrize(("checks", "no_login"), [([PORTS], True), ([PORTS, LOGIN], False)])
+def test_a_host_that_was_asked_from_outside_alone_is_not_called_clean(
+    checks: list[dict[str, Any]], no_login: bool
+) -> None:
+    """As from a shell, where nobody has the baseline: what was not asked is named."""
+    judged = judge.verdict(checks, "gpu-1", "", "")
+    told = judge.conclusion(judged)
+    assert judged["passed"]
+    assert "clean" not in told
+    assert "the host itself was not asked (verify_request)" in told
+    assert ("no login was tried" in told) == no_login
+
+
 def test_nothing_checked_is_nothing_proven() -> None:
     judged = judge.verdict([], "gpu-1", "2026-11-25T12:00:00Z", "2026-11-25T12:00:09Z")
     assert judged["passed"] is False

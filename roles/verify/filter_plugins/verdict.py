@@ -17,6 +17,7 @@ from typing import Any
 
 Check = dict[str, Any]
 GOOD = ("passed", "not_applicable")
+PORTS, LOGIN = "ports_from_outside", "login_from_outside"  # all that is seen from outside
 RESULTS = (*GOOD, "failed", "unknown")
 ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 REASON_LIMIT = 2000
@@ -41,7 +42,7 @@ def ports_check(scan: Mapping[str, Any], allowed: Sequence[int], ssh_port: int) 
         reason, result = f"could not be asked from here: {', '.join(blind)}", "unknown"
     left_out = list(scan.get("no_way") or [])  # addresses that this worker has no route to
     evidence = {"allowed": sorted(int(port) for port in allowed), "scans": scans, "no_way": left_out}
-    return _check("ports_from_outside", result, reason, evidence, sum(each["seconds"] for each in scans))
+    return _check(PORTS, result, reason, evidence, sum(each["seconds"] for each in scans))
 
 
 def login_check(attempt: Mapping[str, Any], login: str) -> Check:
@@ -56,7 +57,7 @@ def login_check(attempt: Mapping[str, Any], login: str) -> Check:
     elif not REFUSED.search(said):
         reason, result = f"the login was neither accepted nor refused: {said or 'no message'}", "unknown"
     evidence = {"login": login, "exit": code, "said": said[:REASON_LIMIT]}
-    return _check("login_from_outside", result, reason, evidence, _duration_s(attempt))
+    return _check(LOGIN, result, reason, evidence, _duration_s(attempt))
 
 
 def host_checks(
@@ -117,6 +118,19 @@ def reasons(judged: Mapping[str, Any]) -> str:
     return "; ".join(bad) or "nothing was checked"
 
 
+def conclusion(judged: Mapping[str, Any]) -> str:
+    """What a good verdict proves, in one line. Clean is a host that was itself asked; what was not asked is named."""
+    known = {each["id"] for each in judged["checks"]}
+    host, count = judged["host"], len(judged["checks"])
+    no_login = "" if LOGIN in known else "; no login was tried (verify_probe_login)"
+    if known - {PORTS, LOGIN}:
+        return f"{host} is clean: {count} checks passed{no_login}"
+    return (
+        f"nothing was found open on {host} that may not be, and that is all: the host itself was not asked "
+        f"(verify_request), which only a run of the portal does{no_login}"
+    )
+
+
 def _check(name: str, result: str, reason: str | None, evidence: Any, duration_s: float) -> Check:
     short = None if reason is None else reason[:REASON_LIMIT]
     return {"id": name, "result": result, "reason": short, "evidence": evidence, "duration_s": round(duration_s, 3)}
@@ -151,4 +165,5 @@ class FilterModule:
             "verify_host_checks": host_checks,
             "verify_verdict": verdict,
             "verify_reasons": reasons,
+            "verify_conclusion": conclusion,
         }
