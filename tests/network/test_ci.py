@@ -547,7 +547,33 @@ def test_github_gives_forks_nothing_asks_no_reviewer_and_shows_the_plan_when_it_
     assert [step for step in steps if "GH_TOKEN" in str(step)] == [shown]
     assert any("cancelled()" in step.get("if", "") and "pulumi cancel" in step["run"] for step in steps)
     head = (CI / "github-actions.yml").read_text()
-    assert "no required\n# reviewers" in head, "each lease would wait for a person"
+    assert "no required reviewers" in head, "each lease would wait for a person"
+
+
+def test_at_github_a_job_gets_the_secrets_of_its_step_and_the_environment_is_that_of_applies(
+    github: dict[Any, Any],
+) -> None:
+    """What may write is a secret of the environment: no other word, least of all a change's own code, runs in it."""
+    job = github["jobs"]["network"]
+    assert job["environment"] == "${{ needs.todo.outputs.word == 'apply' && 'network' || '' }}"
+    assert "environment" not in github["jobs"]["todo"]
+    assert "secrets." not in str(github["env"])
+    steps = [*github["jobs"]["todo"]["steps"], *job["steps"]]
+    given = {
+        step["run"].split()[0]: sorted(re.findall(r"secrets\.(\w+)", str(step))) for step in steps if "run" in step
+    }
+    assert {step: names for step, names in given.items() if names} == {
+        "word=apply": ["PORTAL_TOKEN"],
+        "exec": ["CLOUDFLARE_API_TOKEN", "PORTAL_TOKEN", "PULUMI_CONFIG_PASSPHRASE"],
+    }, "no action and no package that is installed is given any"
+    (script,) = [step["run"] for step in steps if "network.sh '" in step.get("run", "")]
+    assert script.startswith("exec "), "signals of a cancelled job reach the step's own process alone"
+
+
+@pytest.mark.parametrize("job", ["preview", "apply", "poll", "drift"])
+def test_at_gitlab_only_what_applies_runs_in_the_environment(gitlab: dict[str, Any], job: str) -> None:
+    assert "environment" not in gitlab[".network"]
+    assert gitlab[f"network-{job}"].get("environment") == ("network" if job in ("apply", "poll") else None)
 
 
 def test_gitlab_locks_each_stack_and_cuts_nothing_off(gitlab: dict[str, Any]) -> None:
