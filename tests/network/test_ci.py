@@ -581,7 +581,8 @@ def test_gitlab_locks_each_stack_and_cuts_nothing_off(gitlab: dict[str, Any]) ->
     assert (locked["resource_group"], locked["interruptible"]) == ("network-$STACK", False)
     assert gitlab["workflow"]["auto_cancel"]["on_new_commit"] == "none"
     assert gitlab["network-preview"]["resource_group"] == "network-preview-$STACK", "no apply waits for it"
-    assert not any("resource_group" in gitlab[f"network-{job}"] for job in ("apply", "poll", "drift"))
+    assert gitlab["network-drift"]["resource_group"] == "network-drift-$STACK", "no apply waits for it"
+    assert not any("resource_group" in gitlab[f"network-{job}"] for job in ("apply", "poll")), "both apply"
     assert "canceled" in locked["after_script"][0]
 
 
