@@ -15,6 +15,7 @@ import pytest
 
 from portal import db
 from portal.db import utcnow
+from portal.integrations import wake
 from portal.integrations.wake import Wake
 from portal.models import Machine, MachineReport
 from portal.services import events, heartbeats, machines
@@ -192,6 +193,47 @@ def test_a_fault_that_nobody_foresaw_ends_neither_of_them(database: Any, monkeyp
         until(is_written, "a later heartbeat to be written", timeout_s=10)
     finally:
         buffer.stop()
+
+
+def test_a_writer_whose_round_breaks_writes_in_the_next(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would start another: it is taken to be there as long as it is remembered."""
+    monkeypatch.setattr(heartbeats, "FLUSH_S", 0.05)
+    real, faults = heartbeats.Buffer.flush, iter([ZeroDivisionError(), peewee.InternalError()])
+
+    def flush(buffer: heartbeats.Buffer) -> int:
+        for fault in faults:
+            raise fault
+        return real(buffer)
+
+    monkeypatch.setattr(heartbeats.Buffer, "flush", flush)
+    buffer = heartbeats.Buffer()
+    try:
+        buffer.note(_heartbeat(make_machine("gpu-1").id))
+        until(lambda: MachineReport.select().count() == 1, "the heartbeat to be written", timeout_s=10)
+    finally:
+        buffer.stop()
+
+
+def test_a_waker_that_cannot_even_let_go_of_its_connection_wakes_all_the_same(
+    database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, faults = wake.release_connection, [ZeroDivisionError("letting go"), ZeroDivisionError("looking")]
+
+    def release() -> None:
+        if threading.current_thread().name == "wake" and faults:
+            raise faults.pop()
+        real()
+
+    monkeypatch.setattr(wake, "release_connection", release)
+    own = Wake()
+    try:
+        with own.listen(("task.log", 7)) as ear:
+            until(lambda: not faults, "both faults")
+            with db.connection(), db.atomic():
+                events.write("task.log", resource_id=7)
+            assert ear.wait(10)
+    finally:
+        own.stop()
 
 
 def test_what_was_committed_survives_a_power_cut(tmp_path: Path) -> None:
