@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from remotegpu_network import desired, names, records
+from remotegpu_network import desired, names, openings, records
 from remotegpu_network.shapes import aws
 
 Inputs = Mapping[str, Any]
@@ -106,10 +106,13 @@ def one_peer_a_rule(token: str, inputs: Inputs) -> Iterator[str]:
         yield f"exactly one of {', '.join(peers)}"
 
 
+CIDRS = ("cidrIpv4", "cidrIpv6", "cidrIp", "ipv6CidrIp", "cidrBlock", "ipv6CidrBlock")  # of all clouds
+
+
 def networks_are_canonical(token: str, inputs: Inputs) -> Iterator[str]:
     """One that is not is created, and never found again (terraform-provider-aws#15982)."""
     for each in (inputs, *_rules_of(token, inputs)):
-        for key in ("cidrIpv4", "cidrIpv6", "cidrIp", "ipv6CidrIp", "cidrBlock", "ipv6CidrBlock"):
+        for key in CIDRS:
             text = each.get(key)
             if text is None:
                 continue
@@ -121,14 +124,22 @@ def networks_are_canonical(token: str, inputs: Inputs) -> Iterator[str]:
 
 
 def the_world_has_a_reason(token: str, inputs: Inputs) -> Iterator[str]:
+    """The world is what it is for the document: half of it is no smaller hole."""
     if token == desired.AWS_EGRESS:
         return
     for each in (inputs, *_rules_of(token, inputs)):
-        open_to = [
-            each.get(key) for key in ("cidrIpv4", "cidrIpv6", "cidrIp", "ipv6CidrIp", "cidrBlock", "ipv6CidrBlock")
-        ]
-        if {"0.0.0.0/0", "::/0"} & set(open_to) and not str(each.get("description", "")).startswith(aws.WORLD):
-            yield "open to the world without a reason"
+        if str(each.get("description", "")).startswith(aws.WORLD):
+            continue
+        for text in filter(None, map(each.get, CIDRS)):
+            if _is_world(text):
+                yield f"{text} is open to the world without a reason"
+
+
+def _is_world(text: str) -> bool:
+    try:
+        return openings.source(text).is_world
+    except openings.BadOpening:  # told by networks_are_canonical
+        return False
 
 
 def _rules_of(token: str, inputs: Inputs) -> Sequence[Inputs]:

@@ -461,6 +461,28 @@ def test_a_stack_of_one_cloud_leaves_the_rest_to_others_and_says_so() -> None:
     assert found.left_out == {"aws": 2}
 
 
+@pytest.mark.parametrize(
+    ("token", "key4", "key6"),
+    [
+        (desired.AWS_INGRESS, "cidrIpv4", "cidrIpv6"),
+        (desired.ALICLOUD_RULE, "cidrIp", "ipv6CidrIp"),
+        (desired.TENCENT_RULES, "cidrBlock", "ipv6CidrBlock"),
+    ],
+)
+def test_the_policy_knows_the_same_world_as_the_document(token: str, key4: str, key6: str) -> None:
+    def told(key: str, network: str, description: str = "RemoteGPU o1") -> list[str]:
+        rule = {key: network, "description": description}
+        inputs = {"ingresses": [rule]} if token == desired.TENCENT_RULES else rule
+        return list(policy.the_world_has_a_reason(token, inputs))
+
+    for key, networks in ((key4, ("0.0.0.0/0", "128.0.0.0/1", "0.0.0.0/7")), (key6, ("::/0", "8000::/1", "2000::/15"))):
+        for network in networks:
+            assert told(key, network) == [f"{network} is open to the world without a reason"]
+            assert told(key, network, f"{aws.WORLD} roaming") == []
+    assert told(key4, "10.0.0.0/8") == told(key6, "2001::/16") == []
+    assert told(key4, "0.0.0.1/0") == [], "what is no network is told by the check of networks"
+
+
 def test_the_policy_pack_has_every_check_and_refuses_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PACK.parent)
     made = {each.name: each for each in runpy.run_path(PACK.name)["policies"]()}
