@@ -117,11 +117,11 @@ def _first_administrator() -> None:
     """Where nobody can sign in yet: an administrator, whose one-time password is printed now and never again."""
     from portal.db import connection
     from portal.models import User
-    from portal.services import users
+    from portal.services import robots, users
     from portal.services.actors import SYSTEM
 
     with connection():
-        if User.select().exists():
+        if User.select().where(User.username != robots.OWNER).exists():
             return
         user, password = users.create_staff("admin", "admin", by=SYSTEM)
     print(f"user name: {user.username}\none-time password: {password}", flush=True)

@@ -1,14 +1,24 @@
-"""docker-compose.yml says what the roles say: addresses, limits, settings and rules, from the roles' own variables."""
+"""docker-compose.yml says what the roles say: addresses, limits, settings and rules, from the roles' own variables.
+
+What its head tells people to type is typed here, against servers of the test's own: tests pull no images.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
+from tests import postgresql
+from tests.support import redis
+from tests.support.make_run import OTHERS, make_run
 from tests.support.rendering import evaluate, render, variables_of
 
 ROOT = Path(__file__).parents[2]
@@ -127,3 +137,91 @@ def test_every_secret_has_to_be_given() -> None:
 def test_every_image_has_a_version() -> None:
     tags = [service["image"].partition(":")[2] for service in SERVICES.values()]
     assert all(re.match(r"v?\d", tag) for tag in tags)
+
+
+# -- what the head says, word for word
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This checkout as its user has it, but without what the instructions are to make."""
+    folder = tmp_path / "checkout"
+    (folder / "build").mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name not in {".git", ".env", "build", "instance", "secrets"}:
+            (folder / path.name).symlink_to(path)
+    (folder / "build" / "remotegpu-agent.pyz").symlink_to(ROOT / "build" / "remotegpu-agent.pyz")
+    return folder
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """In place of the engine one that writes down what it was asked, and of sudo one that asks no password."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (folder / "docker").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/asked-of-docker\n')
+    (folder / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The address of a PostgreSQL and of a Redis, in place of those in containers; they have no users yet."""
+    with postgresql.server() as url, redis.server(tmp_path) as cache:
+        yield url, cache.url
+
+
+@pytest.mark.slow
+@pytest.mark.postgresql
+@pytest.mark.timeout(600)
+def test_what_the_head_tells_to_type_gives_prometheus_a_token_that_the_portal_knows(
+    checkout: Path, programs: Path, servers: tuple[str, str], tmp_path: Path
+) -> None:
+    database, cache = servers
+    first, *steps, last = re.findall(r"(?m)^#   (\S.*)$", (ROOT / "docker-compose.yml").read_text())
+    environ = {name: value for name, value in os.environ.items() if name not in OTHERS}
+    environ["PATH"] = f"{programs}:{environ['PATH']}"
+
+    def type_in(*lines: str) -> str:
+        shell = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+        done = subprocess.run(shell, cwd=checkout, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    type_in(first)
+    secrets = checkout / ".env"
+    makes_one = re.search(r"(openssl .+) makes one", secrets.read_text())
+    assert makes_one
+    secrets.write_text(re.sub(r"(?m)=$", lambda _: "=" + type_in(makes_one[1]).strip(), secrets.read_text()))
+    given = dict(re.findall(r"(?m)^(\w+)=(\S+)$", secrets.read_text()))
+    postgresql.execute(database, f"CREATE ROLE remotegpu LOGIN PASSWORD '{given['POSTGRESQL_PASSWORD']}'")
+    postgresql.execute(database, "CREATE DATABASE remotegpu OWNER remotegpu")
+    subprocess.run(
+        ["redis-cli", "-u", cache, "config", "set", "requirepass", given["REDIS_PASSWORD"]],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    here = [
+        step.replace("127.0.0.1/remotegpu", f"{database.partition('@')[2]}/remotegpu")
+        .replace("127.0.0.1/0", cache.removeprefix("redis://"))
+        for step in steps
+    ]  # fmt: skip
+    addresses = type_in(*here, 'echo; echo "DATABASE_URL=$DATABASE_URL"; echo "REDIS_URL=$REDIS_URL"').split()[-2:]
+
+    instance, token_file = checkout / "instance", checkout / "secrets" / "prometheus.token"
+    assert (token_file.stat().st_uid, token_file.stat().st_mode & 0o777) == (65534, 0o400)
+    assert list(instance.glob("*.db*")) == [], "something went to SQLite"
+    assert list((checkout / "build" / "dashboards").glob("*.json")) != []
+    asked = (tmp_path / "asked-of-docker").read_text().splitlines()
+    assert asked == ["compose up --detach --wait postgresql redis", "compose up --detach"]
+
+    assert last.startswith("make run PROMETHEUS_URL=http://127.0.0.1:9090")
+    with make_run(instance, *addresses) as started:
+        assert started.password is not None, "nobody can sign in"
+        bearer = {"Authorization": f"Bearer {token_file.read_text().strip()}"}
+        ca_file = str(checkout / "secrets" / "portal-ca.pem")
+        for path in ("/metrics", "/api/v1/prometheus/targets"):
+            url = started.portal.url + path
+            assert requests.get(url, verify=ca_file, timeout=30).status_code == 401
+            assert requests.get(url, verify=ca_file, timeout=30, headers=bearer).status_code == 200
