@@ -12,7 +12,7 @@ The sections, and what each holds:
   back
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
-- `firewall`: the ruleset without its changing parts
+- `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
 - `listening_ports`, `docker` (ids), `mounts`, `swaps`, `modules`, `gpu_holders`, `temporary_folders`, `packages`
 
 Never in here: the content of a private key, or a password's hash. What is compared with it lies in `cleaning/` and
@@ -24,6 +24,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,6 +74,9 @@ _SECRET = re.compile(r"ssh_host_.*_key$|/ssl/private/|/\.ssh/(?!authorized_keys2
 _CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|control-.*)$|/atjobs/\.SEQ$")
 
 TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", "/dev/mqueue")  # noqa: S108 - looked at, not written to
+LEASE_GROUP = "remotegpu-leases"
+_MOST_OPEN = 300  # in one tree
+_OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
 _CRITICAL_PACKAGES = (
     "bash", "coreutils", "cron", "libc6", "libpam0g", "libpam-modules", "libpam-modules-bin", "libpam-systemd", "login",
     "openssh-server", "passwd", "sudo", "systemd", "util-linux",
@@ -216,6 +220,66 @@ def special_entry(each: special.Found) -> dict[str, Any]:
     return {**(files.look_at(each.path) or {}), "capabilities": each.capabilities}
 
 
+def read_open() -> dict[str, int | None]:
+    """What everybody may write to, by mode, devices among it; what lies below is no longer looked at.
+
+    A tree that is full of it (an operator's data) is one entry without a mode.
+    """
+    found: dict[str, int | None] = {}
+    every_lease = accounts.find_gid(LEASE_GROUP)
+    for each in special.walk():
+        is_for_all = stat.S_ISDIR(each.mode) and each.mode & 0o002
+        if _is_below(found, each.path) or not (
+            is_for_all or special.opened(each.path, each.mode, each.gid, each.device, every_lease)
+        ):
+            continue
+        found[each.path] = stat.S_IMODE(each.mode)
+        for depth in (3, 2):
+            tree = "/".join(each.path.split("/")[:depth]) + "/"
+            if sum(path.startswith(tree) for path in found) > _MOST_OPEN:
+                found = {path: mode for path, mode in found.items() if not path.startswith(tree)}
+                found[tree.rstrip("/")] = None
+    return dict(sorted(found.items()))
+
+
+def _is_below(known: dict[str, int | None], path: str) -> bool:
+    return any(folder in known for folder in special.parents(path))
+
+
+def good_mode(sections: dict[str, Any], path: str, mode: int) -> int:
+    """The mode of something that was opened to everybody (a device, a file or a folder)."""
+    known: int | None = _open_before(sections).get(path)
+    is_device = stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+    return known if known is not None else stat.S_IMODE(mode) & ~(0o006 if is_device else 0o002)
+
+
+def opened(sections: dict[str, Any], path: str, mode: int, gid: int, device: int) -> str | None:
+    """What everybody may do with it and could not in the baseline, in words; None where that is nothing.
+
+    A baseline that is older than its section of this is no measure for data of an operator: the system's places count.
+    """
+    known = _open_before(sections)
+    is_the_systems = path in ("/", "/home", *known) or f"{path}/".startswith(_OF_THE_SYSTEM)
+    if ("open_files" not in sections and not device and not is_the_systems) or _is_below(known, path):
+        return None
+    before = known.get(path)
+    if before is not None and before & ~mode & stat.S_ISVTX == 0:
+        return None
+    return special.opened(path, mode, gid, device, leases_gid(sections))
+
+
+def leases_gid(sections: dict[str, Any]) -> int | None:
+    """The group that every lease is in."""
+    lines = sections["accounts"]["/etc/group"].get(LEASE_GROUP, [])
+    return int(lines[0].split(":")[2]) if lines else None
+
+
+def _open_before(sections: dict[str, Any]) -> dict[str, int | None]:
+    older = {path: entry["mode"] for path, entry in sections.get("temporary_folders", {}).items()}
+    known: dict[str, int | None] = sections.get("open_files", older)
+    return known
+
+
 def read_linger() -> list[str]:
     """Users whose services run without a login."""
     try:
@@ -279,6 +343,7 @@ _READERS: dict[str, Callable[[], Any]] = {
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
     "special_files": read_special,
+    "open_files": read_open,
     "stores": lambda: read_rights(special.STORES),
     "firewall": firewall.look_at,
     "listening_ports": ports.lasting,

@@ -9,11 +9,13 @@ playbook's.
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import glob
 import ipaddress
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
+_KINDS = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "b": stat.S_IFBLK, "c": stat.S_IFCHR}
 _LEASE_UIDS = (20000, 59999)
 # Beside its reserve an idle driver shows some MiB as used; the smallest CUDA context there is takes about 100.
 _IDLE_GPU_BYTES = 64 * 1024**2
@@ -440,13 +443,32 @@ def _special_files(asked: Asked) -> Iterator[str]:
         now = _rights_of(path)
         if now != baseline.good_store(asked.sections, path, now):
             yield f"{path} is open to others than in the baseline"
-    yield from _programs_that_lend(asked)
+    lending, capable = set(), set()
+    open_folder = ["-type", "d", "-perm", "/022"]
+    kinds = ["(", "-type", "f", "-o", *open_folder, "-o", "-type", "b", "-o", "-type", "c", ")"]
+    for line in _find_everywhere(*kinds, tell=r"%y %m %G %p\0"):
+        kind, mode, gid, path = line.split(" ", 3)
+        if int(mode, 8) & 0o022 or kind in "bc":
+            yield from _opened(asked, path, _KINDS[kind] | int(mode, 8), int(gid))
+        if kind == "f" and int(mode, 8) & 0o6000:
+            lending.add(path)
+        elif kind == "f" and _capabilities(path):
+            capable.add(path)
+    yield from _programs_that_lend(asked, lending, capable)
 
 
-def _programs_that_lend(asked: Asked) -> Iterator[str]:
+def _opened(asked: Asked, path: str, mode: int, gid: int) -> Iterator[str]:
+    device = 0
+    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
+        with contextlib.suppress(FileNotFoundError):
+            device = os.lstat(path).st_rdev
+    words = baseline.opened(asked.sections, path, mode, gid, device)
+    if words is not None:
+        yield f"{path} {words}"
+
+
+def _programs_that_lend(asked: Asked, lending: set[str], capable: set[str]) -> Iterator[str]:
     known = asked.sections["special_files"]
-    lending = set(_find_everywhere("-type", "f", "-perm", "/6000"))
-    capable = {path for path in _find_everywhere("-type", "f") if _capabilities(path)}
     digests = dict(_digests(sorted(path for path in lending | capable if known.get(path, {}).get("sha256"))))
     for path in sorted(lending | capable):
         if path not in known:
@@ -593,13 +615,14 @@ def _getent(database: str, *keys: str) -> list[str]:
     return run(["getent", "--service=files", database, *keys], ok=(0, 2)).splitlines()
 
 
-def _find(roots: list[str], *words: str) -> Iterator[str]:
+def _find(roots: list[str], *words: str, tell: str = r"%p\0") -> Iterator[str]:
     there = [root for root in roots if os.path.lexists(root)]
     if there:
-        yield from run(["find", *there, "-ignore_readdir_race", *words, "-print0"], timeout_s=600).split("\0")[:-1]
+        said = run(["find", *there, "-ignore_readdir_race", *words, "-printf", tell], timeout_s=600)
+        yield from said.split("\0")[:-1]
 
 
-def _find_everywhere(*words: str) -> Iterator[str]:
+def _find_everywhere(*words: str, tell: str = r"%p\0") -> Iterator[str]:
     """On every file system of this machine's own; each is entered from its own mount point only."""
     places = {_unescaped(place) for place in run(["findmnt", "-rn", "-t", _LOCAL_TYPES, "-o", "TARGET"]).splitlines()}
     first, last = str(_LEASE_UIDS[0] - 1), str(_LEASE_UIDS[1] + 1)
@@ -609,7 +632,7 @@ def _find_everywhere(*words: str) -> Iterator[str]:
     shut = set(_find(sorted({folder for way in ways.values() for folder in way}), "-prune", *closed))
     open_places = sorted(place for place, way in ways.items() if not shut.intersection(way))
     in_stores = [word for store in special.STORES for word in ("-o", "-path", store, "-o", "-path", f"{store}/*")][1:]
-    return _find(open_places, "-xdev", "(", *in_stores, ")", *closed, "-prune", "-o", *words)
+    return _find(open_places, "-xdev", "(", *in_stores, ")", *closed, "-prune", "-o", *words, tell=tell)
 
 
 def _now() -> str:

@@ -307,6 +307,18 @@ WAYS: tuple[Way, ...] = (
         _says("findmnt -n /sys/kernel/debug", "tmpfs"), "mounts", _text("/sys/kernel/debug")),
     Way("mount that hides a process", _as_root("mount --bind /proc/1 /proc/$(pgrep -o -x cron)"),
         _says("findmnt -rn -o TARGET", r"/proc/[0-9]"), "mounts", _text("proc is mounted on /proc/")),
+    Way("packaged program that all may write", _as_root("chmod o+w /usr/bin/tac"),
+        _says("stat -c %a /usr/bin/tac", "7$"), "special_files", _text("/usr/bin/tac")),
+    Way("system folder that all may write", _as_root("chmod 777 /usr/lib/systemd/system"),
+        _says("stat -c %a /usr/lib/systemd/system", "777"), "special_files", _text("/usr/lib/systemd/system ")),
+    Way("temporary folder without its protection", _as_root("chmod 777 /var/tmp"),
+        _says("stat -c %a /var/tmp", "^777"), "special_files", _text("/var/tmp ")),
+    Way("file that every lease may write", _as_root("install -m 0664 -g remotegpu-leases /dev/null /srv/left.sh"),
+        _says("stat -c %G /srv/left.sh", "remotegpu-leases"), "special_files", _text("/srv/left.sh")),
+    Way("device elsewhere", _as_root("mknod -m 666 /var/lib/.left b 8 0"), _exists("/var/lib/.left"),
+        "special_files", _text("/var/lib/.left")),
+    Way("device that all may read", _as_root("rm -f /dev/left && mknod -m 604 /dev/left b 8 0"),
+        _says("stat -c %a /dev/left", "604"), "special_files", _text("/dev/left")),
     Way("capability file",
         _as_root("install -m 0755 /bin/sleep /usr/lib/left-capable && python3 -c 'import os; os.setxattr("
                  '"/usr/lib/left-capable", "security.capability",'

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -20,7 +21,7 @@ from pathlib import Path
 from remotegpu_agent import baseline
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit
-from remotegpu_agent.cleaning.scope import LEASE_GROUP, Scope
+from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Act, Finding, Look
 from remotegpu_agent.observe import accounts, files, special
 from remotegpu_agent.observe.accounts import FIRST_PERSON
@@ -195,7 +196,7 @@ def _changed_rights(scope: Scope, path: str) -> Iterator[Finding]:
 
 def _without_lease(line: str, scope: Scope) -> str:
     """Membership in the group of all leases comes and goes with the lease's account."""
-    if not line.startswith(f"{LEASE_GROUP}:"):
+    if not line.startswith(f"{baseline.LEASE_GROUP}:"):
         return line
     head, _, members = line.rpartition(":")
     return f"{head}:{','.join(name for name in members.split(',') if name != scope.login)}"
@@ -307,7 +308,8 @@ def _accounts_locked() -> Iterator[None]:
 
 
 def look_for_special_files(scope: Scope) -> Iterator[Finding]:
-    """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing.
+    """Set-uid, set-gid and capability files that were added or changed; one that is gone lends nothing. Beside them
+    what everybody may write now, and devices that everybody may open.
 
     The content counts for those of the baseline alone: a tenant could have us read terabytes of the others. Stores come
     first: once they are shut again, nobody looks into them.
@@ -318,7 +320,12 @@ def look_for_special_files(scope: Scope) -> Iterator[Finding]:
             yield Finding(functools.partial(_shut, path, best), f"{path} is open to others than in the baseline")
     known: Snapshot = scope.sections["special_files"]
     packaged = functools.cache(special.packaged_paths)
-    for each in special.walk():
+    for each in itertools.chain([special.root()], special.walk()):
+        if (each.mode & 0o022 or each.device) and not scope.owns(each.uid):  # what the tenant owns goes by another step
+            words = baseline.opened(scope.sections, each.path, each.mode, each.gid, each.device)
+            if words is not None:
+                text = f"{each.path} (mode {stat.S_IMODE(each.mode):o}) {words}"
+                yield Finding(functools.partial(_close, each, scope), text)
         if not each.is_special:
             continue
         before = known.get(each.path)
@@ -344,6 +351,29 @@ def _shut(path: str, best: files.Rights) -> Iterator[str]:
         yield f"put back owner and mode of {path}"
     finally:
         os.close(handle)
+
+
+def _close(each: special.Found, scope: Scope) -> Iterator[str]:
+    """A device outside of /dev goes; of anything else everybody loses what he was given."""
+    is_device = stat.S_ISBLK(each.mode) or stat.S_ISCHR(each.mode)
+    if is_device and not each.path.startswith("/dev/"):
+        yield from remove.remove(each.path)
+        return
+    try:
+        parent = files.enter(os.path.dirname(each.path))
+        try:
+            handle = os.open(os.path.basename(each.path) or ".", os.O_PATH | os.O_NOFOLLOW, dir_fd=parent)
+        finally:
+            os.close(parent)
+        try:  # by way of the descriptor: a device is not opened, and a link in its place not followed
+            if each.gid in special.LEASE_IDS or each.gid == baseline.leases_gid(scope.sections):
+                os.chown(f"/proc/self/fd/{handle}", -1, 0)
+            os.chmod(f"/proc/self/fd/{handle}", baseline.good_mode(scope.sections, each.path, each.mode))
+        finally:
+            os.close(handle)
+        yield f"put back the mode of {each.path}"
+    except OSError as error:
+        yield f"could not put back the mode of {each.path}: {error.strerror}"
 
 
 def _disarm(path: str, before: Entry | None, now: Entry, packaged: Callable[[], frozenset[str]]) -> Iterator[str]:

@@ -18,7 +18,6 @@ from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.tools import read_text
 
 LEASE_KEYS = "/etc/remotegpu/authorized_keys"
-LEASE_GROUP = "remotegpu-leases"
 LEASE_UIDS = range(20000, 60000)
 _LEASE_LOGIN = re.compile(r"lease[0-9]{1,10}")
 

@@ -1,4 +1,4 @@
-"""Programs that lend their owner's power: set-uid, set-gid and file capabilities; and files by their owner.
+"""What lends power: set-uid, set-gid and capability programs, what everybody may write, devices; and files by owner.
 
 One walk over this machine's own file systems answers all of it. Where only root can enter a folder of a store, it is
 left out: Docker's layers are full of set-uid programs of other systems.
@@ -17,6 +17,8 @@ from remotegpu_agent.observe import docker, files, mounts
 STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
 LEASE_IDS = range(20000, 60000)
 _PATH_MAX = 4096
+_MEMORY = {os.makedev(1, minor) for minor in (1, 2, 4)}  # mem, kmem, port
+_HARMLESS = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)} | {os.makedev(5, 0), os.makedev(5, 2), 0}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Found:
     capabilities: str | None
     is_too_deep: bool = False  # a folder that no path leads into: what is in it was not looked at
     is_open: bool = False  # a folder that is looked into
+    device: int = 0
 
     @property
     def is_special(self) -> bool:
@@ -68,6 +71,48 @@ def _is_closed(path: str, facts: os.stat_result) -> bool:
     return not facts.st_mode & 0o007 and not is_a_leases and bool(folders_of_store(path))
 
 
+def root() -> Found:
+    """The folder that no walk comes across."""
+    facts = os.lstat("/")
+    return Found("/", facts.st_mode, facts.st_uid, facts.st_gid, None)
+
+
+def opened(path: str, mode: int, gid: int, device: int, leases_gid: int | None) -> str | None:
+    """What any lease may do with it and should not, in words; None where that is nothing. A group of leases counts too.
+
+    Where others cannot go nothing is open, and in a folder where each may remove only his own neither.
+    """
+    bits = mode | (mode >> 3 if gid in LEASE_IDS or gid == leases_gid else 0)
+    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
+        is_open, words = bits & 0o006 and _is_mighty(path, mode, device), "is a device that any lease may open"
+    else:
+        is_place = stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not mode & stat.S_ISVTX)
+        is_open, words = bits & 0o002 and is_place and not path.startswith("/dev/"), "may be written by any lease"
+    return words if is_open and _others_reach(path) else None
+
+
+def _is_mighty(path: str, mode: int, device: int) -> bool:
+    """In /dev many may be opened by everybody; elsewhere nobody needs one but what a chroot has."""
+    if path.startswith("/dev/"):
+        return stat.S_ISBLK(mode) or device in _MEMORY
+    return stat.S_ISBLK(mode) or device not in _HARMLESS
+
+
+def _others_reach(path: str) -> bool:
+    try:
+        facts = [os.lstat(folder) for folder in parents(path)]
+    except OSError:
+        return False
+    return all(each.st_mode & 0o001 or each.st_uid in LEASE_IDS or each.st_gid in LEASE_IDS for each in facts)
+
+
+def parents(path: str) -> Iterator[str]:
+    """The folders that lead to the path, the innermost first."""
+    while path != "/":
+        path = os.path.dirname(path)
+        yield path
+
+
 def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
     """One name at a time: of a million in one folder no list is made, and what the caller removes is not entered."""
     pending = [top]
@@ -102,7 +147,8 @@ def _look_at(path: str, entry: os.DirEntry[str], folder: int) -> Found | None:
     is_folder = stat.S_ISDIR(facts.st_mode)
     is_too_deep = is_folder and len(os.fsencode(path)) >= _PATH_MAX
     is_open = is_folder and not is_too_deep and not _is_closed(path, facts)
-    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, capabilities, is_too_deep, is_open)
+    device = facts.st_rdev
+    return Found(path, facts.st_mode, facts.st_uid, facts.st_gid, capabilities, is_too_deep, is_open, device)
 
 
 def _capabilities(folder: int, name: str, mode: int) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remotegpu_agent import baseline
-from remotegpu_agent.observe import files, mounts, ports, processes
+from remotegpu_agent.observe import files, mounts, ports, processes, special
 from remotegpu_agent.observe.tools import ToolFailed, printable, run
 
 
@@ -40,8 +42,6 @@ def test_content_is_no_difference_but_every_fact_is(tmp_path: Path) -> None:
 
 
 def test_a_pipe_in_the_place_of_a_file_does_not_make_us_wait(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     entry = files.look_at(str(tmp_path / "pipe"), content=True)
     assert entry is not None
@@ -242,3 +242,93 @@ def test_a_store_may_be_stricter_than_in_the_baseline_and_not_more_open() -> Non
     for mode, good in ((0o711, 0o711), (0o700, 0o700), (0o715, 0o711)):
         now = STORE | {"mode": mode}
         assert baseline.good_store(known, "/var/lib/docker", now) == STORE | {"mode": good}
+
+
+# --- what any lease may write to
+
+FILE, FOLDER, BLOCK, CHARACTER = stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK, stat.S_IFCHR
+DISK, NULL, MEMORY, GPU = os.makedev(8, 0), os.makedev(1, 3), os.makedev(1, 1), os.makedev(195, 0)
+GROUPS = {"accounts": {"/etc/group": {"remotegpu-leases": ["remotegpu-leases:x:990:lease17"]}}}
+KNOWN = GROUPS | {"open_files": {"/tmp": 0o1777, "/data": 0o777, "/srv/note": 0o666, "/home/ops": None}}
+WRITTEN, A_DEVICE = "may be written by any lease", "is a device that any lease may open"
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "gid", "device", "said"),
+    [
+        ("/usr/bin/python3", FILE | 0o666, 0, 0, WRITTEN),
+        ("/usr/bin/python3", FILE | 0o664, 0, 0, None),
+        ("/usr/bin/python3", FILE | 0o664, 20018, 0, WRITTEN),
+        ("/usr/bin/python3", FILE | 0o664, 990, 0, WRITTEN),
+        ("/usr/lib", FOLDER | 0o777, 0, 0, WRITTEN),
+        ("/", FOLDER | 0o777, 0, 0, WRITTEN),
+        ("/usr/lib", FOLDER | 0o1777, 0, 0, None),
+        ("/tmp", FOLDER | 0o1777, 0, 0, None),
+        ("/tmp", FOLDER | 0o777, 0, 0, WRITTEN),
+        ("/tmp/made/later", FILE | 0o666, 0, 0, None),
+        ("/data", FOLDER | 0o777, 0, 0, None),
+        ("/data/more", FILE | 0o666, 0, 0, None),
+        ("/srv/note", FILE | 0o666, 0, 0, None),
+        ("/srv/other", FILE | 0o666, 0, 0, WRITTEN),
+        ("/home/ops/new", FILE | 0o666, 0, 0, None),
+        ("/home/ops", FOLDER | 0o777, 0, 0, WRITTEN),
+        ("/var/lib/disk", BLOCK | 0o666, 0, DISK, A_DEVICE),
+        ("/var/lib/disk", BLOCK | 0o660, 6, DISK, None),
+        ("/var/lib/disk", BLOCK | 0o640, 20018, DISK, A_DEVICE),
+        ("/var/spool/dev/null", CHARACTER | 0o666, 0, NULL, None),
+        ("/var/lib/card", CHARACTER | 0o666, 0, GPU, A_DEVICE),
+        ("/dev/nvidia0", CHARACTER | 0o666, 0, GPU, None),
+        ("/dev/mem", CHARACTER | 0o644, 0, MEMORY, A_DEVICE),
+        ("/dev/sda", BLOCK | 0o664, 6, DISK, A_DEVICE),
+        ("/dev/anything", FILE | 0o666, 0, 0, None),
+    ],
+)
+def test_what_any_lease_may_write_or_open_is_told_unless_it_could_before(
+    path: str, mode: int, gid: int, device: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(special, "_others_reach", lambda _path: True)
+    assert baseline.opened(KNOWN, path, mode, gid, device) == said
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "device", "said"),
+    [
+        ("/usr/bin/python3", FILE | 0o666, 0, WRITTEN),
+        ("/usr", FOLDER | 0o777, 0, WRITTEN),
+        ("/home", FOLDER | 0o777, 0, WRITTEN),
+        ("/data/his", FILE | 0o666, 0, None),
+        ("/data/disk", BLOCK | 0o666, DISK, A_DEVICE),
+        ("/tmp", FOLDER | 0o777, 0, WRITTEN),
+        ("/var/tmp/x", FILE | 0o666, 0, None),
+    ],
+)
+def test_an_older_baseline_is_no_measure_for_an_operators_data(
+    path: str, mode: int, device: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(special, "_others_reach", lambda _path: True)
+    older = GROUPS | {"temporary_folders": {"/tmp": {"mode": 0o1777}, "/var/tmp": {"mode": 0o1777}}}
+    assert baseline.opened(older, path, mode, 0, device) == said
+    assert baseline.good_mode(older, "/tmp", FOLDER | 0o777) == 0o1777
+
+
+def test_what_others_cannot_reach_is_open_to_nobody(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path = tmp_path / "his"
+    path.touch()
+    path.chmod(0o666)
+    assert special.opened(str(path), path.stat().st_mode, 0, 0, None) is None
+    assert special.opened("/usr/bin/env", FILE | 0o666, 0, 0, None) == WRITTEN
+
+
+def test_a_tree_that_is_full_of_open_files_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(special, "_others_reach", lambda _path: True)
+    walked = [
+        ("/srv/one", FILE | 0o666),
+        ("/tmp", FOLDER | 0o1777),
+        ("/tmp/two", FILE | 0o666),
+        ("/etc", FOLDER | 0o755),
+    ]
+    walked += [(f"/data/set/{number}", FILE | 0o666) for number in range(400)]
+    walked += [(f"/home/user{number}/open", FOLDER | 0o777) for number in range(400)]
+    monkeypatch.setattr(special, "walk", lambda: [special.Found(path, mode, 0, 0, None) for path, mode in walked])
+    assert baseline.read_open() == {"/data/set": None, "/home": None, "/srv/one": 0o666, "/tmp": 0o1777}

@@ -266,6 +266,31 @@ def test_a_store_that_was_opened_is_shut_before_anything_is_looked_for(
     assert (layer.stat().st_mode & 0o7777, list(restored.look_for_special_files(here))) == (0o4755, [])
 
 
+def test_what_any_lease_may_write_is_closed_again_and_a_link_in_its_place_not_followed(
+    mine: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(special, "_others_reach", lambda _path: True)
+    program, folder, elsewhere = (Path(mine.home, name) for name in ("program", "folder", "elsewhere"))
+    folder.mkdir()
+    for path, mode in ((program, 0o757), (folder, 0o777), (elsewhere, 0o600)):
+        path.touch()
+        path.chmod(mode)
+    here = replace(mine, sections=mine.sections | {"open_files": {}, "temporary_folders": {}})
+    here.__dict__.update(uids=frozenset({20017}), subordinate_uids=())
+    found = list(restored.look_for_special_files(here))
+    assert sorted(finding.text for finding in found) == [
+        f"{folder} (mode 777) may be written by any lease",
+        f"{program} (mode 757) may be written by any lease",
+    ]
+    list(restored.disarm_special_files(here, found))
+    assert [oct(path.stat().st_mode & 0o7777) for path in (program, folder)] == ["0o755", "0o775"]
+    assert list(restored.look_for_special_files(here)) == []
+    program.unlink()
+    program.symlink_to(elsewhere)
+    assert "could not put back" in "".join(restored.disarm_special_files(here, found))
+    assert elsewhere.stat().st_mode & 0o7777 == 0o600
+
+
 def test_what_lies_among_the_tasks_and_is_of_no_task_goes(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "TASK_FOLDERS", mine.home)
     monkeypatch.setattr(processes, "_units", lambda _pattern: [])

@@ -151,12 +151,13 @@ def test_a_program_that_lends_power_is_compared_in_mode_and_content(
     if is_large:
         monkeypatch.setattr(files, "_DIGEST_LIMIT_BYTES", 5)
     known = {str(program): {**(files.look_at(str(program)) or {}), "capabilities": None}}
-    monkeypatch.setattr(verify, "_find_everywhere", lambda *_words: iter([str(program)]))
     change(program)
     if is_large and change is change_content:
         program.write_bytes(b"#!/bin/sh, and more\n")
         program.chmod(0o4755)
-    found = list(verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": known})))
+    found = list(
+        verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": known}), {str(program)}, set())
+    )
     assert found == [text.format(program) for text in said]
 
 
@@ -166,9 +167,10 @@ def test_the_content_of_a_program_that_a_tenant_left_is_never_read(
     program = tmp_path / "left"
     program.touch(0o755)
     program.chmod(0o4755)
-    monkeypatch.setattr(verify, "_find_everywhere", lambda *_words: iter([str(program)]))
     monkeypatch.setattr(verify, "run", lambda argv, **_: pytest.fail(f"started {argv}"))
-    found = list(verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": {}})))
+    found = list(
+        verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": {}}), {str(program)}, set())
+    )
     assert found == [f"{program} lends power and is not in the baseline"]
 
 
@@ -198,3 +200,27 @@ def programs_in_a_store(folder: Path) -> list[str]:
     (folder / "store" / "open").chmod(0o755)
     (folder / "store" / "shut").chmod(0o710)
     return [str(path) for path in paths]
+
+
+# --- what any lease may write to
+
+
+def test_what_any_lease_may_write_is_named_and_what_the_baseline_knows_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(special, "_others_reach", lambda path: Path(path).parent.name != "private")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "private").mkdir()
+    paths = [tmp_path / name for name in ("data/his", "private/his", "program", "fine")]
+    for path in paths:
+        path.touch()
+        path.chmod(0o644 if path.name == "fine" else 0o666)
+    (tmp_path / "data").chmod(0o777)
+    monkeypatch.setattr(
+        verify, "run", lambda argv, **how: f"{tmp_path}\n" if argv[0] == "findmnt" else run(argv, **how)
+    )
+    monkeypatch.setattr(special, "STORES", (str(tmp_path / "none"),))
+    sections = {"special_files": {}, "accounts": {"/etc/group": {}}, "open_files": {str(tmp_path / "data"): 0o777}}
+    assert list(verify._special_files(verify.Asked(None, None, None, sections))) == [
+        f"{tmp_path}/program may be written by any lease"
+    ]
