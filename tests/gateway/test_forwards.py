@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=["IPv4", "IPv6"])
+on_trixie = pytest.mark.parametrize("converged", ["trixie"], indirect=True)
 DOOR = {"tcp/22": "syn-ack"}  # of the gateway itself
 
 
@@ -109,6 +111,27 @@ def test_an_end_that_is_moved_is_taken_over_and_nobody_is_cut(behind: Behind, fa
         assert inside.communicate(timeout=90)[0].strip() == f"you are {CUSTOMER[family]}"
 
 
+@on_trixie
+@each_family
+def test_who_has_half_closed_is_answered_whole_and_who_is_idle_stays_while_the_agent_changes_things(
+    behind: Behind, archive: int, family: int
+) -> None:
+    """Not a byte is lost, and nobody waits for one that does not come: whatever else is forwarded meanwhile, and though
+    both have another end again and again.
+    """
+    to_archive, to_greeter = (behind.forward(family, to, THEIRS[family]) for to in (archive, GREETING))
+    with (
+        speaking(behind.place, "ask", family, to_archive["public_port"]) as asks,
+        speaking(behind.place, "wait", family, to_greeter["public_port"]) as waits,
+    ):
+        assert (heard_line(asks), heard_line(waits)) == ("half", "in")
+        for seconds in (300, 900, 400):
+            behind.end_soon(to_archive, to_greeter, seconds=seconds)
+            behind.forward(family, SSH, EVERYBODY[family])
+        assert asks.communicate("\n", timeout=60)[0] == "whole\n"
+        assert waits.communicate("\n", timeout=60)[0] == "still there?\n"
+
+
 def test_after_a_flush_it_is_made_again_with_the_portal_down(behind: Behind) -> None:
     """By the distribution's own unit, which takes everything away."""
     forwards = [behind.forward(family, GREETING, THEIRS[family], seconds=60) for family in FAMILIES]
@@ -169,6 +192,37 @@ def heard(behind: Behind, family: int, *, source: str, again: dict[str, str]) ->
 def ports(forwards: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
     """Family and public port of each."""
     return [(family, forward["public_port"]) for family, forward in forwards.items()]
+
+
+@pytest.fixture
+def archive(behind: Behind) -> Iterator[int]:
+    """The port of the GPU host at which somebody answers a request that has ended."""
+    port, program = 8889, Path(__file__).with_name("archive.py").read_text()
+    for host in (behind.place.gpu, behind.place.customer):
+        host.put("/usr/local/bin/archive", program, mode="0755")
+    behind.place.gpu.run(f"systemd-run --unit=archive /usr/bin/python3 /usr/local/bin/archive serve {port}")
+    openings = behind.gpu.open_ports(None, [f"tcp/{port}"], THEIRS.values())
+    yield port
+    behind.gpu.portal.change(openings=[])
+    behind.gpu.wait_for_openings(openings, None)
+    behind.place.gpu.run("systemctl stop archive")
+
+
+@contextmanager
+def speaking(place: Place, how: str, family: int, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A customer with archive.py, whose lines are read and written here."""
+    program = ["python3", "/usr/local/bin/archive", how, PUBLIC[family], str(port), CUSTOMER[family]]
+    argv = ["docker", "exec", "-i", place.customer.id, *program]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as customer:
+        try:
+            yield customer
+        finally:
+            customer.kill()
+
+
+def heard_line(customer: subprocess.Popen[str]) -> str:
+    assert customer.stdout is not None
+    return customer.stdout.readline().strip()
 
 
 @contextmanager
