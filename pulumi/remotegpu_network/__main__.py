@@ -19,7 +19,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,13 @@ def _check(told: argparse.Namespace) -> int:
     found = desired.resources(wanted, _settings(told, wanted))
     made = len(found.resources)
     print(f"Generation {wanted.generation} of {wanted.environment}: {_told(wanted.counts)}; {made} resources.")
+    _note(found.notes)
     return 0
+
+
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _told(counts: Mapping[str, int]) -> str:
@@ -115,10 +121,9 @@ def _plan(told: argparse.Namespace) -> int:
     after = desired.resources(wanted, chosen)
     made = plan.compare(_resources_of(before, chosen), after.resources)
     print(json.dumps(plan.as_json(made), indent=1) if told.form == "json" else plan.text(made))
-    for note in (*after.notes, *_left_out(after.left_out)):
-        print(f"note: {note}", file=sys.stderr)
+    _note([*after.notes, *_left_out(after.left_out)])
     if before is not None and steps.first_step(before, wanted, chosen) is not None:
-        print("note: this takes two applies, since a name is taken over by another record: see `step`", file=sys.stderr)
+        _note(["this takes two applies, since a name is taken over by another record: see `step`"])
     guard.check(wanted, chosen, guard.of_document(before, chosen) if before else None)
     return 0
 

@@ -117,6 +117,7 @@ def resources(document: Document, settings: Settings) -> Desired:
     if problems:
         raise BadDocument(problems)
     made.notes += _unused(made.resources, settings)
+    made.notes += _perhaps_our_own(document, settings)
     return made
 
 
@@ -365,3 +366,17 @@ def _unused(found: list[Resource], settings: Settings) -> Iterator[str]:
     there = {each.logical for each in found}
     for name in sorted((set(settings.adopt) | set(settings.protect)) - there):
         yield f"{name} stands in remotegpu:adopt or remotegpu:protect, but the stack has no such resource"
+
+
+def _perhaps_our_own(document: Document, settings: Settings) -> Iterator[str]:
+    """Only the stack can know its account, and does not ask the cloud for it."""
+    if settings.aws_account is not None or "aws" not in settings.clouds:
+        return
+    of_aws = (each.opening.source for each in document.openings if document.groups[each.group].cloud == "aws")
+    if named := sorted({source.text for source in of_aws if source.is_group and "/" in source.text}):
+        some = ", ".join(named[:5]) + (", …" if len(named) > 5 else "")
+        yield (
+            f"remotegpu:aws-account is not set, and openings are from groups with an account ({some}): AWS answers a "
+            f"group of the stack's own account without it, so its rules would be replaced at every apply. Set it to "
+            f"the stack's own twelve digits."
+        )

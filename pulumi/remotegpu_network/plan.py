@@ -19,7 +19,7 @@ REPLACED_BY: Mapping[str, frozenset[str]] = {
     desired.CLOUDFLARE_ZONE: frozenset({"name", "account"}),
     desired.CLOUDFLARE_RECORD: frozenset({"type", "parent"}),
     desired.ROUTE53_ZONE: frozenset({"name"}),
-    desired.ROUTE53_RECORD: frozenset({"name", "type", "parent"}),
+    desired.ROUTE53_RECORD: frozenset({"name", "parent"}),  # another type: one transaction of the cloud
     desired.ALIDNS_DOMAIN: frozenset({"name"}),
     desired.ALIDNS_RECORD: frozenset({"parent"}),
     desired.DNSPOD_DOMAIN: frozenset({"name"}),

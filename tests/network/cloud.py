@@ -17,7 +17,7 @@ FORCES_NEW: Mapping[str, frozenset[str]] = {
     desired.CLOUDFLARE_ZONE: frozenset({"account", "name"}),
     desired.CLOUDFLARE_RECORD: frozenset({"zoneId", "type"}),
     desired.ROUTE53_ZONE: frozenset({"name"}),
-    desired.ROUTE53_RECORD: frozenset({"zoneId", "name", "type", "setIdentifier"}),
+    desired.ROUTE53_RECORD: frozenset({"zoneId", "name"}),
     desired.ALIDNS_DOMAIN: frozenset({"domainName"}),
     desired.ALIDNS_RECORD: frozenset({"domainName"}),
     desired.DNSPOD_DOMAIN: frozenset({"domain"}),

@@ -41,6 +41,12 @@ def test_an_account_of_digits_is_a_text_to_the_program(engine: Engine) -> None:
     assert done.code == 0, done.told
 
 
+def test_p22_the_program_warns_where_its_own_account_is_not_known(engine: Engine) -> None:
+    peer = opening("o1", "123456789012/sg-0abc")
+    done = engine.up(sealed(peer), remotegpu__clouds=["aws"])
+    assert (done.code, "remotegpu:aws-account is not set" in done.told) == (0, True), done.told
+
+
 def test_a_reason_without_a_letter_of_aws_is_a_reason(engine: Engine) -> None:
     wide = opening("o1", "0.0.0.0/0", 443, reason="客户漫游")
     done = engine.up(sealed(wide), remotegpu__clouds=["aws"])
