@@ -19,7 +19,18 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "roles" / "prometheus" / "files" / "remotegpu.alerting.rules.yml"
 BACKUP = ROOT / "roles" / "postgresql" / "templates" / "backup.sh.j2"
 TESTS = sorted((ROOT / "tests" / "roles" / "rules").glob("*.yml"))
-OTHERS = re.compile(r"node_\w+|nvidia_smi_\w+|DCGM_FI_DEV_XID_ERRORS|probe_ssl_earliest_cert_expiry|up")
+EXPORTER = ROOT / "roles" / "nvidia_gpu_exporter" / "defaults" / "main.yml"
+# How nvidia_gpu_exporter calls a field of nvidia-smi: by its unit. What it tells besides is of itself; of XIDs only its
+# build with NVML tells, which the role does not install and a site may.
+UNITS = {
+    r"(utilization|fan)\.\w+": "_ratio",
+    r"memory\.\w+": "_bytes",
+    r"clocks\.current\.\w+": "_clock_hz",
+    r"(enforced\.)?power\.\w+": "_watts",
+}
+OF_ITSELF = {"nvidia_smi_gpu_info", "nvidia_smi_command_exit_code", "nvidia_smi_last_collect_success"}
+WITH_NVML = {"nvidia_smi_xid_last_timestamp_seconds"}
+OF_SITES = {"DCGM_FI_DEV_XID_ERRORS", "probe_ssl_earliest_cert_expiry", "up"}
 METRIC = re.compile(r"\bremotegpu:\w+\b|\b(?:remotegpu|node|nvidia_smi|DCGM|probe)_\w+\b|\bup\b")
 
 
@@ -59,13 +70,38 @@ def test_every_alert_says_how_bad_it_is_what_is_wrong_and_the_way_out() -> None:
         assert "{{" not in rule["annotations"]["way_out"], f"{name}: it is translated as it stands"
 
 
+def of_exporters() -> set[str]:
+    """The series of the exporters that the roles install, and of those that a site may have besides."""
+    fields = yaml.safe_load(EXPORTER.read_text())["nvidia_gpu_exporter_fields"]
+    of_node = re.findall(r"(?m)^node_\w+$", (ROOT / "tests" / "roles" / "rules" / "node_exporter.txt").read_text())
+    return {*map(exported, fields), *of_node, *OF_ITSELF, *WITH_NVML, *OF_SITES}
+
+
+def exported(field: str) -> str:
+    unit = next((unit for fields, unit in UNITS.items() if re.fullmatch(fields, field)), "")
+    return f"nvidia_smi_{field.replace('.', '_')}{unit}"
+
+
 def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
     ours = {*monitoring_samples.FAMILIES, *alerts_samples.FAMILIES, "remotegpu_http_requests_total"}
     ours.update(re.findall(r"remotegpu_\w+_seconds", BACKUP.read_text()))
     recorded = {rule["record"] for rule in every_rule() if "record" in rule}
     asked = {metric for rule in every_rule() for metric in METRIC.findall(rule["expr"])} - recorded
-    assert {metric for metric in asked if metric not in ours and not OTHERS.fullmatch(metric)} == set()
+    assert asked - ours - of_exporters() == set()
     assert len(asked) > 25
+
+
+@pytest.mark.parametrize("name", ["node_memory_MemAvailable", "nvidia_smi_temperature_gpu_celsius", "nvidia_smi_xid"])
+def test_a_series_of_no_exporter_is_none(name: str) -> None:
+    assert name not in of_exporters()
+
+
+def test_every_class_of_xids_is_tried_with_what_the_agent_tells() -> None:
+    """Its series are the ones that every host has; no exporter that the roles install tells of XIDs."""
+    tests = yaml.safe_load((ROOT / "tests" / "roles" / "rules" / "xid.yml").read_text())["tests"]
+    by_the_agent = [test for test in tests if all("remotegpu_" in each["series"] for each in test["input_series"])]
+    fired = {check["alertname"] for test in by_the_agent for check in test["alert_rule_test"] if check["exp_alerts"]}
+    assert fired == {name for name in rules() if name.startswith("GpuXid")}
 
 
 def test_what_is_said_of_a_host_is_said_of_the_control_planes_own_too() -> None:
