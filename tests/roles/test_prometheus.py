@@ -96,6 +96,15 @@ def test_alerts_leave_without_the_labels_of_the_server() -> None:
     assert "alert_relabel_configs" not in config()["alerting"]
 
 
+def test_every_distribution_has_a_prometheus_that_can_read_the_rules() -> None:
+    """`keep_firing_for` came with 2.42; Ubuntu 22.04 has 2.31, which refuses the whole file."""
+    assert "keep_firing_for" in (ROLES / "prometheus" / "files" / "remotegpu.alerting.rules.yml").read_text()
+    told = (ROLES / "prometheus" / "vars" / "Debian.yml").read_text()
+    versions = {f"{name}_{major}": minor for minor, name, major in re.findall(r"2\.(\d+) on (\w+) (\d+)", told)}
+    assert set(evaluate("{{ __prometheus_supported }}", "prometheus", "trixie")) == set(versions)
+    assert min(int(minor) for minor in versions.values()) >= 42
+
+
 def test_no_label_of_the_server_may_be_one_by_which_alerts_are_told_apart() -> None:
     rules = (ROLES / "prometheus" / "files" / "remotegpu.alerting.rules.yml").read_text()
     named = {label for labels in re.findall(r"\bby \(([^)]+)\)", rules) for label in labels.split(", ")}
