@@ -10,6 +10,8 @@ The sections, and what each holds:
 - `loader`, `cron`, `at_jobs`, `system_units`, `sudoers`, `pam`, `sshd`, `shell_profiles`, `local_programs`, `hosts`,
   `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
   back
+- `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
+  loaded by themselves
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
 - `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
@@ -62,6 +64,14 @@ HOME_PROFILES = (
     ".profile", ".bash_profile", ".bash_login", ".bash_logout", ".bashrc", ".zshrc", ".zshenv", ".zprofile",
     ".pam_environment", ".config/environment.d", ".config/systemd/user", ".config/autostart",
 )  # fmt: skip
+# Those that a baseline without `home_profiles` did not look for: to it they are an operator's own.
+_LATER_HOME_PROFILES = (".bash_aliases", ".bash_completion", ".zlogin", ".zlogout", ".local/share/systemd/user")
+
+# Where systemd, udev and D-Bus look by themselves, and packages put what is theirs: anything else there is somebody's.
+LOADED_BY_ITSELF = (
+    "/usr/lib/systemd", "/usr/lib/udev/rules.d", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/usr/lib/modprobe.d",
+    "/usr/lib/modules-load.d", "/usr/lib/environment.d", "/usr/share/dbus-1/system-services",
+)  # fmt: skip
 
 # The rest of /etc without what the system rewrites by itself, what other sections hold, and what belongs to the agent.
 _NOT_COMPARED = re.compile(
@@ -101,22 +111,26 @@ def agent_version() -> str:
     return str(getattr(remotegpu_agent, "__version__", "0"))
 
 
-def read_files(section: str, homes: list[str], *, keep: Callable[[str], bool] | None = None) -> Snapshot:
+def read_files(
+    section: str, homes: list[str], *, profiles: Iterable[str] = (), keep: Callable[[str], bool] | None = None
+) -> Snapshot:
     """A section of files as it is now; `homes` are those of the baseline's users, not of whoever came later.
 
     `keep` says whose content is taken along; None is whatever may have to be put back.
     """
     keeps_content = keep or {"etc": _is_public, "local_programs": None}.get(section, _is_no_secret)
-    return files.snapshot(roots_of(section, homes), skip=lambda path: is_left_out(section, path), keep=keeps_content)
+    return files.snapshot(
+        roots_of(section, homes, profiles), skip=lambda path: is_left_out(section, path), keep=keeps_content
+    )
 
 
-def roots_of(section: str, homes: list[str]) -> list[str]:
+def roots_of(section: str, homes: list[str], profiles: Iterable[str]) -> list[str]:
     """Where the files of a section lie; glob patterns among them."""
     if section == "etc":
         return ["/etc"]
     if section == "ssh_keys":
         return [os.path.join(home, ".ssh") for home in homes] + ["/etc/remotegpu/authorized_keys"]
-    in_homes = [os.path.join(home, name) for home in homes for name in HOME_PROFILES]
+    in_homes = [os.path.join(home, name) for home in homes for name in profiles]
     return [*FILE_ROOTS[section], *(in_homes if section == "shell_profiles" else [])]
 
 
@@ -148,6 +162,21 @@ def homes_of(sections: dict[str, Any]) -> list[str]:
     people = [user for user in accounts.users(sections["accounts"]["/etc/passwd"]) if user.uid == 0 or user.uid >= 1000]
     homes = {os.path.realpath(user.home) for user in people if user.home.count("/") >= 1 and user.uid != 65534}
     return sorted(homes - {"/", "/nonexistent", "/dev/null"})
+
+
+def profiles_of(sections: dict[str, Any]) -> list[str]:
+    """What the baseline looked for in homes."""
+    names: list[str] = sections.get("home_profiles", list(HOME_PROFILES))
+    return names
+
+
+def read_unpackaged() -> Snapshot:
+    """What lies in no package where it is loaded by itself."""
+    packaged = special.packaged_paths()
+    found = files.snapshot(
+        LOADED_BY_ITSELF, skip=lambda path: path in packaged and not os.path.isdir(path), keep=_is_no_secret
+    )
+    return {path: entry for path, entry in found.items() if entry["type"] != "directory" and path not in packaged}
 
 
 def read_accounts() -> dict[str, Any]:
@@ -333,13 +362,16 @@ def read_temporary_folders() -> Snapshot:
 
 
 def _file_reader(section: str) -> Callable[[], Snapshot]:
-    return lambda: read_files(section, homes_of({"accounts": read_accounts()}))
+    profiles = (*HOME_PROFILES, *_LATER_HOME_PROFILES)
+    return lambda: read_files(section, homes_of({"accounts": read_accounts()}), profiles=profiles)
 
 
 _READERS: dict[str, Callable[[], Any]] = {
     "accounts": read_accounts,
     "account_files": lambda: read_rights(accounts.FILES),
     **{section: _file_reader(section) for section in FILE_SECTIONS},
+    "home_profiles": lambda: [*HOME_PROFILES, *_LATER_HOME_PROFILES],
+    "unpackaged": read_unpackaged,
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
     "special_files": read_special,
@@ -360,8 +392,8 @@ _READERS: dict[str, Callable[[], Any]] = {
 def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
     """Content is kept in the order of the sections until the limit; the rest of /etc comes last and loses first."""
     left = CONTENT_LIMIT_BYTES
-    for section in FILE_SECTIONS:
-        for entry in sections[section].values():
+    for section in (*FILE_SECTIONS, "unpackaged"):
+        for entry in sections.get(section, {}).values():
             left -= len(entry.get("content", ""))
             if left < 0:
                 entry.pop("content", None)

@@ -334,35 +334,62 @@ def _docker(asked: Asked, kind: str, command: str, action: str, columns: str) ->
 def _files(section: str) -> Check:
     def check(asked: Asked) -> Iterator[str]:
         before = asked.sections[section]
-        now = _listed(section, baseline.homes_of(asked.sections))
-        for path in sorted({*before, *now}):
-            if path not in now:
-                if section != "at_jobs":  # a job that has run is gone
-                    yield f"{path} is missing"
-            elif path not in before:
-                yield f"{path} is not in the baseline"
-            elif changed := sorted(key for key in now[path] if now[path][key] != before[path].get(key)):
-                yield f"{path} has another {' and '.join(changed)} than in the baseline"
+        now = _listed(section, asked.sections)
+        gone = set() if section == "at_jobs" else {*before} - {*now}  # a job that has run is gone
+        yield from _changes(before, now, gone)
 
     return check
 
 
-def _listed(section: str, homes: list[str]) -> dict[str, dict[str, Any]]:
+def _changes(before: dict[str, Any], now: dict[str, Any], gone: set[str]) -> Iterator[str]:
+    for path in sorted({*gone, *now}):
+        if path in gone:
+            yield f"{path} is missing"
+        elif path not in before:
+            yield f"{path} is not in the baseline"
+        elif changed := sorted(key for key in now[path] if now[path][key] != before[path].get(key)):
+            yield f"{path} has another {' and '.join(changed)} than in the baseline"
+
+
+def _listed(section: str, sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files of a section as find and sha256sum see them, in the baseline's words."""
-    globbed = [path for root in baseline.roots_of(section, homes) for path in glob.glob(root) or [root]]
+    named = baseline.roots_of(section, baseline.homes_of(sections), baseline.profiles_of(sections))
+    globbed = [path for root in named for path in glob.glob(root) or [root]]
     roots = [path for path in globbed if os.path.lexists(path)]
-    if not roots:
-        return {}
-    said = run(["find", *roots, "-ignore_readdir_race", "-printf", r"%p\0%y\0%m\0%U\0%G\0%l\0"]).split("\0")[:-1]
+    found = {
+        path: entry
+        for path, entry in _entries(roots).items()
+        if not any(baseline.is_left_out(section, each) for each in _with_parents(path, roots))
+    }
+    _add_digests(found)
+    return found
+
+
+def _entries(roots: list[str]) -> dict[str, dict[str, Any]]:
+    said = list(_find(roots, tell=r"%p\0%y\0%m\0%U\0%G\0%l\0"))
     found: dict[str, dict[str, Any]] = {}
     for path, kind, mode, uid, gid, target in zip(*(said[column::6] for column in range(6)), strict=True):
-        if any(baseline.is_left_out(section, each) for each in _with_parents(path, roots)):
-            continue
         word = {"f": "file", "d": "directory", "l": "link"}.get(kind, "special")
         entry: dict[str, Any] = {"type": word, "uid": int(uid), "gid": int(gid)}
         found[path] = entry | ({"target": target} if word == "link" else {"mode": int(mode, 8)})
-    _add_digests(found)
     return found
+
+
+def _unpackaged(asked: Asked) -> Iterator[str]:
+    """What no package put where it is loaded by itself; a baseline that is older does not tell which was there."""
+    if "unpackaged" not in asked.sections:
+        return
+    found = {
+        path: each for path, each in _entries(list(baseline.LOADED_BY_ITSELF)).items() if each["type"] != "directory"
+    }
+    spelled = {path.removeprefix("/usr"): path for path in found} | {path: path for path in found}
+    patterns = [re.sub(r"[\\*?\[]", r"\\\g<0>", path) for path in spelled]  # dpkg takes a name for one
+    said = run(["dpkg", "-S", *patterns], ok=(0, 1), timeout_s=120).splitlines() if found else []
+    packaged = {spelled.get(line.rpartition(": ")[2]) for line in said if not line.startswith("diversion ")}
+    now = {path: entry for path, entry in found.items() if path not in packaged}
+    _add_digests(now)
+    before = asked.sections["unpackaged"]
+    yield from _changes(before, now, {*before} - {*found})
 
 
 def _with_parents(path: str, roots: list[str]) -> Iterator[str]:
@@ -384,6 +411,7 @@ def _digests(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 def _running_units(asked: Asked) -> Iterator[str]:
     yield from _files("system_units")(asked)
+    yield from _unpackaged(asked)
     transient = {os.path.basename(path) for path in _find(["/run/systemd/transient"], "-type", "f")}
     for unit, load, active in _units("*.service", "*.socket", "*.timer", "*.path"):
         if active not in ("active", "activating", "reloading"):

@@ -36,7 +36,8 @@ def look_for_changes(section: str) -> Look:
 
     def look(scope: Scope) -> Iterator[Finding]:
         before: Snapshot = scope.sections[section]
-        now = baseline.read_files(section, scope.homes, keep=_names_keys)
+        profiles = baseline.profiles_of(scope.sections)
+        now = baseline.read_files(section, scope.homes, profiles=profiles, keep=_names_keys)
         for path in sorted({*before, *now}):
             if section == "ssh_keys" and path == scope.keys_file:
                 continue  # the lease's own door is another step
@@ -115,6 +116,7 @@ _OURS = re.compile(r"^remotegpu-")
 def look_for_units(scope: Scope) -> Iterator[Finding]:
     """Changed unit files, units that run without being in the baseline, and LD_* handed to every service."""
     yield from look_for_changes("system_units")(scope)
+    yield from _unpackaged(scope)
     known: Snapshot = scope.sections["system_units"]
     for unit in _loaded_units():
         path = unit["FragmentPath"]
@@ -126,6 +128,18 @@ def look_for_units(scope: Scope) -> Iterator[Finding]:
     for line in run(["systemctl", "show-environment"]).splitlines():
         if line.startswith("LD_"):
             yield Finding(f"environment:{line.partition('=')[0]}", f"systemd gives {line} to every service")
+
+
+def _unpackaged(scope: Scope) -> Iterator[Finding]:
+    """What no package put where it is loaded by itself; a baseline that is older does not tell which was there."""
+    before: Snapshot | None = scope.sections.get("unpackaged")
+    if before is None:
+        return
+    now = baseline.read_unpackaged()
+    for path in sorted({*before, *now}):
+        is_a_packages_now = path not in now and os.path.lexists(path)
+        if not is_a_packages_now and not files.same(before.get(path), now.get(path)):
+            yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
 
 
 def _loaded_units() -> list[dict[str, str]]:

@@ -332,3 +332,24 @@ def test_a_tree_that_is_full_of_open_files_is_one_entry(monkeypatch: pytest.Monk
     walked += [(f"/home/user{number}/open", FOLDER | 0o777) for number in range(400)]
     monkeypatch.setattr(special, "walk", lambda: [special.Found(path, mode, 0, 0, None) for path, mode in walked])
     assert baseline.read_open() == {"/data/set": None, "/home": None, "/srv/one": 0o666, "/tmp": 0o1777}
+
+
+# --- what is loaded by itself
+
+
+def test_what_no_package_put_there_is_told_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = tmp_path / "system"
+    (units / "cron.service.d").mkdir(parents=True)
+    for name in ("cron.service", "left.service", "cron.service.d/left.conf"):
+        (units / name).write_text("[Service]\n")
+    monkeypatch.setattr(baseline, "LOADED_BY_ITSELF", (str(tmp_path), str(tmp_path / "none")))
+    monkeypatch.setattr(special, "packaged_paths", lambda: frozenset({str(units), str(units / "cron.service")}))
+    found = baseline.read_unpackaged()
+    assert list(found) == [f"{units}/cron.service.d/left.conf", f"{units}/left.service"]
+    assert {files.content_of(entry) for entry in found.values()} == {b"[Service]\n"}
+
+
+def test_a_profile_that_an_older_baseline_did_not_look_for_is_the_operators_own() -> None:
+    older, newer = baseline.profiles_of({}), baseline.profiles_of({"home_profiles": [".bashrc", ".bash_aliases"]})
+    assert ".bash_aliases" not in older
+    assert baseline.roots_of("shell_profiles", ["/home/ops"], newer)[-1] == "/home/ops/.bash_aliases"

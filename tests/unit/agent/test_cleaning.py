@@ -302,6 +302,29 @@ def test_what_lies_among_the_tasks_and_is_of_no_task_goes(mine: Scope, monkeypat
     assert [path.name for path in Path(mine.home).iterdir()] == ["17"]
 
 
+def test_what_was_put_among_a_packages_units_goes_and_what_a_package_took_over_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("left.service", "adopted.service", "his.service")
+    for name in names:
+        (tmp_path / name).write_text("[Service]\n")
+    left, adopted, his = (str(tmp_path / name) for name in names)
+    packaged: set[str] = set()
+    monkeypatch.setattr(baseline, "LOADED_BY_ITSELF", (str(tmp_path),))
+    monkeypatch.setattr(special, "packaged_paths", lambda: frozenset(packaged))
+    before = {path: entry for path, entry in baseline.read_unpackaged().items() if path in (adopted, his)}
+    here = replace(SCOPE, sections=SECTIONS | {"unpackaged": before})
+    packaged.update({adopted, str(tmp_path)})
+    Path(his).unlink()
+    assert [finding.text for finding in restored._unpackaged(here)] == [
+        f"{his} is missing",
+        f"{left} is not in the baseline",
+    ]
+    list(restored.put_back(here, list(restored._unpackaged(here))))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adopted.service", "his.service"]
+    assert list(restored._unpackaged(SCOPE)) == [], "an older baseline does not tell which was there"
+
+
 # --- whom an order may touch
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from remotegpu_agent import gpu_child, verify
+from remotegpu_agent import baseline, gpu_child, verify
 from remotegpu_agent.observe import files, gpus, special
 from remotegpu_agent.observe.tools import run
 
@@ -224,3 +225,30 @@ def test_what_any_lease_may_write_is_named_and_what_the_baseline_knows_is_not(
     assert list(verify._special_files(verify.Asked(None, None, None, sections))) == [
         f"{tmp_path}/program may be written by any lease"
     ]
+
+
+def test_what_was_put_among_a_packages_units_is_named_whichever_way_the_package_spells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(tmp_path / name) for name in (r"cr\x2don.service", "his.service", "left.service")]
+    for path in paths:
+        Path(path).touch()
+    cron, his, left = paths
+    said = f"diversion by x from: {left}\ncron, systemd: {cron}\n"
+    monkeypatch.setattr(baseline, "LOADED_BY_ITSELF", (str(tmp_path),))
+    asked_dpkg: list[str] = []
+
+    def answer(argv: list[str], **how: Any) -> str:
+        asked_dpkg.extend(argv if argv[0] == "dpkg" else [])
+        return said if argv[0] == "dpkg" else run(argv, **how)
+
+    monkeypatch.setattr(verify, "run", answer)
+    before = {path: files.look_at(path) for path in (his, f"{tmp_path}/gone.service", cron)}
+    before[f"{tmp_path}/gone.service"] = before[his]
+    asked = verify.Asked(None, None, None, {"unpackaged": before})
+    assert list(verify._unpackaged(asked)) == [
+        f"{tmp_path}/gone.service is missing",
+        f"{left} is not in the baseline",
+    ]
+    assert cron.replace("\\", "\\\\") in asked_dpkg, "to dpkg a backslash begins a pattern"
+    assert list(verify._unpackaged(replace(asked, sections={}))) == [], "an older baseline does not tell"
