@@ -16,6 +16,7 @@ The sections, and what each holds:
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
 - `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
 - `listening_ports`, `docker` (ids), `mounts`, `swaps`, `modules`, `gpu_holders`, `temporary_folders`, `packages`
+- `critical_packages`: the names that `packages` looks at
 
 Never in here: the content of a private key, or a password's hash. What is compared with it lies in `cleaning/` and
 `verify.py`.
@@ -27,6 +28,7 @@ import datetime
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,9 +89,15 @@ TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", 
 LEASE_GROUP = "remotegpu-leases"
 _MOST_OPEN = 300  # in one tree
 _OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
+_PYTHON = (f"python3.{sys.version_info.minor}", f"libpython3.{sys.version_info.minor}")
 _CRITICAL_PACKAGES = (
     "bash", "coreutils", "cron", "libc6", "libpam0g", "libpam-modules", "libpam-modules-bin", "libpam-systemd", "login",
     "openssh-server", "passwd", "sudo", "systemd", "util-linux",
+)  # fmt: skip
+# What cleaning and verification themselves run by; a baseline without `critical_packages` tells nothing of these.
+_TRUSTED_PACKAGES = (
+    "docker-cli", "docker.io", "dpkg", "findutils", "iproute2", "iptables", "kmod", "libc-bin", "mount", "nftables",
+    "procps", "python3-minimal", *(f"{name}-minimal" for name in _PYTHON), f"{_PYTHON[1]}-stdlib",
 )  # fmt: skip
 
 
@@ -335,12 +343,12 @@ def read_gpu_holders() -> list[str]:
     return sorted({process.unit for process, _ in processes.gpu_holders() if process.unit is not None})
 
 
-def read_packages() -> list[str]:
-    """What `dpkg --verify` finds in the packages that decide who may sign in; settings are compared elsewhere."""
+def read_packages(names: Iterable[str]) -> list[str]:
+    """What `dpkg --verify` finds in these packages; settings are compared elsewhere."""
     if find_tool("dpkg") is None:
         return []
     try:
-        said = run(["dpkg", "--verify", *_installed(_CRITICAL_PACKAGES)], ok=(0, 1), timeout_s=60)
+        said = run(["dpkg", "--verify", *_installed(names)], ok=(0, 1), timeout_s=180)
     except ToolFailed as error:
         return [str(error)]
     return sorted(
@@ -350,7 +358,13 @@ def read_packages() -> list[str]:
     )
 
 
-def _installed(names: tuple[str, ...]) -> list[str]:
+def packages_of(sections: dict[str, Any]) -> list[str]:
+    """The packages that the baseline looked at: those that decide who may sign in, and what we look with."""
+    names: list[str] = sections.get("critical_packages", list(_CRITICAL_PACKAGES))
+    return names
+
+
+def _installed(names: Iterable[str]) -> list[str]:
     listed = run(["dpkg-query", "-W", "-f", "${db:Status-Abbrev} ${Package}\n", *names], ok=(0, 1))
     return [line.split()[1] for line in listed.splitlines() if line.startswith("ii ")]
 
@@ -385,7 +399,8 @@ _READERS: dict[str, Callable[[], Any]] = {
     "modules": read_modules,
     "gpu_holders": read_gpu_holders,
     "temporary_folders": read_temporary_folders,
-    "packages": read_packages,
+    "critical_packages": lambda: [*_CRITICAL_PACKAGES, *_TRUSTED_PACKAGES],
+    "packages": lambda: read_packages((*_CRITICAL_PACKAGES, *_TRUSTED_PACKAGES)),
 }
 
 

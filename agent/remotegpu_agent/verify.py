@@ -527,7 +527,8 @@ def _sshd_effective(asked: Asked) -> Iterator[str]:
 
 
 def _packages(asked: Asked) -> Iterator[str]:
-    return (f"dpkg: {line}" for line in baseline.read_packages() if line not in asked.sections["packages"])
+    now = baseline.read_packages(baseline.packages_of(asked.sections))
+    return (f"dpkg: {line}" for line in now if line not in asked.sections["packages"])
 
 
 def _temporary_folders(asked: Asked) -> Iterator[str]:

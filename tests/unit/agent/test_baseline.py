@@ -349,6 +349,12 @@ def test_what_no_package_put_there_is_told_with_its_content(tmp_path: Path, monk
     assert {files.content_of(entry) for entry in found.values()} == {b"[Service]\n"}
 
 
+def test_an_older_baseline_is_asked_only_of_the_packages_that_it_looked_at() -> None:
+    assert "findutils" not in baseline.packages_of({})
+    assert "openssh-server" in baseline.packages_of({})
+    assert baseline.packages_of({"critical_packages": ["findutils"]}) == ["findutils"]
+
+
 def test_a_profile_that_an_older_baseline_did_not_look_for_is_the_operators_own() -> None:
     older, newer = baseline.profiles_of({}), baseline.profiles_of({"home_profiles": [".bashrc", ".bash_aliases"]})
     assert ".bash_aliases" not in older
