@@ -374,8 +374,8 @@ def _certificates(now: datetime) -> Iterator[Condition]:
             yield Condition(
                 "CertificateExpiring",
                 f"The certificate {name} of the portal ends at {ends_at:%Y-%m-%d %H:%M} UTC.",
-                "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. By ACME: `certbot renew`. "
-                "Another one is for you to bring.",
+                "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. The authority (ca): "
+                "docs/operator.md, A new authority. By ACME: `certbot renew`. Another one is for you to bring.",
                 {"certificate": name},
             )
 

@@ -29,7 +29,10 @@ SENTENCES = (
     pgettext("refusal", "Look at the host: `remotegpu-agent doctor`. A lease on it still ends by itself."),
     pgettext("refusal", "The clock of %(host)s is %(value)s s off."),
     pgettext("refusal", "Look at its time service (`timedatectl`). Leases and keys end by the host's clock."),
-    pgettext("refusal", "%(host)s is frozen: it has seen a newer state than the portal holds."),
+    pgettext(
+        "refusal",
+        "%(host)s is frozen: it has seen a newer state than the portal holds, or has not reported since the portal was restored.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "The machine's page has the details; nobody new gets it meanwhile."),
     pgettext("refusal", "The processors of %(host)s have been %(value)s %% busy for a quarter of an hour."),
     pgettext("refusal", "On a leased machine this is the customer's work. On a free one look what runs there."),
@@ -152,7 +155,7 @@ SENTENCES = (
     pgettext("refusal", "The certificate %(certificate)s ends within %(value)s."),
     pgettext(
         "refusal",
-        "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. By ACME: `certbot renew`. Another one is for you to bring.",  # noqa: E501 - one sentence, as it stands in the rules
+        "Its own: `systemctl start remotegpu-certificate`, by hand `portal init`. The authority (ca): docs/operator.md, A new authority. By ACME: `certbot renew`. Another one is for you to bring.",  # noqa: E501 - one sentence, as it stands in the rules
     ),
     pgettext("refusal", "API token %(token)s ends within %(value)s."),
     pgettext("refusal", "Make a new one, give it to the program that uses it, and revoke this one."),
