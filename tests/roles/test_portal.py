@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.template import trust_as_template
 
 from tests.roles.rendering import Role
 from tests.support.rendering import evaluate, render
@@ -162,6 +163,85 @@ def wanted(**given: Any) -> str:
 def test_a_change_of_what_web_or_worker_run_with_is_taken_over(change: dict[str, Any]) -> None:
     assert wanted() == wanted()
     assert wanted(**change) != wanted()
+
+
+ONE, TWO, THREE = (f"/opt/remotegpu-portal/releases/{name}" for name in ("one", "two", "three"))
+
+
+def decided(name: str, *, serves: str, current: str, previous: str, back: bool) -> str:
+    """What release.yml decides by where the slot that serves and the two links lead; the archive is release three."""
+    tasks = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "release.yml").read_text())
+    [task] = [task for task in tasks if "__portal_release" in task.get("ansible.builtin.set_fact", {})]
+    links = [{"stat": {"lnk_source": link} if link else {}} for link in (current, previous, serves)]
+    given = {name: trust_as_template(text) for name, text in task["vars"].items()}
+    given |= {
+        "portal_rollback": back,
+        "__portal_links": {"results": links},
+        "__portal_files": {"results": [{"stat": {"checksum": "three"}}]},
+    }
+    return str(evaluate(task["ansible.builtin.set_fact"][name], "portal", "trixie", **given))
+
+
+@pytest.mark.parametrize(
+    ("serves", "current", "previous", "back"),
+    [
+        pytest.param(TWO, TWO, ONE, ONE, id="after an upgrade"),
+        pytest.param(ONE, ONE, ONE, ONE, id="after a way back"),
+        pytest.param(TWO, TWO, "", "", id="after the first release"),
+        pytest.param(ONE, TWO, ONE, ONE, id="a way back was cut off"),
+        pytest.param(THREE, TWO, ONE, TWO, id="an upgrade was cut off before previous"),
+        pytest.param(THREE, TWO, TWO, TWO, id="an upgrade was cut off before current"),
+        pytest.param(TWO, ONE, "", ONE, id="the first upgrade was cut off"),
+    ],
+)
+def test_the_way_back_leads_to_the_last_release_that_was_whole(
+    serves: str, current: str, previous: str, back: str
+) -> None:
+    assert decided("__portal_release", serves=serves, current=current, previous=previous, back=True) == back
+
+
+@pytest.mark.parametrize(
+    ("serves", "current", "previous", "replaces"),
+    [
+        pytest.param("", "", "", "", id="nothing is there"),
+        pytest.param(TWO, TWO, ONE, TWO, id="an upgrade"),
+        pytest.param(THREE, TWO, ONE, TWO, id="an upgrade that was cut off"),
+        pytest.param(ONE, TWO, ONE, ONE, id="an upgrade after a way back that was cut off"),
+        pytest.param(THREE, "", "", "", id="the first release that was cut off"),
+    ],
+)
+def test_a_new_release_takes_the_place_of_the_last_that_was_whole(
+    serves: str, current: str, previous: str, replaces: str
+) -> None:
+    links = {"serves": serves, "current": current, "previous": previous}
+    assert decided("__portal_replaces", **links, back=False) == replaces
+    assert decided("__portal_release", **links, back=False) == THREE
+
+
+@pytest.mark.parametrize(
+    ("nginx", "file", "active"),
+    [
+        (
+            {"x_served_by": "unix:/run/remotegpu-portal/green.sock"},
+            "server unix:/run/remotegpu-portal/blue.sock",
+            "green",
+        ),
+        (
+            {"x_served_by": "unix:/run/remotegpu-portal/blue.sock"},
+            "server unix:/run/remotegpu-portal/green.sock",
+            "blue",
+        ),
+        ({"status": -1}, "server unix:/run/remotegpu-portal/green.sock", "green"),
+        ({"x_served_by": "remotegpu_portal"}, "server unix:/run/remotegpu-portal/green.sock", "green"),
+        ({"status": -1}, "", "blue"),
+    ],
+)
+def test_the_slot_that_serves_is_the_one_that_nginx_names(nginx: dict[str, Any], file: str, active: str) -> None:
+    tasks = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "serving.yml").read_text())
+    [task] = [task for task in tasks if "ansible.builtin.set_fact" in task]
+    told = Role("portal", __portal_led=nginx, __portal_upstream={"stdout": file})
+    given = {"__told": [told.expression(text) for text in task["vars"]["__told"]]}
+    assert told.expression(task["ansible.builtin.set_fact"]["__portal_active"], **given) == active
 
 
 # -- what is no longer asked for goes; run on this machine, in folders of the test
