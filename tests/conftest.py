@@ -7,6 +7,7 @@ belongs to it, `viewer` only looks; `stranger` owns `other_tenant`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ def no_power_cuts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(database_module, "SYNCHRONOUS", "off")
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_umask() -> Iterator[None]:
+    """A start of the portal makes its process a private one, which this one must not stay for other tests."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_grafanas_package_is_asked_for_once_there_is_a_place_for_it(
     place = tmp_path / "cache"
     if is_there:
         place.mkdir()
+        place.chmod(0o755)  # whatever the umask
     package = {"grafana_package": f"{address}/grafana.deb", "grafana_package_sha256": "0" * 64}
     told = dry_run("grafana", "install", tmp_path, {}, __grafana_local=str(place / "grafana.deb"), **package)
     assert asked == (["/grafana.deb"] if is_there else [])
