@@ -111,10 +111,10 @@ class Pipeline:
         return script.returncode, told, self.calls()
 
     def start(self, word: str, **environment: str) -> subprocess.Popen[str]:
-        """As a CI does: the step's own process, which leads a group."""
+        """As a CI does: the step's own process, which leads a group and ignores no signal, as under `nohup`."""
         self.log.write_text("")
         return subprocess.Popen(
-            [self.folder / "pulumi" / "ci" / "network.sh", word, "prod"],
+            ["env", "--default-signal=HUP,INT,TERM", self.folder / "pulumi" / "ci" / "network.sh", word, "prod"],
             env={
                 **CLEAN, "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PORTAL_URL": self.url, "PORTAL_TOKEN": TOKEN, "LOG": str(self.log), "ANSWERS": str(self.folder),
