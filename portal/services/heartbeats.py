@@ -82,6 +82,7 @@ class Buffer:
         self._lock = threading.Lock()
         self._waiting: dict[int, Heartbeat] = {}
         self._writer: threading.Thread | None = None
+        self._stopping = threading.Event()  # the writer's own
         self._idle_since = 0.0
         os.register_at_fork(after_in_child=self._forget_writer)
         atexit.register(self.flush)
@@ -93,7 +94,10 @@ class Buffer:
             self._waiting[heartbeat.machine_id] = heartbeat.after(self._waiting.get(heartbeat.machine_id))
             if self._writer is None:
                 self._idle_since = time.monotonic()
-                self._writer = writer = threading.Thread(target=self._write, name="heartbeats", daemon=True)
+                self._stopping = threading.Event()
+                self._writer = writer = threading.Thread(
+                    target=self._write, args=(self._stopping,), name="heartbeats", daemon=True
+                )
         if writer is not None:
             writer.start()  # outside the lock: starting waits for the thread
 
@@ -123,9 +127,10 @@ class Buffer:
     def stop(self) -> None:
         """Write what waits and end the writer: for the end of a process or a test."""
         with self._lock:
-            writer, self._writer = self._writer, None
+            writer, self._writer, stopping = self._writer, None, self._stopping
         self.flush()
         if writer is not None:
+            stopping.set()
             writer.join(5.0)
 
     def _keep(self, rows: list[Heartbeat]) -> None:
@@ -133,19 +138,16 @@ class Buffer:
             for heartbeat in rows:
                 self._waiting.setdefault(heartbeat.machine_id, heartbeat)
 
-    def _write(self) -> None:
-        me = threading.current_thread()
-        while True:
-            time.sleep(FLUSH_S)
+    def _write(self, stopping: threading.Event) -> None:
+        while not stopping.wait(FLUSH_S):
             try:
-                if self._writer is me and self.flush():
+                if self.flush():
                     self._idle_since = time.monotonic()
             except Exception:  # a writer that is gone is not missed by `note`, and no host would be online any more
                 log.exception("Heartbeats were not written; those that come are.")
             with self._lock:
-                if self._writer is not me:
-                    return
-                if not self._waiting and time.monotonic() - self._idle_since > IDLE_S:
+                is_idle = not self._waiting and time.monotonic() - self._idle_since > IDLE_S
+                if is_idle and not stopping.is_set():
                     self._writer = None
                     return
 
