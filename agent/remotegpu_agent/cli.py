@@ -78,7 +78,10 @@ def _run(_: argparse.Namespace) -> int:
 
     config = _load()
     if not config.portal_url:
-        sys.exit("remotegpu-agent: portal_url in /etc/remotegpu/agent.json is empty: there is nobody to speak with")
+        sys.exit(
+            "remotegpu-agent: /etc/remotegpu/agent.json is missing, or its portal_url is empty: there is nobody to"
+            ' speak with; write at least {"portal_url": "https://portal.example:8443"}'
+        )
     _log_to_journal()
     Agent(config).run()
     return 0

@@ -47,13 +47,15 @@ class Config:
 
 
 def load(path: Path = CONFIG_FILE) -> Config:
-    """Read and check. Raises ConfigError."""
+    """Read and check. Without the file nobody has said yet which portal it is. Raises ConfigError."""
     try:
         value = find_json(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if value is None:
+        return Config(portal_url="")
     if not isinstance(value, dict):
-        raise ConfigError(f'{path}: missing; write at least {{"portal_url": "https://portal.example:8443"}}')
+        raise ConfigError(f'{path}: not an object; write at least {{"portal_url": "https://portal.example:8443"}}')
     return parse(value, str(path))
 
 

@@ -42,7 +42,9 @@ def examine(path: Path = CONFIG_FILE) -> Iterator[Finding]:
         return
     if not config.portal_url:
         yield Finding(
-            "configuration", False, "portal_url is empty: set gpu_agent_portal_url and run playbooks/gpu_hosts.yml"
+            "configuration",
+            False,
+            f"{path} is missing or its portal_url empty: set gpu_agent_portal_url and run playbooks/gpu_hosts.yml",
         )
         return
     yield Finding("configuration", True, str(path))

@@ -43,9 +43,15 @@ def test_settings_that_cannot_work_are_refused_by_name(value: dict[str, Any], sa
     assert said in str(caught.value)
 
 
-def test_missing_settings_say_what_to_write(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="portal_url"):
-        load(tmp_path / "agent.json")
+def test_a_host_that_knows_no_portal_yet_can_be_asked_and_ends_its_leases(tmp_path: Path) -> None:
+    assert load(tmp_path / "agent.json") == parse({"portal_url": ""})
+
+
+def test_settings_that_are_no_object_say_what_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "agent.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="write at least .*portal_url"):
+        load(path)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[::1]:1", "http://localhost:1"])
