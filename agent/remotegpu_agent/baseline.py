@@ -35,6 +35,7 @@ from typing import Any
 from remotegpu_agent.observe import accounts, docker, files, firewall, mounts, ports, processes, special
 from remotegpu_agent.observe.files import Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, read_text, run
+from remotegpu_agent.protocol import UIDS
 
 # The whole baseline travels as JSON with every order to clean; content beyond this is kept as a digest only.
 CONTENT_LIMIT_BYTES = 4 * 1024 * 1024
@@ -220,7 +221,7 @@ def good_store(sections: dict[str, Any], path: str, now: files.Rights) -> files.
     list its store.
     """
     known: files.Rights | None = sections.get("stores", {}).get(path)
-    gid = 0 if now["gid"] in special.LEASE_IDS else now["gid"]
+    gid = 0 if now["gid"] in UIDS else now["gid"]
     mode = now["mode"] & (~0o027 if now["mode"] & 0o004 else ~0o022)
     best = known or now | {"mode": mode, "uid": 0, "gid": gid, "has_acl": False}
     return now if _is_no_looser(now, best) else best

@@ -15,7 +15,7 @@ VERSION = 1
 LOGIN = re.compile(r"lease[0-9]{1,10}\Z")
 KEY_LINE = re.compile(r"[a-z0-9@.-]{3,64} [A-Za-z0-9+/]+={0,3}(?: [^\x00-\x1f\x7f]*)?\Z")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
-UIDS = range(20000, 60000)
+UIDS = range(20000, 60000)  # of leases, on every host
 PROTOCOLS = ("tcp", "udp")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -27,6 +27,7 @@ from remotegpu_agent.observe import accounts, files, special
 from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.files import Entry, Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, run
+from remotegpu_agent.protocol import UIDS
 
 # --- settings in files
 
@@ -380,7 +381,7 @@ def _close(each: special.Found, scope: Scope) -> Iterator[str]:
         finally:
             os.close(parent)
         try:  # by way of the descriptor: a device is not opened, and a link in its place not followed
-            if each.gid in special.LEASE_IDS or each.gid == baseline.leases_gid(scope.sections):
+            if each.gid in UIDS or each.gid == baseline.leases_gid(scope.sections):
                 os.chown(f"/proc/self/fd/{handle}", -1, 0)
             os.chmod(f"/proc/self/fd/{handle}", baseline.good_mode(scope.sections, each.path, each.mode))
         finally:

@@ -16,9 +16,9 @@ from remotegpu_agent.baseline import homes_of
 from remotegpu_agent.observe import accounts
 from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.tools import read_text
+from remotegpu_agent.protocol import UIDS
 
 LEASE_KEYS = "/etc/remotegpu/authorized_keys"
-LEASE_UIDS = range(20000, 60000)
 _LEASE_LOGIN = re.compile(r"lease[0-9]{1,10}")
 
 
@@ -67,7 +67,7 @@ class Scope:
 
     def owns(self, uid: int) -> bool:
         """Whether a file of this owner is a tenant's; one that an earlier lease left behind counts too."""
-        return self.is_tenants(uid) or (uid in LEASE_UIDS and uid not in self.known_uids)
+        return self.is_tenants(uid) or (uid in UIDS and uid not in self.known_uids)
 
     def is_its_group(self, gid: int) -> bool:
         """Whether this is the lease's own group."""
@@ -92,7 +92,7 @@ class Scope:
 def of(args: dict[str, Any]) -> Scope:
     """The scope of an order to clean. Raises Refused when it does not fit this host."""
     login, uid, sections = args["login"], args["uid"], args["baseline"]["sections"]
-    if not _LEASE_LOGIN.fullmatch(login) or uid not in LEASE_UIDS:
+    if not _LEASE_LOGIN.fullmatch(login) or uid not in UIDS:
         raise Refused(f"{login} with uid {uid} is no login of a lease")
     known = accounts.users(sections["accounts"]["/etc/passwd"])
     if any(user.name == login or user.uid == uid for user in known):

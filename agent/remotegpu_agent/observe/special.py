@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remotegpu_agent.observe import docker, files, mounts
+from remotegpu_agent.protocol import UIDS
 
 STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
-LEASE_IDS = range(20000, 60000)
 _PATH_MAX = 4096
 _MEMORY = {os.makedev(1, minor) for minor in (1, 2, 4)}  # mem, kmem, port
 _HARMLESS = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)} | {os.makedev(5, 0), os.makedev(5, 2), 0}
@@ -67,7 +67,7 @@ def folders_of_store(path: str) -> list[str]:
 
 def _is_closed(path: str, facts: os.stat_result) -> bool:
     """Whether the folder is one of a store that nobody can enter but root and the store's own users."""
-    is_a_leases = facts.st_uid in LEASE_IDS or facts.st_gid in LEASE_IDS
+    is_a_leases = facts.st_uid in UIDS or facts.st_gid in UIDS
     return not facts.st_mode & 0o007 and not is_a_leases and bool(folders_of_store(path))
 
 
@@ -82,7 +82,7 @@ def opened(path: str, mode: int, gid: int, device: int, leases_gid: int | None) 
 
     Where others cannot go nothing is open, and in a folder where each may remove only his own neither.
     """
-    bits = mode | (mode >> 3 if gid in LEASE_IDS or gid == leases_gid else 0)
+    bits = mode | (mode >> 3 if gid in UIDS or gid == leases_gid else 0)
     if stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
         is_open, words = bits & 0o006 and _is_mighty(path, mode, device), "is a device that any lease may open"
     else:
@@ -103,7 +103,7 @@ def _others_reach(path: str) -> bool:
         facts = [os.lstat(folder) for folder in parents(path)]
     except OSError:
         return False
-    return all(each.st_mode & 0o001 or each.st_uid in LEASE_IDS or each.st_gid in LEASE_IDS for each in facts)
+    return all(each.st_mode & 0o001 or each.st_uid in UIDS or each.st_gid in UIDS for each in facts)
 
 
 def parents(path: str) -> Iterator[str]:

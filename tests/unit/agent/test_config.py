@@ -50,7 +50,7 @@ def test_a_host_that_knows_no_portal_yet_can_be_asked_and_ends_its_leases(tmp_pa
 def test_settings_that_are_no_object_say_what_to_write(tmp_path: Path) -> None:
     path = tmp_path / "agent.json"
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="write at least .*portal_url"):
+    with pytest.raises(ConfigError, match=r"write at least .*portal_url"):
         load(path)
 
 
