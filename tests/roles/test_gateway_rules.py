@@ -196,6 +196,56 @@ def test_nobody_outside_passes_for_a_host_behind_or_for_who_is_trusted(net: Net,
         assert address not in net.on(net.host, "conntrack", "-L"), "the kernel has passed it on"
 
 
+THINKING = """
+import socket, sys
+door = socket.create_server(("::", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
+talk, _ = door.accept()
+asked = b"".join(iter(lambda: talk.recv(4096), b""))
+sys.stdin.readline()
+talk.sendall(b"thought about " + asked)
+"""
+ASKING = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), 60) as talk:
+    talk.sendall(b"it")
+    talk.shutdown(socket.SHUT_WR)
+    print("asked", flush=True)
+    print(b"".join(iter(lambda: talk.recv(4096), b"")).decode())
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_has_said_all_may_wait_for_the_answer_as_long_as_for_any_other(net: Net, load: Any, family: int) -> None:
+    """The kernel's own minute for a connection whose one half has ended drops what comes later."""
+    load()
+    port = ANOTHER + family
+    forward(net, family, OURS[family], to=port)
+
+    def started(where: str, script: str, *args: str) -> subprocess.Popen[str]:
+        argv = ["ip", "netns", "exec", where, sys.executable, "-c", script, *args]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with started(net.container, THINKING, str(port)) as host:
+        try:
+            until(lambda: f":{port} " in net.on(net.container, "ss", "-Hltn"), "the host behind to listen")
+            with started(net.outside, ASKING, HOST[family], str(PUBLIC)) as customer:
+                assert customer.stdout is not None
+                assert customer.stdout.readline() == "asked\n"
+                (known,) = until(lambda: half_closed(net, family), "the gateway to know of the end of one half")
+                assert int(known.split()[2]) > 3600, known
+                assert host.stdin is not None
+                host.stdin.write("\n")
+                host.stdin.flush()
+                assert customer.communicate(timeout=30)[0] == "thought about it\n"
+        finally:
+            host.kill()
+
+
+def half_closed(net: Net, family: int) -> list[str]:
+    argv = ["conntrack", "-L", "-f", f"ipv{family}", "-p", "tcp", "--orig-port-dst", str(PUBLIC)]
+    return [line for line in net.on(net.host, *argv, "--state", "CLOSE_WAIT").splitlines() if "tcp" in line]
+
+
 @pytest.mark.parametrize("way", ["none", "routed", "masquerade"])
 def test_the_hosts_way_out_is_as_it_is_said(net: Net, load: Any, way: str) -> None:
     load(gateway_way_out=way)
