@@ -24,7 +24,7 @@ from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.exceptions import HTTPException
 
 from portal import errors
-from portal.db import db
+from portal.db import AWAY, db, is_sqlite
 
 log = logging.getLogger("portal.problems")
 
@@ -138,6 +138,11 @@ def of(error: Exception) -> Problem:
     if _is_busy(error):
         log.warning("the database is busy: %s", error)
         return Problem(503, CODES[503], "The database is busy. Try again.", headers={"Retry-After": "1"})
+    if isinstance(error, AWAY) and not is_sqlite():
+        log.error("%s %s: the database does not answer, or is a standby: %s", request.method, request.path, error)
+        _let_go_of_connection()
+        detail = "The database does not answer at the moment. Try again."
+        return Problem(503, CODES[503], detail, headers={"Retry-After": "5"})
     return _unexpected(error)
 
 

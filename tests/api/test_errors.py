@@ -8,6 +8,7 @@ from io import BytesIO
 
 import jwt as pyjwt
 import peewee
+import psycopg2
 import pytest
 from flask import request
 from flask_jwt_extended import create_access_token, create_refresh_token
@@ -15,6 +16,7 @@ from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.routing import AnyConverter
 
 from portal.app import create_app
+from portal.db import db
 from portal.errors import Conflict
 from portal.models import AuditEntry, Tenant, User
 from portal.services import sessions
@@ -156,6 +158,32 @@ def test_a_busy_database_asks_to_come_back(fresh_app, error):
     answer = fresh_app.test_client().get("/api/v1/busy")
     assert_problem(answer, 503, "unavailable")
     assert answer.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("database_url", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True)
+def test_a_standby_and_a_server_that_is_gone_ask_to_come_back(fresh_app, database_url):
+    def write():
+        return str(make_tenant("Somebody"))
+
+    def gone():
+        ours = db.connection().info.backend_pid
+        with psycopg2.connect(database_url) as other:
+            other.cursor().execute("SELECT pg_terminate_backend(%s, 10000)", (ours,))
+        return write()
+
+    def standby():
+        db.execute_sql("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+        return write()
+
+    for view in (gone, standby):
+        fresh_app.add_url_rule(f"/api/v1/{view.__name__}", view_func=view)
+    for name in ("gone", "standby"):
+        answer = fresh_app.test_client().get(f"/api/v1/{name}")
+        assert_problem(answer, 503, "unavailable")
+        assert answer.headers["Retry-After"] == "5"
+        assert "connection" not in answer.json["detail"]
+    assert Tenant.select().count() == 0
+    make_tenant("Somebody")  # by a connection of its own again
 
 
 def test_what_a_rule_knows_is_told(fresh_app):
