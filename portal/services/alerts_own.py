@@ -310,11 +310,18 @@ def grants_still_open() -> peewee.ModelSelect[Grant]:
 
 
 def openings_stuck(now: datetime) -> peewee.ModelSelect[Opening]:
-    """What a host cannot open, and what it has open though nobody wants it any more."""
+    """What a host cannot open, and what it has open though nobody wants it any more; an ended lease's are grants'."""
     is_failed = Opening.closed_at.is_null() & (Opening.observed == "failed")
     is_left = (Opening.closed_at <= now - STILL_OPEN) & (Opening.observed << ("open", "failed"))
-    of_machine = Opening.select(Opening, Machine).join(Machine).where(Machine.state != "retired")
-    return of_machine.where(is_failed | (Opening.lease.is_null() & is_left)).order_by(Opening.id)
+    goes_on = Opening.lease.is_null() | (Lease.state == "active")
+    return (
+        Opening.select(Opening, Machine)
+        .join(Machine)
+        .switch(Opening)
+        .join(Lease, peewee.JOIN.LEFT_OUTER)
+        .where(Machine.state != "retired", is_failed | (is_left & goes_on))
+        .order_by(Opening.id)
+    )
 
 
 def _still_open(now: datetime) -> Iterator[Condition]:

@@ -152,13 +152,15 @@ def _note(grant: Grant, observed: str, **found: Any) -> bool:
 
 
 def _of_holes(holes: Sequence[Opening | Forward]) -> str:
-    """Closed is all closed; open is all that is wanted open, or, where nothing is wanted, anything open still."""
+    """Closed is all closed. Open is each one as it is wanted, what is wanted no longer closed; or, where nothing is
+    wanted, anything open still.
+    """
     if all(each.observed == "closed" for each in holes):
         return "closed"
-    wanted = [each for each in holes if each.closed_at is None]
-    is_open = (
-        all(each.observed == "open" for each in wanted) if wanted else any(each.observed == "open" for each in holes)
-    )
+    if any(each.closed_at is None for each in holes):
+        is_open = all(each.observed == ("open" if each.closed_at is None else "closed") for each in holes)
+    else:
+        is_open = any(each.observed == "open" for each in holes)
     return "open" if is_open else "unknown"
 
 

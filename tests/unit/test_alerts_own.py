@@ -13,13 +13,24 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from portal.db import utcnow
-from portal.models import Alert, Lease, Opening, Run, Tenant, User
-from portal.services import alerts, alerts_own, machines, provisioning, tokens
+from portal.models import Alert, Lease, Machine, Opening, Run, Tenant, User
+from portal.services import (
+    alerts,
+    alerts_own,
+    alerts_samples,
+    leases,
+    machines,
+    network_openings,
+    network_requests,
+    provisioning,
+    tokens,
+)
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice
 from portal.services.alerts_own import Watch
 from portal.settings import Settings
 from tests.factories import actor_of, make_lease
+from tests.support import network as ground
 from tests.support import rental
 
 
@@ -153,6 +164,44 @@ def test_an_opening_that_failed_on_a_machine_in_maintenance_is_somebodys_work_al
     machines.end_maintenance(machine, by=SYSTEM)
     sweep()
     assert open_alerts() == ["OpeningStuck"]
+
+
+@pytest.mark.parametrize("is_leased", [False, True], ids=["the machine's own", "a lease's, which goes on"])
+@pytest.mark.parametrize("observed", ["open", "failed"])
+def test_an_opening_that_was_closed_and_is_open_still_is_told_of_until_it_was_seen_closed(
+    now: datetime, tenant: Tenant, is_leased: bool, observed: str
+) -> None:
+    host = rental.ready_host("gpu-1")
+    Machine.update(hears_openings=True).execute()
+    lease = rental.allocate(host, tenant) if is_leased else None
+    kept, closed = (
+        network_requests.open_port(host.machine, ground.wish(port), by=SYSTEM, lease=lease) for port in (8888, 9999)
+    )
+    ground.reports(host, openings=ground.seen(kept, closed))
+    network_requests.close_port(closed, by=SYSTEM)
+    ground.reports(host, openings=[*ground.seen(kept), *ground.seen(closed, state=observed)])
+
+    def told(after: timedelta) -> list[str]:
+        found = alerts_own.conditions(utcnow() + after, utcnow())
+        return [each.labels["opening"] for each in found if each.name == "OpeningStuck"]
+
+    assert told(timedelta(minutes=14)) == []
+    assert told(timedelta(minutes=16)) == [str(closed.id)]
+    sample = f'remotegpu_opening_stuck{{host="gpu-1",opening="{closed.id}"}} 1.0'
+    assert sample in alerts_samples.exposition(later(minutes=16)).splitlines()
+    ground.reports(host, openings=ground.seen(kept))
+    assert told(timedelta(minutes=16)) == []
+
+
+def test_what_an_ended_lease_has_open_still_is_told_of_once(now: datetime, tenant: Tenant) -> None:
+    host = rental.ready_host("gpu-1")
+    Machine.update(hears_openings=True).execute()
+    lease = rental.allocate(host, tenant, openings=[ground.wish()])
+    (opening,) = network_openings.wanted_of(host.machine, lease)
+    ground.reports(host, openings=ground.seen(opening))
+    leases.end(lease, by=SYSTEM, reason="done")
+    names = {each.name for each in alerts_own.conditions(later(minutes=16), utcnow())}
+    assert {"GrantStillOpen", "OpeningStuck"} & names == {"GrantStillOpen"}
 
 
 def test_a_lease_that_ends_within_a_day_is_told_and_an_extended_one_is_not(now: datetime, tenant: Tenant) -> None:

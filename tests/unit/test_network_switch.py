@@ -188,6 +188,27 @@ def test_a_rule_that_a_stack_has_still_to_take_away_is_waited_for(host: Host, le
     assert state_of(lease, "security_group") == ("open", "open")
 
 
+def test_what_the_host_and_the_gateway_keep_open_though_it_was_closed_is_waited_for_while_the_lease_goes_on(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    more = network_requests.open_port(host.machine, wish(9999), by=SYSTEM, lease=lease)
+    (kept,) = (each for each in network_openings.wanted_of(host.machine, lease) if each.id != more.id)
+    forwards = network_forwards.of_lease(lease)
+    reports(host, openings=seen(kept, more))
+    reports(gateway, forwards=seen(*forwards))
+    assert (state_of(lease, "firewall"), state_of(lease, "forward")) == (("open", "open"), ("open", "open"))
+    network_requests.close_port(more, by=SYSTEM)
+    for state in ("open", "failed"):
+        reports(host, openings=[*seen(kept), *seen(more, state=state)])
+        reports(gateway, forwards=seen(*forwards))
+        for kind in ("firewall", "forward"):
+            grant = grants.get(lease, kind)
+            assert (grant.desired, grant.observed, grant.waits_since) == ("open", "unknown", grant.desired_at)
+    reports(host, openings=seen(kept))
+    reports(gateway, forwards=seen(*(each for each in forwards if each.target_port != 9999)))
+    assert (state_of(lease, "firewall"), state_of(lease, "forward")) == (("open", "open"), ("open", "open"))
+
+
 def test_an_allocation_that_would_overflow_the_clouds_group_is_refused_whole(host: Host, tenant: Tenant) -> None:
     network_openings.set_limits(by=SYSTEM, rules_a_group=1)
     with pytest.raises(Conflict, match="cannot take it"):
