@@ -1,7 +1,7 @@
 """Places where a test may end this process the hard way, to prove that the next one picks the pieces up.
 
 `REMOTEGPU_FAULT=point:n` kills the process with SIGKILL the n-th time it passes `point`. Without the variable a point
-costs one comparison. POINTS is the whole list: the test that walks it prints it.
+costs one comparison. POINTS is the whole list; tests/integration/test_runs_faults.py walks it, and prints it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import os
 import signal
 from collections import Counter
 
-STEPS = ("claim", "child", "events", "renew", "finish", "take_over", "lose")  # each one transaction of a worker
+# Each one transaction of a worker.
+STEPS = ("claim", "give_up", "child", "events", "renew", "finish", "take_over", "lose")
 POINTS = (
     *(f"{step}.{moment}" for step in STEPS for moment in ("before_commit", "committed")),
     "directory.made",

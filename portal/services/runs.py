@@ -358,7 +358,7 @@ def _take(run: Run, token: str, lock_s: float) -> bool:
 
 def _give_up(run_id: int, refusal: Error) -> None:
     run = get_run(run_id)
-    with suppress(WrongState), atomic():  # somebody has just cancelled it
+    with suppress(WrongState), _step("give_up"):  # somebody has just cancelled it
         move(run, leave="queued", enter="cancelled", ended_at=utcnow(), event_count=0, reason=refusal.message)
         _ended(run, by=SYSTEM)
 

@@ -1,12 +1,13 @@
 """A worker is killed at every commit and between: the run ends as lost or is taken up again, never stuck, never twice.
 
-The list of points is integrations/faults.py; the test prints each with what became of the run.
+The list of points is integrations/faults.py; it is printed at the end, passed or not: what became of the run at each.
 """
 
 from __future__ import annotations
 
 import signal
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from portal.models import Run, RunEvent, RunHost
 from portal.services import runs
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
+from tests.factories import make_lease, make_tenant
 from tests.support.runs import Watch, make_machine, marked, project, start_worker
 from tests.support.waiting import until
 
@@ -35,6 +37,7 @@ TASKS = """
 # One of each kind; `make test-slow` walks the rest.
 ALWAYS = {"claim.before_commit", "child.committed", "events.committed", "finish.before_commit", "take_over.killed"}
 AFTER_A_DEATH = ("take_over.", "lose.")  # passed only by a worker that picks up after another
+REFUSED = ("give_up.",)  # passed only with a run that may not begin any more
 
 # PostgreSQL takes as long again, and differs in what a transaction is, which a few of the points show as well.
 ON_BOTH = pytest.mark.parametrize(
@@ -71,14 +74,29 @@ def let_the_lock_run_out(settings: Settings) -> None:
             run.save(only=[Run.lock_expires_at])
 
 
+@pytest.fixture(scope="module")
+def became(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Point → what became of the run whose worker died there, for the list that is printed after the last of them."""
+    became: dict[str, str] = {}
+    yield became
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nA worker may die at {len(POINTS)} points, and was killed at {len(became)} of them:")
+        print(*(f"  {point:<24} {what}" for point, what in became.items()), sep="\n")
+        rest = "in another run: " + " ".join(point for point in POINTS if point not in became)
+        print(textwrap.indent(textwrap.fill(rest, 110), "  "), flush=True)
+
+
 @ON_BOTH
 @pytest.mark.parametrize(
     "point", [pytest.param(point, marks=[] if point in ALWAYS else [pytest.mark.slow]) for point in POINTS]
 )
 def test_a_run_survives_the_death_of_its_worker(
-    start: StartWorker, settings: Settings, tmp_path: Path, point: str
+    start: StartWorker, settings: Settings, tmp_path: Path, became: dict[str, str], point: str
 ) -> None:
-    run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
+    machine = make_machine()
+    run = runs.queue("gpu_hosts", [machine], by=SYSTEM)
+    if point.startswith(REFUSED):
+        make_lease(machine, make_tenant("Acme"))
     with Watch(tmp_path) as watch:
         if point.startswith(AFTER_A_DEATH):
             assert start("child.committed:1").wait(timeout=60) == -signal.SIGKILL
@@ -88,8 +106,12 @@ def test_a_run_survives_the_death_of_its_worker(
         let_the_lock_run_out(settings)
         start()
         ended = until(lambda: _ended(run), f"run {run.id} to end", timeout_s=60, also=lambda: Run.get().__data__)
-    print(f"{point}: {ended.state} in attempt {ended.attempt}, {len(watch.seen)} ansible-playbook")
-    assert ended.state == "succeeded", ended.reason
+    became[point] = f"{ended.state} in attempt {ended.attempt}, {len(watch.seen)} ansible-playbook"
+    if point.startswith(REFUSED):
+        assert (ended.state, watch.seen) == ("cancelled", set())
+        assert str(ended.reason).startswith("gpu-1: leased")
+    else:
+        assert ended.state == "succeeded", ended.reason
     assert len(watch.most) <= 1, "two of one host at the same time"
     assert RunHost.select().where(RunHost.active).count() == 0
     _assert_output_is_whole(ended)
