@@ -149,7 +149,13 @@ def language_host(folder: Path) -> Iterator[Host]:
 
 
 TOKEN = "marker-of-a-secret-token"
-SECRETS = ["cloudflare:apiToken", "alicloud:secretKey", "tencentcloud:secretKey"]
+SECRETS = [
+    "cloudflare:apiToken",
+    "alicloud:accessKey",
+    "alicloud:secretKey",
+    "tencentcloud:secretId",
+    "tencentcloud:secretKey",
+]
 
 
 class Run(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineServicer):

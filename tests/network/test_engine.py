@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pulumi.runtime.proto import resource_pb2
 
-from tests.network.engine import TOKEN, UNKNOWN, Engine, Host, language_host
+from tests.network.engine import SECRETS, TOKEN, UNKNOWN, Engine, Host, language_host
 from tests.network.export import ADDRESS, REFUSED, ZONE_ID, name, opening, sealed, zone
 
 
@@ -86,6 +87,28 @@ def test_secrets_are_never_in_outputs_state_or_words(engine: Engine) -> None:
     assert TOKEN not in json.dumps(done.outputs) + done.told + str([kept.inputs for kept in engine.state.values()])
     assert done.outputs["network"]["counts"] == {"machines": 1, "zones": 4, "groups": 0, "names": 1, "openings": 0}
     assert done.outputs["network"]["generation"] == 7
+
+
+def test_the_secrets_of_every_cloud_reach_its_provider_and_nothing_else(engine: Engine) -> None:
+    """Not every SDK marks them as secrets by itself: that the adapter does is all there is."""
+    rows = [name(f"n-{key}", "x", "A", "203.0.113.1", in_zone=key) for key in ("cf", "r53", "ali", "pod")]
+    clouds = {"remotegpu__clouds": ["cloudflare", "aws", "alicloud", "tencent"]}
+    markers = {key: f"marker-of-{key.replace(':', '-')}" for key in SECRETS} | {"cloudflare:apiToken": TOKEN}
+    given = {key.replace(":", "__"): marker for key, marker in markers.items()}
+    done = engine.up(sealed(*rows), **clouds, **given)
+    assert done.code == 0, done.told
+    providers = {request.type.rpartition(":")[2]: request for request in done.seen.values() if is_provider(request)}
+    for key, marker in markers.items():
+        cloud, name_of_it = key.split(":")
+        assert marker in str(providers[cloud].object[name_of_it]), key
+        (kept,) = (kept for kept in engine.state.values() if kept.type == f"pulumi:providers:{cloud}")
+        assert kept.inputs[name_of_it] == "[secret]", key
+    elsewhere = json.dumps(done.outputs) + done.told + str([kept.inputs for kept in engine.state.values()])
+    assert [key for key, marker in markers.items() if marker in elsewhere] == []
+
+
+def is_provider(request: resource_pb2.RegisterResourceRequest) -> bool:
+    return request.type.startswith("pulumi:providers:")
 
 
 def test_p25_a_preview_does_not_know_the_id_of_a_zone_that_is_not_there_yet(engine: Engine) -> None:
