@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from portal.models import states
 from portal.settings import Settings
@@ -61,17 +64,17 @@ def test_every_setting_is_in_the_operators_guide(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / "operator.md").read_text()
 
 
-@pytest.mark.parametrize("noun", ["machine", "lease", "reclaim", "run", "attempt", "command"])
+@pytest.mark.parametrize("noun", ["machine", "lease", "reclaim", "run", "attempt", "command", "alert", "alert silence"])
 def test_the_developers_guide_draws_every_arrow_and_no_other(noun: str) -> None:
     table = (ROOT / "docs" / "developer.md").read_text()
-    (line,) = re.findall(rf"^\| {noun}(?:, \w+)? \| (.+) \|$", table, re.MULTILINE)
+    (line,) = re.findall(rf"^\| {noun}(?:, \w+)? \| ([^.|]+).* \|$", table, re.MULTILINE)
     drawn = {
         (start, end)
-        for part in line.split("; ")
+        for part in line.strip().split("; ")
         for start, _, ends in [part.partition(" → ")]
         for end in ends.split(", ")
     }
-    arrows: states.Transitions = getattr(states, noun.upper())
+    arrows: states.Transitions = getattr(states, noun.upper().replace(" ", "_"))
     assert drawn == {(start, end) for start, ends in arrows.items() for end in ends}
 
 
@@ -89,6 +92,30 @@ def test_every_pin_is_exact() -> None:
         if line and not line.startswith(("#", "-r")) and not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][^ ]*", line)
     ]
     assert loose == []
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_what_the_pinned_stand_on_is_pinned_too(name: str) -> None:
+    """What pip would choose by itself is of the day it is asked; pip and setuptools are the environment's own."""
+    pinned = {canonicalize_name(pin.name): pin for pin in pins(ROOT / name)}
+    open_ends = {
+        canonicalize_name(needed.name)
+        for pin in pinned.values()
+        for needed in map(Requirement, metadata.requires(pin.name) or [])
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *pin.extras})
+    }
+    assert open_ends - set(pinned) <= {"pip", "setuptools"}
+
+
+def pins(path: Path) -> list[Requirement]:
+    """Of a file of requirements and those that it takes in."""
+    found = []
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            found += pins(path.with_name(line.removeprefix("-r ")))
+        elif line and not line.startswith("#"):
+            found.append(Requirement(line))
+    return found
 
 
 def test_no_usable_secret_is_in_the_repository() -> None:

@@ -21,7 +21,7 @@ PORTAL_ROOMS = {
     "api": {"models", "services", "integrations", "api"},
     "web": {"models", "services", "integrations", "api", "web"},
     "worker": {"models", "services", "integrations", "worker"},
-    "gateway": {"models", "services", "integrations", "gateway"},
+    "cli": {"models", "services", "integrations", "worker", "cli"},
     "migrations": set(),
 }
 HTTP_LIBRARIES = {
@@ -65,6 +65,10 @@ def test_a_room_of_the_portal_imports_only_what_lies_below_it(room: str) -> None
         if name.startswith("portal.") and name.split(".")[1] in PORTAL_ROOMS and name.split(".")[1] not in allowed
     ]
     assert wrong == []
+
+
+def test_every_room_of_the_portal_is_among_these() -> None:
+    assert {file.parent.name for file in (ROOT / "portal").glob("*/*.py")} == set(PORTAL_ROOMS)
 
 
 def test_the_rules_know_no_http() -> None:

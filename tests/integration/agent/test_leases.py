@@ -103,7 +103,7 @@ def test_an_extension_is_acknowledged_when_host_and_timer_have_it(site: Site) ->
     assert site.sign_in(lease).ok
 
 
-def test_a_lease_that_the_portal_closes_is_closed_within_a_second(site: Site) -> None:
+def test_a_lease_that_the_portal_closes_is_closed_at_once(site: Site) -> None:
     lease = site.open_lease()
     site.sign_in(lease, DAEMON)
     assert site.processes(lease) != []
