@@ -1,0 +1,128 @@
+"""Playbooks that go from host to host: in which batches, who is left out, and where they stop.
+
+The playbooks are the real ones, played over names of an inventory. Their roles are doubles that do as they are told:
+here it is only decided who gets a turn. What a role does in its turn is the scenarios' business, and tests/e2e's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
+NO_FACTS = """#!/bin/sh
+echo '{"ansible_facts": {}}'
+"""
+Tasks = list[dict[str, Any]]
+
+NOTHING_TO_REFUSE: Tasks = [{"name": "Refuse nothing", "ansible.builtin.meta": "noop"}]
+REFUSALS: Tasks = [{"name": "Refuse", "ansible.builtin.assert": {"that": "inventory_hostname not in refused"}}]
+# In the shape of the role: who is not heard goes back, and has failed then.
+UPGRADE: Tasks = [
+    {
+        "name": "Start the new agent, or go back",
+        "block": [{"name": "Upgrade", "ansible.builtin.assert": {"that": "inventory_hostname not in broken"}}],
+        "rescue": [
+            {"name": "Go back", "ansible.builtin.debug": {"msg": "the one before is back"}},
+            {"name": "Refuse to go on", "ansible.builtin.fail": {"msg": "not heard"}},
+        ],
+    }
+]
+REBOOT: Tasks = [{"name": "Reboot", "ansible.builtin.assert": {"that": "inventory_hostname not in broken"}}]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What came of a playbook."""
+
+    rc: int
+    plays: list[dict[str, Any]]  # one for each batch
+
+    def batches(self, task: str) -> list[list[str]]:
+        """The hosts that had their turn at this task, batch by batch."""
+        turns = ((turn["task"]["name"], sorted(turn["hosts"])) for play in self.plays for turn in play["tasks"])
+        return [hosts for name, hosts in turns if name.endswith(f" : {task}") and hosts]
+
+
+def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int, **given: Any) -> Played:
+    """Play it over gpu-01, gpu-02, … and a gateway. `roles` are files of tasks by their path below roles/."""
+    files = {"tasks/preflight.yml": NOTHING_TO_REFUSE, **{f"roles/{path}": tasks for path, tasks in roles.items()}}
+    gpu_hosts: dict[str, Any] = {f"gpu-{number:02}": {} for number in range(1, hosts + 1)}
+    inventory = {"gpu_hosts": {"hosts": gpu_hosts}, "gateways": {"hosts": {"gateway": {}}}}
+    for name, content in {**files, "hosts.yml": inventory}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(yaml.safe_dump(content))
+    (folder / "library").mkdir()
+    (folder / "library" / "no_facts").write_text(NO_FACTS)
+    shutil.copy(PLAYBOOKS / playbook, folder)
+    told = {
+        "ansible_become": False,
+        "ansible_connection": "local",
+        "ansible_facts_modules": ["no_facts"],  # nobody asks for any, and all of them take a second a host
+        "ansible_python_interpreter": sys.executable,
+        "broken": [],
+        "refused": [],
+        **given,
+    }
+    program = Path(sys.executable).with_name("ansible-playbook")
+    argv = [str(program), "-i", "hosts.yml", "-e", json.dumps(told), playbook]
+    environ = {**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
+    run = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert run.stdout.startswith("{"), run.stdout + run.stderr
+    return Played(run.returncode, json.loads(run.stdout)["plays"])
+
+
+def upgrade(folder: Path, *, hosts: int, **given: Any) -> Played:
+    roles = {"gpu_agent/tasks/upgrade_refusals.yml": REFUSALS, "gpu_agent/tasks/upgrade.yml": UPGRADE}
+    return play("upgrade_agent.yml", folder, roles, hosts=hosts, **given)
+
+
+def reboot(folder: Path, *, hosts: int, **given: Any) -> Played:
+    return play("reboot.yml", folder, {"reboot/tasks/main.yml": REBOOT}, hosts=hosts, **given)
+
+
+def test_an_agent_that_is_not_heard_on_the_first_host_comes_to_no_other(tmp_path: Path) -> None:
+    played = upgrade(tmp_path, hosts=2, broken=["gpu-01"])
+    assert played.batches("Upgrade") == [["gpu-01"]]
+    assert played.rc != 0
+
+
+def test_an_agent_comes_to_a_tenth_at_a_time_and_stops_with_the_batch_that_one_of_them_spoils(tmp_path: Path) -> None:
+    """A refused host takes nobody's place: not that of the first one, and none in a batch."""
+    played = upgrade(tmp_path, hosts=20, refused=["gpu-01"], broken=["gpu-03"])
+    assert played.batches("Upgrade") == [["gpu-02"], ["gpu-03", "gpu-04"]]
+    assert played.batches("Go back") == [["gpu-03"]], "the other one of the batch keeps what it has proven"
+    assert played.rc != 0
+
+
+def test_a_host_that_is_refused_keeps_nobody_waiting_and_is_told_at_the_end(tmp_path: Path) -> None:
+    played = upgrade(tmp_path, hosts=2, refused=["gpu-02"])
+    assert played.batches("Upgrade") == [["gpu-01"], ["gateway"]]
+    assert played.rc != 0
+
+
+def test_hosts_are_rebooted_one_after_the_other_up_to_the_first_that_is_not_well(tmp_path: Path) -> None:
+    played = reboot(tmp_path, hosts=3, broken=["gpu-02"])
+    assert played.batches("Reboot") == [["gpu-01"], ["gpu-02"]]
+    assert played.rc != 0
+
+
+def test_a_host_that_is_not_well_ends_the_reboots_where_others_of_its_batch_are(tmp_path: Path) -> None:
+    played = reboot(tmp_path, hosts=4, broken=["gpu-01"], reboot_serial=2)
+    assert played.batches("Reboot") == [["gpu-01", "gpu-02"]]
+    assert played.rc != 0
+
+
+def test_all_are_rebooted_where_all_are_well(tmp_path: Path) -> None:
+    played = reboot(tmp_path, hosts=2)
+    assert played.batches("Reboot") == [["gpu-01"], ["gpu-02"], ["gateway"]]
+    assert played.rc == 0
