@@ -1,4 +1,4 @@
-"""What a run through the portal costs: one playbook on one host, through a worker and by ansible-playbook alone.
+"""What a run through the portal costs: one playbook on one host, through a worker's loop and by ansible-playbook alone.
 
 `python -m bench.runs` boots a test host (root or Docker), takes both in turns and prints the ratio of the medians; the
 goal is at most 1.05. Both pay for a new SSH connection each time.
