@@ -213,7 +213,6 @@ def wait(number):
 greenlets = [gevent.spawn(wait, number) for number in range(500)]
 while wake.waiting() < 500:
     gevent.sleep(0.01)
-gevent.sleep(0.2)
 changed = time.monotonic()
 with db.atomic():
     events.write("task.log", resource_id=123)
