@@ -40,7 +40,13 @@ def says(expression: str, suite: str, nvidia: dict[str, Any] | None = None, **gi
     distribution, major = DISTRIBUTIONS[suite]
     facts = {**FACTS, "distribution": distribution, "distribution_major_version": major, "architecture": "x86_64"}
     facts["nvidia"] = nvidia or host(H100)
-    given = {"__nvidia_driver_dpkg": {"stdout": ""}, "__nvidia_driver_release": "580.95.05", **given}
+    nothing = {"stdout": ""}
+    asked = {
+        "__nvidia_driver_dpkg": nothing,
+        "__nvidia_driver_madison": nothing,
+        "__nvidia_driver_release": "580.95.05",
+    }
+    given = {**asked, **given}
     return evaluate("{{ " + expression + " }}", "nvidia_driver", suite, ansible_facts=facts, **given)
 
 
@@ -167,6 +173,20 @@ def test_what_is_of_the_branch_moves_with_the_driver_and_stays_with_it(release: 
     )
     assert f"nvidia-open-570={release}-*" in names
     assert ("nvidia-persistenced=570.*" in names) is moves
+
+
+@pytest.mark.parametrize(("has", "wanted"), [("570.2", "570.2-*"), ("570.22", "570.*")])
+def test_what_is_of_the_branch_moves_to_the_very_release_where_apt_has_it(has: str, wanted: str) -> None:
+    madison = {"stdout": f" nvidia-persistenced | {has}-1 | file:/srv/nvidia  Packages\n"}
+    given: dict[str, Any] = {"nvidia_driver_source": "nvidia", "nvidia_driver_branch": "570"}
+    names = says(
+        "__nvidia_driver_apt_names",
+        "trixie",
+        **given,
+        __nvidia_driver_madison=madison,
+        __nvidia_driver_release="570.2",
+    )
+    assert [name for name in names if "persistenced" in name] == [f"nvidia-persistenced={wanted}"]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
