@@ -12,6 +12,7 @@ The sections, and what each holds:
   back
 - `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
   loaded by themselves
+- `own_settings`: /etc/remotegpu without what the agent changes
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
 - `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
@@ -82,11 +83,14 @@ _NOT_COMPARED = re.compile(
     r"|^/etc/(mtab|adjtime|resolv\.conf|ld\.so\.cache|machine-id|\.pwd\.lock|\.updated|\.testhost-booted)$"
     r"|^/etc/(remotegpu|ssl/certs|cni|NetworkManager/system-connections)(/|$)"
 )
+# What of our own settings leases and an upgrade of the agent change; provisioning writes the rest.
+_OWN_THAT_CHANGE = re.compile(r"^/etc/remotegpu/(authorized_keys|enroll-token|agent\.json|ca\.pem)(/|$)")
 # Never carried along, not even to be put back.
 _SECRET = re.compile(r"ssh_host_.*_key$|/ssl/private/|/\.ssh/(?!authorized_keys2?$|rc$|environment$|config$)")
 _CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|control-.*)$|/atjobs/\.SEQ$")
 
 TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", "/dev/mqueue")  # noqa: S108 - looked at, not written to
+OWN_SETTINGS = "/etc/remotegpu"
 LEASE_GROUP = "remotegpu-leases"
 _MOST_OPEN = 300  # in one tree
 _OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
@@ -177,6 +181,18 @@ def profiles_of(sections: dict[str, Any]) -> list[str]:
     """What the baseline looked for in homes."""
     names: list[str] = sections.get("home_profiles", list(HOME_PROFILES))
     return names
+
+
+def read_own_settings() -> Snapshot:
+    """What provisioning has written for our own programs, the firewall of the next boot among it."""
+    if not os.path.isdir(OWN_SETTINGS):
+        return {}
+    return files.snapshot([OWN_SETTINGS], skip=is_own_that_changes, keep=_is_public)
+
+
+def is_own_that_changes(path: str) -> bool:
+    """Whether it is one of our settings that others than provisioning write."""
+    return bool(_OWN_THAT_CHANGE.search(path))
 
 
 def read_unpackaged() -> Snapshot:
@@ -386,6 +402,7 @@ _READERS: dict[str, Callable[[], Any]] = {
     "account_files": lambda: read_rights(accounts.FILES),
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "home_profiles": lambda: [*HOME_PROFILES, *_LATER_HOME_PROFILES],
+    "own_settings": read_own_settings,
     "unpackaged": read_unpackaged,
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
@@ -408,7 +425,7 @@ _READERS: dict[str, Callable[[], Any]] = {
 def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
     """Content is kept in the order of the sections until the limit; the rest of /etc comes last and loses first."""
     left = CONTENT_LIMIT_BYTES
-    for section in (*FILE_SECTIONS, "unpackaged"):
+    for section in (*FILE_SECTIONS, "unpackaged", "own_settings"):
         for entry in sections.get(section, {}).values():
             left -= len(entry.get("content", ""))
             if left < 0:

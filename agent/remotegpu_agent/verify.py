@@ -409,6 +409,21 @@ def _digests(paths: list[str]) -> Iterator[tuple[str, str]]:
             yield line[66:], line[:64]
 
 
+def _settings(asked: Asked) -> Iterator[str]:
+    yield from _files("etc")(asked)
+    before = asked.sections.get("own_settings")
+    if before is None:
+        return  # an older baseline does not tell of our own
+    entries = _entries([path for path in [baseline.OWN_SETTINGS] if os.path.isdir(path)])
+    now = {
+        path: entry
+        for path, entry in entries.items()
+        if not any(map(baseline.is_own_that_changes, _with_parents(path, [baseline.OWN_SETTINGS])))
+    }
+    _add_digests(now)
+    yield from _changes(before, now, {*before} - {*now})
+
+
 def _running_units(asked: Asked) -> Iterator[str]:
     yield from _files("system_units")(asked)
     yield from _unpackaged(asked)
@@ -692,7 +707,8 @@ CHECKS: dict[str, Check] = {
     "users": _users,
     "groups": _groups,
     "system_units": _running_units,
-    **{s: _files(s) for s in baseline.FILE_SECTIONS if s != "system_units"},
+    **{s: _files(s) for s in baseline.FILE_SECTIONS if s not in ("system_units", "etc")},
+    "etc": _settings,
     "sshd_effective": _sshd_effective,
     "special_files": _special_files,
     "packages": _packages,

@@ -395,6 +395,8 @@ WAYS: tuple[Way, ...] = (
         _exists("/etc/ssh/sshd_config.d/00-left.conf"), "sshd", _text("/etc/ssh/sshd_config.d/00-left.conf")),
     Way("message of the day", _file("/etc/update-motd.d/99-left", "#!/bin/sh\n", mode="0755"),
         _exists("/etc/update-motd.d/99-left"), "etc", _text("/etc/update-motd.d/99-left")),
+    Way("firewall of the next boot", _file("/etc/remotegpu/left.nft", "accept\n"), _exists("/etc/remotegpu/left.nft"),
+        "etc", _text("/etc/remotegpu/left.nft")),
     Way("mount", _as_root("mkdir -p {home}/mount && mount -t tmpfs none {home}/mount"),
         _says("findmnt -n {home}/mount", "tmpfs"), "mounts", _text("{home}/mount")),
     Way("listening port", _as_tenant("setsid -f python3 -m http.server 31339 --directory /tmp/left >/dev/null 2>&1"),

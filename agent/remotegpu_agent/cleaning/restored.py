@@ -50,6 +50,18 @@ def look_for_changes(section: str) -> Look:
     return look
 
 
+def look_for_settings(scope: Scope) -> Iterator[Finding]:
+    """The rest of /etc, and our own settings as provisioning left them; an older baseline does not tell of those."""
+    yield from look_for_changes("etc")(scope)
+    before: Snapshot | None = scope.sections.get("own_settings")
+    if before is None:
+        return
+    now = baseline.read_own_settings()
+    for path in sorted({*before, *now}):
+        if not files.same(before.get(path), now.get(path)):
+            yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
+
+
 def _names_keys(path: str) -> bool:
     return "/authorized_keys" in path
 

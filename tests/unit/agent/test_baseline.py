@@ -359,3 +359,18 @@ def test_a_profile_that_an_older_baseline_did_not_look_for_is_the_operators_own(
     older, newer = baseline.profiles_of({}), baseline.profiles_of({"home_profiles": [".bashrc", ".bash_aliases"]})
     assert ".bash_aliases" not in older
     assert baseline.roots_of("shell_profiles", ["/home/ops"], newer)[-1] == "/home/ops/.bash_aliases"
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("/etc/remotegpu/authorized_keys", True),
+        ("/etc/remotegpu/enroll-token", True),
+        ("/etc/remotegpu/agent.json", True),
+        ("/etc/remotegpu/agent.json.bak", False),
+        ("/etc/remotegpu/firewall.nft", False),
+        ("/etc/remotegpu/desktop/vnc.json", False),
+    ],
+)
+def test_of_our_own_settings_what_provisioning_alone_writes_is_compared(path: str, changes: bool) -> None:
+    assert baseline.is_own_that_changes(path) is changes

@@ -140,6 +140,7 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scope:
     """A tenant whose files are those of whoever runs the test, on a machine that consists of one folder."""
     monkeypatch.setattr(mounts, "local", lambda: [str(tmp_path)])
     monkeypatch.setattr(data, "TEMPORARY_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(special, "STORES", ())
     here = Scope(17, "lease17", os.getuid(), os.getgid(), str(tmp_path), SECTIONS | {"special_files": {}})
     here.__dict__.update(uids=frozenset({os.getuid()}), subordinate_uids=())
     return here
@@ -323,6 +324,23 @@ def test_what_was_put_among_a_packages_units_goes_and_what_a_package_took_over_s
     list(restored.put_back(here, list(restored._unpackaged(here))))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adopted.service", "his.service"]
     assert list(restored._unpackaged(SCOPE)) == [], "an older baseline does not tell which was there"
+
+
+def test_a_rule_for_the_next_boot_goes_from_our_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = tmp_path / "firewall.nft"
+    rules.write_text("drop\n")
+    monkeypatch.setattr(baseline, "OWN_SETTINGS", str(tmp_path))
+    monkeypatch.setattr(restored, "look_for_changes", lambda _section: lambda _scope: iter(()))
+    here = replace(SCOPE, sections=SECTIONS | {"own_settings": baseline.read_own_settings()})
+    assert list(restored.look_for_settings(here)) == []
+    rules.write_text("accept\n")
+    (tmp_path / "left.nft").touch()
+    found = list(restored.look_for_settings(here))
+    assert [finding.subject[0] for finding in found] == [str(rules), str(tmp_path / "left.nft")]
+    list(restored.put_back(here, found))
+    assert (rules.read_text(), list(restored.look_for_settings(here))) == ("drop\n", [])
+    rules.write_text("accept\n")
+    assert list(restored.look_for_settings(SCOPE)) == [], "an older baseline does not tell of them"
 
 
 # --- whom an order may touch
