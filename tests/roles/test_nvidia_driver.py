@@ -192,6 +192,13 @@ def test_what_is_of_the_branch_moves_to_the_very_release_where_apt_has_it(has: s
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+def test_nouveau_is_neither_loaded_for_a_card_nor_takes_it_where_somebody_loads_it(suite: str) -> None:
+    text = render("nvidia_driver", "modprobe.conf.j2", suite, ansible_managed="managed")
+    said = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert said == ["blacklist nouveau", "options nouveau modeset=0"]
+
+
 def test_ubuntus_persistence_daemon_is_told_to_persist() -> None:
     text = render("nvidia_driver", "persistenced.conf.j2", "noble", ansible_managed="managed")
     assert says("__nvidia_driver_persistence_off", "noble") is True
