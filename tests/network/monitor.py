@@ -7,7 +7,8 @@ program).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 from pulumi.runtime.mocks import MockCallArgs, MockMonitor, MockResourceArgs, Mocks
@@ -38,20 +39,23 @@ class StrictMonitor(MockMonitor):
         super().__init__(mocks)
         self.requests: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
+        self._lock = Lock()
 
     def RegisterResource(self, request: Any) -> Any:
         urn = self.make_urn(request.parent, request.type, request.name)
         if request.type == "pulumi:pulumi:Stack":
             return super().RegisterResource(request)
-        if urn in self.requests:
-            raise AssertionError(f"{urn} twice")
+        with self._lock:  # resources are registered by several threads
+            if urn in self.requests:
+                raise AssertionError(f"{urn} twice")
+            self.requests[urn] = request
         if not request.type.startswith("pulumi:providers:") and not request.provider:
             raise AssertionError(f"{urn} without a provider of its own")
         answer = super().RegisterResource(request)
         inputs = self.resources[urn].state
         if problems := policy.problems(request.type, inputs):
             raise AssertionError(f"{urn}: {problems}")
-        self.requests[urn], self.inputs[request.name] = request, inputs
+        self.inputs[request.name] = inputs
         return answer
 
     def options(self, name: str) -> Any:
@@ -59,17 +63,23 @@ class StrictMonitor(MockMonitor):
         return request
 
 
-def declared(rows: Sequence[dict[str, Any]], settings: Settings, *, preview: bool = False) -> StrictMonitor:
-    """What the adapters hand to the engine for this export."""
+def watched(program: Callable[[], object], *, preview: bool = False) -> StrictMonitor:
+    """What the program hands to the engine. Raises AssertionError for what is refused."""
     monitor = StrictMonitor(Answers(preview))
     pulumi.runtime.set_mocks(Answers(preview), project="remotegpu", stack="test", preview=preview, monitor=monitor)
-    wanted = desired.resources(parsed(*rows), settings).resources
 
     @pulumi.runtime.test
     def run() -> None:
-        clouds.declare(wanted)
+        program()
 
     run()
+    return monitor
+
+
+def declared(rows: Sequence[dict[str, Any]], settings: Settings, *, preview: bool = False) -> StrictMonitor:
+    """What the adapters hand to the engine for this export."""
+    wanted = desired.resources(parsed(*rows), settings).resources
+    monitor = watched(lambda: clouds.declare(wanted), preview=preview)
     assert not policy.stack_problems(
         ((request.type, request.name, monitor.inputs[request.name]) for request in monitor.requests.values()),
         settings.aws_rules_per_group,
