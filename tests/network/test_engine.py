@@ -184,8 +184,13 @@ def test_four_clouds_in_one_stack(engine: Engine) -> None:
     rows = [name(f"n-{key}", "x", "A", "203.0.113.1", in_zone=key) for key in ("cf", "r53", "ali", "pod")]
     rows += [opening(f"o-{key}", "198.51.100.0/24", to=key) for key in ("g-aws", "g-ali", "g-ten")]
     clouds = {"remotegpu__clouds": ["cloudflare", "aws", "alicloud", "tencent"]}
+    planned = engine.preview(sealed(*rows), **clouds)
+    assert planned.code == 0, planned.told
+    rules = [request.object for request in planned.seen.values() if "securityGroupId" in request.object]
+    assert [rule["securityGroupId"] for rule in rules] == [UNKNOWN] * 5, "their groups are not there yet"
+    assert (engine.state, engine.cloud.things) == ({}, {})
     first = engine.up(sealed(*rows), **clouds)
-    assert first.code == 0, first.told
+    assert (first.code, sorted(first.operations)) == (0, sorted(planned.operations)), first.told
     assert len(engine.cloud.things) == 12  # 4 records, 3 groups, 2 rules, a set of rules, 2 ways out
     assert engine.up(sealed(*rows), **clouds).operations == []
     one_more = opening("o2", "192.0.2.0/24", to="g-aws")
