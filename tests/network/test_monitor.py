@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,15 +156,31 @@ def test_tencent_is_told_its_line_and_a_whole_set_of_rules() -> None:
     assert [rule["protocol"] for rule in rules["egresses"]] == ["ALL", "ALL"]
 
 
-def test_a_stack_imports_no_sdk_but_its_own() -> None:
+@pytest.mark.parametrize(
+    ("key", "cloud", "sdk"),
+    [
+        ("cf", "cloudflare", "pulumi_cloudflare"),
+        ("r53", "aws", "pulumi_aws"),
+        ("ali", "alicloud", "pulumi_alicloud"),
+        ("pod", "tencent", "tencentcloud_iac_pulumi"),
+    ],
+)
+def test_a_stack_imports_no_sdk_but_its_own(key: str, cloud: str, sdk: str) -> None:
     program = (
-        "import sys, pulumi\n"
-        "from remotegpu_network import clouds, stack\n"
-        "clouds.declare([])\n"
-        "print(sorted(name for name in sys.modules if name.startswith(('pulumi_', 'tencentcloud'))))"
+        "import sys; SDKS = ('pulumi_', 'tencentcloud_')\n"
+        "from remotegpu_network import stack as _\n"
+        "from tests.network.export import name, stack\n"
+        "from tests.network.monitor import declared\n"
+        "def sdks(): return {each.partition('.')[0] for each in sys.modules if each.startswith(SDKS)}\n"
+        "before = sdks()\n"
+        f"declared([name('n', 'x', 'A', '203.0.113.1', in_zone='{key}')], stack(clouds=('{cloud}',)))\n"
+        "print(*before, '|', *sdks())"
     )
-    told = subprocess.run([sys.executable, "-c", program], cwd=PULUMI, capture_output=True, text=True)
-    assert told.stdout == "[]\n", told.stderr
+    path = {"PYTHONPATH": f"{PULUMI}:{PULUMI.parent}"}
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env={**os.environ, **path}, capture_output=True, text=True
+    )
+    assert told.stdout == f"| {sdk}\n", told.stderr
 
 
 def test_mypy_reads_the_arguments_of_the_sdks_and_finds_no_fault_in_the_stacks(tmp_path: Path) -> None:
