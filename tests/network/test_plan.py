@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from remotegpu_network.plan import What
 from remotegpu_network.settings import Settings
 from tests.network.export import name, opening, parsed, resources, sealed, stack
 
+ROOT = Path(__file__).parents[2]
 ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1")
 
 
@@ -354,6 +357,33 @@ def test_the_command_plans_checks_and_refuses(tmp_path: Path, capsys: pytest.Cap
     assert json.loads(out)["counts"] == {"delete": 0, "replace": 0, "change": 0, "create": 1, "adopt": 0}
     (tmp_path / "bad.json").write_text("{")
     assert run(tmp_path, capsys, "check", "bad.json")[0] == 1
+
+
+def test_make_prints_the_plan_without_any_engine(tmp_path: Path) -> None:
+    """Neither the CLI nor a library of the engine's or of a cloud's: all that it imports is in what it says."""
+    for file, content in {
+        "a": sealed(ADDRESS),
+        "b": sealed(ADDRESS, name("n", "x", "A", "203.0.113.9"), generation=8),
+    }.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = [
+            "-o",
+            ".venv/.runtime",
+            f"BIN={Path(sys.executable).parent}",
+        ]  # it installs nothing
+        return subprocess.run(
+            ["make", "network-plan", *environment, *words], cwd=ROOT, capture_output=True, text=True,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPROFILEIMPORTTIME": "1"},
+        )  # fmt: skip
+
+    done = make(f"EXPORT={tmp_path / 'b.json'}", f"APPLIED={tmp_path / 'a.json'}")
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["1 to create; 1 stay as they are."]), done.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "remotegpu_network" in imported
+    assert [each for each in imported if each.startswith(("pulumi", "grpc", "tencentcloud"))] == []
+    assert "make network-plan EXPORT=export.json" in make().stderr
 
 
 def test_the_command_writes_the_step_that_goes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
