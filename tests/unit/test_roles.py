@@ -117,6 +117,15 @@ def test_a_role_asks_before_it_acts(role: Path) -> None:
             assert len(asserts["fail_msg"]) > 60, f"{task['name']}: what is wrong, where to set it, an example"
 
 
+def test_the_guide_names_the_roles_that_refuse_ubuntu_22_04() -> None:
+    known = {role.name: (read(role / "vars/main.yml") or {}).get(f"__{role.name}_supported") for role in ROLES}
+    refusing = {name for name, supported in known.items() if supported and "Ubuntu_22" not in supported}
+    guide = (ROOT / "docs/operator.md").read_text()
+    told = re.search(r"^Ubuntu 22.04 is for .*?refuse it", guide, re.MULTILINE | re.DOTALL)
+    assert told is not None
+    assert {word for word in re.findall(r"`(\w+)`", told.group()) if (ROOT / "roles" / word).exists()} == refusing
+
+
 @every_role
 def test_packages_come_in_one_call_that_waits_for_the_lock(role: Path) -> None:
     for task in tasks_of(role):
