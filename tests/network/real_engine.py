@@ -22,10 +22,11 @@ BASE = {"remotegpu:environment": "production", "remotegpu:clouds": ["cloudflare"
 
 
 class Ran(NamedTuple):
-    """Exit status, and what it said."""
+    """Exit status, all that it said, and what of that came on its standard output."""
 
     code: int
     told: str
+    printed: str
 
 
 class RealEngine:
@@ -67,10 +68,14 @@ class RealEngine:
             text=True,
             timeout=300,
         )
-        return Ran(done.returncode, done.stdout + done.stderr)
+        return Ran(done.returncode, done.stdout + done.stderr, done.stdout)
 
     def up(self, export: Mapping[str, Any], **config: Any) -> Ran:
         """As the double's: the settings are those of this run, on top of what every stack has."""
+        self.configure(export, **config)
+        return self.run("up", "--yes", "--skip-preview")
+
+    def configure(self, export: Mapping[str, Any], **config: Any) -> None:
         (self.program / "export.json").write_text(json.dumps(export))
         given = {key.replace("__", ":").replace("_", "-"): value for key, value in config.items()}
         for key in self.given.keys() - given.keys() - BASE.keys():
@@ -78,4 +83,3 @@ class RealEngine:
         self.given = given
         for key, value in {**BASE, **given}.items():
             self.pulumi("config", "set", key, value if isinstance(value, str) else json.dumps(value))
-        return self.run("up", "--yes", "--skip-preview")

@@ -6,6 +6,7 @@ the double can show (operations, unknown ids) is in test_engine.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -45,6 +46,23 @@ def test_a_second_run_changes_nothing(engine: Either) -> None:
     assert (first.code, len(engine.cloud.calls)) == (0, 4), first.told
     again = engine.up(sealed(ADDRESS, caa, text, generation=8))
     assert (again.code, len(engine.cloud.calls)) == (0, 4), again.told
+
+
+def test_an_account_of_digits_is_a_text_to_the_program(engine: Either) -> None:
+    done = engine.up(sealed(ADDRESS), remotegpu__aws_account="123456789012", remotegpu__may_lose="3")
+    assert done.code == 0, done.told
+
+
+def test_p22_the_program_warns_where_its_own_account_is_not_known(engine: Either) -> None:
+    peer = opening("o1", "123456789012/sg-0abc")
+    done = engine.up(sealed(peer), remotegpu__clouds=["aws"])
+    assert (done.code, "remotegpu:aws-account is not set" in done.told) == (0, True), done.told
+
+
+def test_a_reason_without_a_letter_of_aws_is_a_reason(engine: Either) -> None:
+    wide = opening("o1", "0.0.0.0/0", 443, reason="客户漫游")
+    done = engine.up(sealed(wide), remotegpu__clouds=["aws"])
+    assert done.code == 0, done.told
 
 
 def test_renaming_a_machine_deletes_no_record(engine: Either) -> None:
@@ -104,6 +122,18 @@ def test_what_must_not_be_applied_is_told_and_changes_nothing(
 ) -> None:
     done = engine.up(export)
     assert (done.code != 0, why in done.told, engine.cloud.calls) == (True, True, []), done.told
+
+
+def test_an_export_that_lost_most_of_the_fleet_changes_nothing(engine: Either, tmp_path: Path) -> None:
+    many = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(20)))
+    engine.up(many)
+    (tmp_path / "applied.json").write_text(json.dumps(many))
+    few = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(10)), generation=8)
+    stopped = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"))
+    assert (stopped.code != 0, "10 of 20 names are gone" in stopped.told) == (True, True), stopped.told
+    assert len(engine.cloud.things) == 20
+    meant = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"), remotegpu__max_loss_percent=50)
+    assert (meant.code, len(engine.cloud.things)) == (0, 10)
 
 
 def test_four_clouds_in_one_stack(engine: Either) -> None:

@@ -37,23 +37,6 @@ def test_a_second_run_plans_nothing(engine: Engine) -> None:
     assert (second.operations, second.same) == ([], 6), second.told
 
 
-def test_an_account_of_digits_is_a_text_to_the_program(engine: Engine) -> None:
-    done = engine.up(sealed(ADDRESS), remotegpu__aws_account="123456789012", remotegpu__may_lose="3")
-    assert done.code == 0, done.told
-
-
-def test_p22_the_program_warns_where_its_own_account_is_not_known(engine: Engine) -> None:
-    peer = opening("o1", "123456789012/sg-0abc")
-    done = engine.up(sealed(peer), remotegpu__clouds=["aws"])
-    assert (done.code, "remotegpu:aws-account is not set" in done.told) == (0, True), done.told
-
-
-def test_a_reason_without_a_letter_of_aws_is_a_reason(engine: Engine) -> None:
-    wide = opening("o1", "0.0.0.0/0", 443, reason="客户漫游")
-    done = engine.up(sealed(wide), remotegpu__clouds=["aws"])
-    assert done.code == 0, done.told
-
-
 def test_renaming_a_machine_deletes_no_record(engine: Engine) -> None:
     engine.up(sealed(ADDRESS))
     renamed = engine.up(sealed(ADDRESS, machines={"m1": "the big one"}))
@@ -167,17 +150,6 @@ def test_what_must_not_be_applied_is_told_and_nothing_is_declared(
         32, True, ["pulumi:pulumi:Stack"],
     ), done.told  # fmt: skip
     assert "Traceback" not in done.told
-
-
-def test_an_export_that_lost_most_of_the_fleet_changes_nothing(engine: Engine, tmp_path: Path) -> None:
-    many = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(20)))
-    engine.up(many)
-    (tmp_path / "applied.json").write_text(json.dumps(many))
-    few = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(10)), generation=8)
-    stopped = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"))
-    assert (stopped.code, "10 of 20 names are gone" in stopped.told, len(engine.cloud.things)) == (32, True, 20)
-    meant = engine.up(few, remotegpu__applied=str(tmp_path / "applied.json"), remotegpu__max_loss_percent=50)
-    assert (meant.code, len(engine.cloud.things)) == (0, 10)
 
 
 def test_four_clouds_in_one_stack(engine: Engine) -> None:

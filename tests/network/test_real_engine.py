@@ -6,6 +6,7 @@ did not run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import pytest
 from google.protobuf import struct_pb2
 from pulumi.runtime.proto import provider_pb2, provider_pb2_grpc
 
-from remotegpu_network import desired
+from remotegpu_network import desired, gate, guard
 from tests.network.cloud import Cloud
 from tests.network.engine import TOKEN
-from tests.network.export import ZONE_ID, name, sealed
+from tests.network.export import ZONE_ID, name, sealed, stack
 from tests.network.provider import attached
 from tests.network.real_engine import RealEngine
 
@@ -36,6 +37,20 @@ def test_secrets_are_in_neither_state_nor_outputs(engine: RealEngine) -> None:
     done = engine.up(sealed(ADDRESS))
     assert done.code == 0, done.told
     assert TOKEN not in done.told + engine.pulumi("stack", "output", "--json") + engine.pulumi("stack", "export")
+
+
+@pytest.mark.engine
+def test_what_the_pipelines_read_of_the_engine_is_as_the_engine_writes_it(engine: RealEngine) -> None:
+    """With the options of network.sh."""
+    assert engine.up(sealed(ADDRESS)).code == 0
+    before = guard.baseline(engine.run("stack", "output", "--json").printed, stack())
+    assert (before.generation, before.counts["names"]) == (7, 1)
+    assert gate.pending(json.loads(engine.run("stack", "export").printed)) == []
+    engine.configure(sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org", machine="m1"), generation=8))
+    preview = json.loads(engine.run("preview", "--refresh", "--json").printed)
+    assert gate.problems(preview, stack()) == []
+    (told,) = gate.problems(preview, stack(replaces_at_most=0))
+    assert told.startswith(f"1 resources would be replaced (1 × {desired.CLOUDFLARE_RECORD})")
 
 
 def test_the_provider_double_answers_as_an_engine_asks() -> None:
