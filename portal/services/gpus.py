@@ -52,6 +52,8 @@ def xids(gpu: Mapping[str, Any]) -> dict[int, datetime]:
 def notes(gpu: Mapping[str, Any]) -> tuple[str, ...]:
     """Why a value is not known, and what to know besides: in the words of the driver and of the agent, each once."""
     told = [f"{error['field']}: {error['message']}" for error in gpu["errors"]]
+    if errors := gpu["ecc_uncorrected"]:
+        told.append(f"ecc_uncorrected: {errors} errors since the driver was loaded")
     told += [f"XID {xid}: {at:%Y-%m-%d %H:%M:%S} UTC" for xid, at in xids(gpu).items()]
     return tuple(dict.fromkeys(told))
 

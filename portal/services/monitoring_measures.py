@@ -177,7 +177,8 @@ MEASURES: Mapping[str, Measure] = {
             "ecc",
             "count",
             (
-                _of_gpu("nvidia_smi_ecc_errors_uncorrected_volatile_total", "max"),
+                # More than a report can hold (the agent's bound, too) is a driver's blank.
+                f"{_of_gpu('nvidia_smi_ecc_errors_uncorrected_volatile_total', 'max')} < {2**53}",
                 _of_gpu("remotegpu_gpu_ecc_uncorrected_errors", "max"),
             ),
             over="max",

@@ -43,7 +43,7 @@ from tests.conftest import SignedIn, close_database, settings_in
 from tests.factories import make_machine, make_user
 from tests.hosts.gpu import Scenario
 from tests.support import prometheus, rental
-from tests.support.gpu_quirks import ERRORS, MEASURES, QUIRKS, TOTAL, Quirk, Truth, busy
+from tests.support.gpu_quirks import ERRORS, LIVE, MEASURES, OF_AGENTS, QUIRKS, TOTAL, UNHEARD, Quirk, Truth, busy
 from tests.support.prometheus import Sample
 from tests.support.real_card import started_probe
 from tests.support.waiting import until
@@ -97,7 +97,7 @@ class Driver:
     def __init__(self, folder: Path, libraries: Path) -> None:
         self._file, self._libraries = folder / "scenario.ini", libraries
         self._probes: dict[str, GpuProbe] = {}
-        self._exporters: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._exporters: dict[tuple[str, tuple[str, ...]], Any] = {}  # by build, and fields
         (libraries / "none").mkdir()
         (libraries / "none" / "libnvidia-ml.so.1").touch()  # no library, also where this machine has one
 
@@ -117,12 +117,13 @@ class Driver:
 
     def exporter(self, quirk: Quirk) -> Any:
         """Started while all was well, as the real one has been: see `Collector` for what is else."""
-        key = (quirk.driver, quirk.fields)
+        asked = (*(dict(quirk.spelt).get(name, name) for name in asked_by_the_role()), *quirk.fields)
+        key = (quirk.driver, asked)
         if key not in self._exporters:
             argv = [*self._environment(quirk.driver), sys.executable, str(GPU_DIR / "nvidia_smi.py")]
             options = Namespace(
                 nvidia_smi_command=" ".join(argv),
-                query_field_names=",".join([*asked_by_the_role(), *quirk.fields]),
+                query_field_names=",".join(asked),
                 collect_timeout="30s",
             )
             self._exporters[key] = exporter_class()(options)
@@ -383,6 +384,7 @@ MEASURED: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "memory": lambda gpu: gpu["memory_used_bytes"] and 100 * gpu["memory_used_bytes"] / gpu["memory_total_bytes"],
     "temperature": lambda gpu: gpu["temperature_c"],
     "power": lambda gpu: gpu["power_w"],
+    "ecc": lambda gpu: gpu["ecc_uncorrected"],
 }
 
 
@@ -403,7 +405,7 @@ def test_the_agent_tells_it(seen: Seen, quirk: Quirk) -> None:
         if gpu is None:
             continue
         assert {measure: of(gpu) for measure, of in MEASURED.items()} == {
-            measure: nearly(right.value(measure)) for measure in MEASURES
+            measure: nearly(right.value(measure)) for measure in OF_AGENTS
         }
         assert gpu["mig"] == right.mig
         assert sorted((error["field"], error["code"]) for error in gpu["errors"]) == sorted(right.notes)
@@ -425,6 +427,7 @@ def test_nvidia_smi_exits_as_the_real_one_does_and_agrees_with_the_library(seen:
         gpu = next(gpu for gpu in seen.report["gpus"] if gpu["uuid"] == uuid)
         assert cells["temperature.gpu"] == in_a_cell(gpu, "temperature_c")
         assert cells["utilization.gpu [%]"] == in_a_cell(gpu, "utilization_percent", " %") or right.mig or right.notes
+        assert cells["ecc.errors.uncorrected.volatile.total"] == in_a_cell(gpu, "ecc_uncorrected") or right.notes
         assert cells["pci.bus_id"] == gpu["pci_bus_id"]
         if gpu["memory_used_bytes"] is not None:
             assert cells["memory.used [MiB]"] == f"{gpu['memory_used_bytes'] // 2**20} MiB"
@@ -459,7 +462,7 @@ def test_the_api_tells_it(seen: Seen, quirk: Quirk, has_exporter: bool) -> None:
         is_told = quirk.report == "ok" and right.state is not None
         assert (told is not None) == is_told
         if told is not None:
-            assert {m: of(told) for m, of in MEASURED.items()} == {m: nearly(right.value(m)) for m in MEASURES}
+            assert {m: of(told) for m, of in MEASURED.items()} == {m: nearly(right.value(m)) for m in OF_AGENTS}
         assert device["state"] == (right.device if quirk.report == "ok" else "unknown")
         assert device["mig"] == (right.mig if is_told else None)
         assert {
@@ -467,7 +470,7 @@ def test_the_api_tells_it(seen: Seen, quirk: Quirk, has_exporter: bool) -> None:
             "memory": device["memory_percent"],
             "temperature": device["temperature_c"],
             "power": device["power_w"],
-        } == {m: nearly(right.charted(m, has_exporter=has_exporter), 0.06) for m in MEASURES}
+        } == {m: nearly(quirk.charted(right, m, has_exporter=has_exporter), 0.06) for m in LIVE}
         assert device["memory_total_bytes"] == TOTAL, "the inventory's, where the driver does not say"
 
 
@@ -476,11 +479,13 @@ def test_the_page_tells_it(seen: Seen, quirk: Quirk) -> None:
     machine = seen.machines[False]
     for right, uuid in pairs(quirk, machine.uuids):
         name, *cells = machine.rows[uuid]
-        assert cells == cells_of(right if quirk.report == "ok" else Truth(None, None, None, None, None))
+        assert cells == cells_of(right if quirk.report == "ok" else UNHEARD)
         assert re.findall(r"\b(missing|unknown|lost|error)\b", name.partition("GPU-")[0]) == badge_of(quirk, right)
-        noted = [note for note, _code in right.notes if quirk.report == "ok"]
-        noted += [f"XID {xid}" for xid in right.xids]
-        assert all(f"{note}: " in name for note in noted), "why a value is not known"
+        noted = [f"{note}: " for note, _code in right.notes if quirk.report == "ok"]
+        noted += [f"XID {xid}: " for xid in right.xids]
+        noted += [f"ecc_uncorrected: {right.ecc:.0f} errors"] if right.ecc else []
+        assert all(note in name for note in noted), "why a value is not known"
+        assert ("ecc_uncorrected: " in name) == any("ecc_uncorrected: " in note for note in noted), "0 is no news"
 
 
 def cells_of(right: Truth) -> list[str]:
@@ -506,8 +511,8 @@ def test_the_chart_draws_it(portal: Portal, seen: Seen, quirk: Quirk, has_export
     machine = seen.machines[has_exporter]
     for right, uuid in pairs(quirk, machine.uuids):
         for measure in MEASURES:
-            value = right.charted(measure, has_exporter=has_exporter)
-            cause = None if value is not None else right.causes[not has_exporter]
+            value = quirk.charted(right, measure, has_exporter=has_exporter)
+            cause = None if value is not None else quirk.why_not(right, measure, has_exporter=has_exporter)
             assert drawn(machine.charts[measure], uuid, portal.moment) == (nearly(value), cause), measure
 
 

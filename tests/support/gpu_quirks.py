@@ -1,8 +1,9 @@
 """What GPU drivers are known to do, as scenarios of the fake one, each with what is then true.
 
 One row is one quirk: how the fake driver shows it, and what has to be told of the two GPUs by the agent, the API, the
-page and the chart. None is unknown, 0 is counted. tests/integration/test_gpu_truth.py walks every row from the driver
-to the chart; what the fake driver itself does is tested in tests/integration/hosts/test_fake_gpu.py.
+page and the chart. None is unknown, 0 is counted. Clocks, and what holds them down, the exporter alone can
+tell. tests/integration/test_gpu_truth.py walks every row from the driver to the chart; what the fake driver itself does
+is tested in tests/integration/hosts/test_fake_gpu.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 from tests.hosts.gpu import Scenario
 
 GIB = 2**30
-MEASURES = ("utilization", "memory", "temperature", "power")
+LIVE = ("utilization", "memory", "temperature", "power")  # what the overview and the page have a column for
+OF_AGENTS = (*LIVE, "ecc")
+OF_EXPORTERS = ("clock", "slowdown")
+MEASURES = (*OF_AGENTS, *OF_EXPORTERS)
 TOTAL, RESERVED, USED = 81559 * 2**20, 561 * 2**20, 20480 * 2**20
 BUSY = {
     "utilization_gpu": "40",
@@ -22,6 +26,9 @@ BUSY = {
     "memory_used": str(USED),
     "temperature_gpu": "61",
     "power_draw_mw": "350000",
+    "ecc_uncorrected_volatile": "0",
+    "clocks_current_sm": "1980",
+    "clocks_event_reasons": "0x0",
 }
 
 
@@ -34,8 +41,8 @@ def busy(seed: str) -> Scenario:
 class Truth:
     """What is right for one GPU. `state` is the agent's word; None: the agent cannot tell of it.
 
-    `exporter` is what nvidia_gpu_exporter knows although the agent does not, or the other way round. `causes` name the
-    gaps in the charts: of a host with an exporter, and of one without.
+    `exporter` is what nvidia_gpu_exporter knows although the agent does not. `gap` names why there is no value in the
+    charts, where it is not that the card does not tell it.
     """
 
     state: str | None = "ok"
@@ -43,22 +50,20 @@ class Truth:
     memory: float | None = 100 * USED / TOTAL
     temperature: float | None = 61
     power: float | None = 350
+    ecc: float | None = 0
+    clock: float | None = 1.98e9
+    slowdown: float | None = 0
     mig: bool | None = False
     notes: tuple[tuple[str, int], ...] = ()
     xids: tuple[int, ...] = ()
     problem: str | None = None  # of health, where it is not that of the state
     fields: Mapping[str, Any] = field(default_factory=dict)
     exporter: Mapping[str, float | None] = field(default_factory=dict)
-    causes: tuple[str, str] = ("not_reported", "not_reported")
+    gap: str | None = None
 
     def value(self, measure: str) -> float | None:
         value: float | None = getattr(self, measure)
         return value
-
-    def charted(self, measure: str, *, has_exporter: bool) -> float | None:
-        """In the chart, and live where there is a Prometheus: of both sources the exporter comes first."""
-        known = self.exporter.get(measure) if has_exporter else None
-        return self.value(measure) if known is None else known
 
     @property
     def device(self) -> str:
@@ -67,9 +72,11 @@ class Truth:
 
 
 WELL = Truth()
-NOTHING = Truth(utilization=None, memory=None, temperature=None, power=None, mig=None)
-GONE = replace(NOTHING, causes=("gpu_gone", "gpu_gone"))
-UNHEARD = replace(NOTHING, causes=("exporter_failing", "exporter_failing"))
+NOTHING = Truth(
+    utilization=None, memory=None, temperature=None, power=None, ecc=None, clock=None, slowdown=None, mig=None
+)
+GONE = replace(NOTHING, gap="gpu_gone")
+UNHEARD = replace(NOTHING, gap="exporter_failing")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Quirk:
     """A sentence, and the driver that does so. `report` is what the agent says of NVML, `code` how nvidia-smi exits.
 
     `driver` is a build of the library, or none at all. `is_fresh`: the agent has not seen the GPUs before. `fields` are
-    what the exporter asks for besides. `spoils`: nvidia-smi exits well and the exporter can make nothing of it.
+    what the exporter asks for besides, `spelt` what it calls otherwise. `spoils`: nvidia-smi exits well and the
+    exporter can make nothing of it.
     """
 
     sentence: str
@@ -91,9 +99,28 @@ class Quirk:
     is_fresh: bool = False
     spoils: bool = False
     fields: tuple[str, ...] = ()
+    spelt: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return self.sentence
+
+    def charted(self, right: Truth, measure: str, *, has_exporter: bool) -> float | None:
+        """In the chart, and live where there is a Prometheus: of both sources the exporter comes first."""
+        is_told = has_exporter and self.is_exported
+        if measure in OF_EXPORTERS and not is_told:
+            return None
+        known = right.exporter.get(measure) if is_told else None
+        return right.value(measure) if known is None else known
+
+    def why_not(self, right: Truth, measure: str, *, has_exporter: bool) -> str:
+        """The cause that the chart names where it has no value; divided, a card lacks its utilisation alone."""
+        if right.gap is not None and (right.gap != "mig" or measure == "utilization"):
+            return right.gap
+        return "exporter_failing" if has_exporter and not self.is_exported else "not_reported"
+
+    @property
+    def is_exported(self) -> bool:
+        return self.code == 0 and not self.spoils
 
 
 def gpu0(**values: str) -> Callable[[Scenario], Scenario]:
@@ -130,8 +157,10 @@ def divided(**values: str) -> Callable[[Scenario], Scenario]:
     return lambda scenario: gpu0(**mig)(scenario).lacking("gpu0", "utilization_gpu", "utilization_memory")
 
 
-MIG = replace(WELL, utilization=None, mig=True, causes=("mig", "mig"))
+MIG = replace(WELL, utilization=None, mig=True, gap="mig")
 NO_HEAT = replace(WELL, temperature=None)
+
+OLD_REASONS = (("clocks_event_reasons.active", "clocks_throttle_reasons.active"),)
 
 # What NVML can answer in a value's place: its code and nvidia-smi's words for it. A new driver has codes of its own.
 ERRORS = {
@@ -235,7 +264,33 @@ def of_values() -> Iterator[Quirk]:
     yield Quirk(
         "A number that no column holds does not cost the whole report",
         gpu0(ecc_uncorrected_volatile=str(2**63)),
-        replace(WELL, notes=(("ecc_uncorrected", 0),), fields={"ecc_uncorrected": None}),
+        replace(WELL, ecc=None, notes=(("ecc_uncorrected", 0),)),
+    )
+    yield Quirk(
+        "Memory errors that could not be corrected are counted, and told beside the GPU",
+        gpu0(ecc_uncorrected_volatile="3"),
+        Truth(ecc=3),
+    )
+    yield Quirk(
+        "A card without ECC has no errors to count, and that is not 0",
+        without("ecc_uncorrected_volatile"),
+        replace(WELL, ecc=None),
+    )
+    # nvidia_gpu_exporter#123
+    for named, spelt, change in (
+        ("their name since 535", (), reloaded()),
+        ("the name of before", OLD_REASONS, reloaded()),
+        ("the only name that an older driver knows", OLD_REASONS, reloaded(driver_version="525.147.05")),
+    ):
+        yield Quirk(
+            f"Clocks that the hardware holds down are told, asked for by {named}",
+            lambda scenario, change=change: gpu0(clocks_event_reasons="0x8", clocks_current_sm="345")(change(scenario)),  # type: ignore[misc]
+            Truth(clock=345e6, slowdown=100),
+            spelt=spelt,
+        )
+    yield Quirk(
+        "A card at its power limit, or without work, is not held down",
+        lambda scenario: gpu0(clocks_event_reasons="0x4")(scenario).having("gpu1", clocks_event_reasons="0x1"),
     )
     # nvidia_gpu_exporter#203, dask/distributed#8739
     yield Quirk("A divided GPU has no utilisation, and that is not 0", divided(), MIG)
@@ -322,7 +377,7 @@ def of_texts() -> Iterator[Quirk]:
     yield Quirk(
         "A GPU that does not tell its UUID is known by its place, and not to be trusted",
         gpu0(uuid="!UNKNOWN"),
-        replace(WELL, state="error", notes=(("uuid", 999),)),
+        replace(WELL, state="error", notes=(("uuid", 999),), clock=None, slowdown=None),
     )
 
 
