@@ -10,9 +10,9 @@ import yaml
 from tests.support.rendering import DISTRIBUTIONS, ROLES, render
 
 STAND_IN = ROLES.parent / "molecule" / "harbor" / "files" / "harbor.yml.tmpl"
-# Every key that the sample of Harbor 2.14.0 sets, read off make/harbor.yml.tmpl of github.com/goharbor/harbor and the form
-# of that very version, make/photon/prepare/migrations/version_2_14_0/harbor.yml.jinja. The installer takes some of them
-# without a fallback, and reads past what it does not know.
+# Every key that the sample of Harbor 2.14.0 sets, read off make/harbor.yml.tmpl of github.com/goharbor/harbor and the
+# form of that very version, make/photon/prepare/migrations/version_2_14_0/harbor.yml.jinja. The installer takes some of
+# them without a fallback, and reads past what it does not know.
 SAMPLE_OF_2_14 = {
     "_version", "hostname", "harbor_admin_password", "data_volume",
     "http.port", "https.port", "https.certificate", "https.private_key",
