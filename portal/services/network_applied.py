@@ -53,7 +53,7 @@ def note(
         before = newest(stack)
         if outcome == "failed" and before is not None:  # before it had an export: the stack stands where it stood
             told["generation"] = told["generation"] or before.generation
-        if before is not None and _is_same(before, told, outcome):
+        if before is not None and _is_same(before, told, outcome) and not _has_failed_since(before):
             return before, False
         if before is not None and told["generation"] < before.generation:
             raise Conflict(
@@ -88,6 +88,12 @@ def note(
 def _is_same(before: AppliedNetwork, told: Mapping[str, Any], outcome: str) -> bool:
     said = (before.outcome, before.generation, before.checksum, sorted(before.clouds))
     return said == (outcome, told["generation"], told["checksum"], sorted(told["clouds"]))
+
+
+def _has_failed_since(before: AppliedNetwork) -> bool:
+    """Then the same apply is news: the failure is over."""
+    later = (AppliedNetwork.stack == before.stack) & (AppliedNetwork.id > before.id)
+    return bool(AppliedNetwork.select().where(later).exists())
 
 
 def _checked(stack: str, outputs: Mapping[str, Any], outcome: str) -> dict[str, Any]:

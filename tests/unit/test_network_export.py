@@ -27,6 +27,7 @@ from portal.services import (
     network_export,
     network_names,
     network_requests,
+    network_views,
     network_zones,
     retirement,
 )
@@ -561,6 +562,19 @@ def test_what_a_stack_says_again_is_no_news(database: Any) -> None:
     first, is_news = network_applied.note("production", told, by=SYSTEM)
     again, is_news_again = network_applied.note("production", told, by=SYSTEM)
     assert (first.id, is_news, is_news_again) == (again.id, True, False)
+
+
+def test_the_same_apply_after_one_that_failed_ends_the_failure(database: Any) -> None:
+    """A pipeline that was mended applies the same export again."""
+    zone()
+    told, why = outputs(), {"outcome": "failed", "reason": "The engine's apply failed."}
+    assert network_applied.note("production", told, by=SYSTEM)[1]
+    network_applied.note("other", told, by=SYSTEM)
+    network_applied.note("production", told, by=SYSTEM, **why)
+    failed = {stack.name: stack.failed is not None for stack in network_views.standing().stacks}
+    assert failed == {"production": True, "other": False}
+    assert [network_applied.note("production", told, by=SYSTEM)[1] for _ in range(2)] == [True, False]
+    assert [stack.failed for stack in network_views.standing().stacks] == [None, None]
 
 
 @pytest.mark.parametrize(
