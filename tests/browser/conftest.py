@@ -112,7 +112,8 @@ def served(quiet: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     tools.mkdir()
     (tools / "ssh-keyscan").write_text(KEYSCAN)
     (tools / "ssh-keyscan").chmod(0o755)
-    portal = Portal(folder / "instance", environ={"PATH": f"{tools}:{os.environ['PATH']}"})
+    pipeline = {"NETWORK_WEBHOOK_URL": "http://127.0.0.1:1/", "NETWORK_WEBHOOK_SECRET": "s" * 64}  # no worker calls it
+    portal = Portal(folder / "instance", environ={"PATH": f"{tools}:{os.environ['PATH']}", **pipeline})
     portal.command("init")
     house = House(
         portal, load({"INSTANCE_DIR": str(portal.instance), "PUBLIC_URL": portal.url, "BIND": portal.url[8:]})

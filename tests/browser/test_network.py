@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 
 from portal.db import atomic, utcnow
 from portal.models import DnsRecord, DnsZone, Forward, Grant, Lease, Machine, NetworkState, Opening
-from portal.services import leases, network, network_openings, network_requests, tenants
+from portal.services import leases, network, network_openings, network_posts, network_requests, tenants
 from portal.services.actors import SYSTEM
 from tests.browser.conftest import House
 from tests.browser.people import is_marked, mark, press
@@ -199,6 +199,24 @@ def test_what_the_stacks_have_applied_what_differs_and_who_asked(house: House, o
     expect(page.get_by_role("row", name=re.compile(f"new.{zone.name}"))).to_have_count(0)
 
 
+def test_an_apply_that_failed_and_calls_that_nobody_took_say_why(house: House, open_as: Open, zone: DnsZone) -> None:
+    ground.applied()
+    page = open_as(house.admin, "/network")
+    production = page.locator("#standing").get_by_role("row", name=re.compile("production"))
+    expect(production).not_to_contain_text("failed")
+    why = "The engine's apply failed. https://ci.example.org/jobs/7"
+    network_posts.take("production", ground.outputs(), outcome="failed", reason=why, by=SYSTEM)
+    with atomic():
+        network.hold()
+        NetworkState.update(failures=2, last_error="The pipeline answered 502.").execute()
+    page.reload()
+    expect(production).to_contain_text(f"The last apply failed: {why}")
+    expect(page.locator("#standing")).to_contain_text("2 calls in a row were not taken")
+    expect(page.locator("#standing")).to_contain_text("The pipeline answered 502.")
+    ground.applied()
+    expect(production).not_to_contain_text("failed")  # by itself
+
+
 def test_a_frozen_network_gives_no_export_and_is_thawed_with_a_reason(house: House, open_as: Open) -> None:
     frozen = {"frozen_reason": "It was restored from a backup.", "frozen_at": utcnow()}
     with atomic():
@@ -247,8 +265,11 @@ def test_a_lease_shows_what_is_still_open_its_way_out_and_is_written_off(
 def test_a_lease_waits_for_the_apply_that_makes_its_name(house: House, open_as: Open, zone: DnsZone) -> None:
     host = house.ready_host()
     lease = rental.allocate(host, make_tenant())
+    with atomic():
+        Grant.update(desired_at=utcnow() - LATE).where(Grant.lease == lease).execute()
     page = open_as(house.admin, f"/leases/{lease.id}")
     names = page.get_by_role("row", name=re.compile("DNS names"))
+    expect(names).to_contain_text("waiting for 3 hours")
     expect(names).to_contain_text("Waits for an apply of generation")
     expect(page.locator("#lease-state")).to_contain_text(f"{lease.login}.{zone.name}")
     mark(page)

@@ -14,7 +14,7 @@ from portal.models import AuditEntry, Lease, Machine, Opening, Tenant, User
 from portal.services import desired, leases, network, network_openings, network_requests, retirement
 from portal.services.actors import SYSTEM
 from tests.factories import actor_of, make_machine
-from tests.support.network import OFFICE, group, place, reports, seen, states_of, wish
+from tests.support.network import OFFICE, export, group, place, reports, seen, states_of, wish
 from tests.support.rental import Host, allocate, ready_host
 
 HOUR = timedelta(hours=1)
@@ -174,6 +174,19 @@ def test_one_whose_own_time_is_up_is_closed_by_the_sweep_once(host: Host, lease:
     assert network_requests.close_due(utcnow() + 2 * HOUR) == 0
     assert network_openings.get(opening.id).closed_at is not None
     assert states_of(lease)["firewall"][0] == "closed"
+
+
+def test_the_end_of_its_own_is_in_the_export_and_takes_it_out_of_that(host: Host, tenant: Tenant) -> None:
+    place(host, security_group_id=group().id)
+    lease = allocate(host, tenant)
+    ends_at = utcnow() + HOUR
+    mine, leases_own = ask(host, lease, ends_at=ends_at), ask(host, lease, port=9999)
+    ends = {row["key"]: row["ends_at"] for row in export()["openings"]}
+    assert ends == {mine.key: protocol.format_time(ends_at), leases_own.key: protocol.format_time(lease.ends_at)}
+    generation = network.state().generation
+    network_requests.close_due(ends_at + timedelta(seconds=1))
+    assert [row["key"] for row in export()["openings"]] == [leases_own.key]
+    assert network.state().generation > generation
 
 
 def test_nothing_is_opened_for_a_lease_that_is_over(host: Host, lease: Lease) -> None:
