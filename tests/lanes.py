@@ -254,7 +254,8 @@ def told_by(outcome: Path) -> tuple[dict[str, int], list[str]]:
     if suite is None:
         return {}, []
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-    return counts, [entry.get("value", "") for entry in suite.iterfind("properties/property[@name='stand-in']")]
+    found = suite.iterfind(".//property[@name='stand-in']")  # of the whole lane, and of single tests
+    return counts, list(dict.fromkeys(entry.get("value", "") for entry in found))
 
 
 def why_without_cards() -> str | None:

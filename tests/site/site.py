@@ -50,7 +50,7 @@ STAND_INS = (
     "site: the GPUs are a fake NVML and nvidia-smi that answer as recorded",
     "site: NVIDIA's driver and container toolkit are empty packages of the real names and versions",
     "site: what hosts would fetch from Debian and the Python index is in their images already",
-    "site: Grafana, guacd and Harbor are left out; their roles are converged by their own scenarios",
+    "site: Grafana, guacd and Harbor are left out; `make test-slow` converges their roles, with stand-ins for them",
 )
 
 

@@ -106,10 +106,13 @@ def test_what_stood_in_for_the_real_thing_is_told(tmp_path: Path, capsys: pytest
     outcome.write_text(
         '<testsuites><testsuite name="pytest" tests="2" failures="0" errors="0" skipped="0"><properties>'
         '<property name="stand-in" value="site: the GPUs are a fake"/><property name="other" value="no"/>'
-        "</properties></testsuite></testsuites>"
+        "</properties>"
+        '<testcase name="a"><properties><property name="stand-in" value="grafana: a package"/></properties></testcase>'
+        '<testcase name="b"><properties><property name="stand-in" value="grafana: a package"/></properties></testcase>'
+        "</testsuite></testsuites>"
     )
     counts, stand_ins = lanes.told_by(outcome)
-    assert (counts["tests"], stand_ins) == (2, ["site: the GPUs are a fake"])
+    assert (counts["tests"], stand_ins) == (2, ["site: the GPUs are a fake", "grafana: a package"]), "each once"
     assert lanes.told_by(tmp_path / "never-ran.xml") == ({}, [])
     lanes.report([Result(FAST, 0.1, 0, counts, stand_ins)], time.monotonic())
     assert "site: the GPUs are a fake" in capsys.readouterr().out.splitlines()
