@@ -26,7 +26,7 @@ STAND_INS = {
     "nvidia_gpu_exporter_artifact:": "nvidia_gpu_exporter is a stub that names what nvidia-smi says as 1.14.0 does",
     "file:///srv/nvidia": "NVIDIA's driver is small packages of ours under the real names",
     "file:///srv/toolkit": "NVIDIA's container toolkit is small packages of ours under the real names",
-    "/opt/fake-root": "the driver that is loaded is a folder that stands for /, and cards are a fake NVML and nvidia-smi",
+    "/opt/fake-root": "the loaded driver is a folder that stands for /, and cards are a fake NVML and nvidia-smi",
     "file:///srv/docker": "Docker's own repository is a folder with the distribution's engine under its names",
 }
 
