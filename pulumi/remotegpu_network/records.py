@@ -14,7 +14,7 @@ from typing import Any
 
 from remotegpu_network import names
 
-MAX_TEXT = 2048  # what all four DNS services take
+MAX_TEXT = 2048  # the most that we let in; docs/network.md, Unverified
 MAX_CHUNK = 255  # one character-string of RFC 1035
 PRINTABLE = re.compile(r"[ -~]+")
 SRV_OWNER = re.compile(r"_[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\._(?:tcp|udp|tls|sctp)\..+")

@@ -12,7 +12,7 @@ from typing import Any
 
 from remotegpu_network import desired
 
-# From the providers' schemas: a change of these is another resource.
+# As we know it of the providers: a change of these is another resource.
 FORCES_NEW: Mapping[str, frozenset[str]] = {
     desired.CLOUDFLARE_ZONE: frozenset({"account", "name"}),
     desired.CLOUDFLARE_RECORD: frozenset({"zoneId", "type"}),
