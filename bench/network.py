@@ -1,8 +1,7 @@
 """Names and openings: the pure plan of a large fleet, and the whole program beside the bare library.
 
 The bare library registers the same resources with the same arguments in one loop, before the same engine double: what
-is left is what our reading, checking and planning cost. Each is taken in a process of its own. Needs
-requirements-network.txt.
+is left is what our reading, checking and planning cost. Each is taken in a process of its own.
 """
 
 from __future__ import annotations
