@@ -85,16 +85,21 @@ def test_allocate_names_the_faulty_field_and_keeps_what_was_typed(house: House, 
     expect(page.locator("#field-tenant_id")).to_have_value("")  # nobody is chosen by itself
     page.locator("#field-tenant_id").select_option("Quark Labs")
     page.locator("#field-until").fill("2020-01-01T00:00")
+    page.locator("#field-retain_h").fill("3")
     page.locator("#field-remark").fill("training of the spring")
     page.get_by_role("button", name="Allocate").click()
     expect(page.locator("#fault-until")).to_have_text("Lies in the past.")
     expect(page.locator("#field-remark")).to_have_value("training of the spring")
+    expect(page.locator("#field-retain_h")).to_have_value("3")
     assert host.state == "ready"
     page.locator("#field-until").fill("2099-01-01T00:00")
     expect(page.locator("#field-tenant_id option:checked")).to_have_text("Quark Labs")
     page.get_by_role("button", name="Allocate").click()
     expect(page.locator("#live").get_by_text("leased", exact=True)).to_be_visible()
     expect(page.get_by_text("The host has not acknowledged it yet.")).to_be_visible()
+    lease = leases.find_open(host.machine)
+    assert lease is not None
+    assert lease.retain_s == 3 * 3600, "typed in hours"
 
 
 def test_extending_shows_both_ends_until_the_host_has_acknowledged(house: House, open_as: Open) -> None:
