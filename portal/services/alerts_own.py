@@ -20,6 +20,7 @@ from portal.models import (
     Alert,
     ApiToken,
     AppliedNetwork,
+    Forward,
     Grant,
     Lease,
     Machine,
@@ -59,6 +60,7 @@ NAMES = {
     "LeaseEnding": "info",
     "GrantStillOpen": "critical",
     "OpeningStuck": "warning",
+    "ForwardStuck": "warning",
     "NetworkNotApplied": "warning",
     "NetworkFrozen": "critical",
     "CertificateExpiring": "warning",
@@ -311,17 +313,35 @@ def grants_still_open() -> peewee.ModelSelect[Grant]:
 
 def openings_stuck(now: datetime) -> peewee.ModelSelect[Opening]:
     """What a host cannot open, and what it has open though nobody wants it any more; an ended lease's are grants'."""
-    is_failed = Opening.closed_at.is_null() & (Opening.observed == "failed")
-    is_left = (Opening.closed_at <= now - STILL_OPEN) & (Opening.observed << ("open", "failed"))
     goes_on = Opening.lease.is_null() | (Lease.state == "active")
     return (
         Opening.select(Opening, Machine)
         .join(Machine)
         .switch(Opening)
         .join(Lease, peewee.JOIN.LEFT_OUTER)
-        .where(Machine.state != "retired", is_failed | (is_left & goes_on))
+        .where(Machine.state != "retired", _is_failed(Opening) | (_is_left(Opening, now) & goes_on))
         .order_by(Opening.id)
     )
+
+
+def forwards_stuck(now: datetime) -> peewee.ModelSelect[Forward]:
+    """The same of a gateway and its forwards, with the gateway: only leases have any."""
+    return (
+        Forward.select(Forward, Machine)
+        .join(Machine, on=Forward.gateway)
+        .switch(Forward)
+        .join(Lease)
+        .where(Forward.released_at.is_null(), Lease.state == "active", _is_failed(Forward) | _is_left(Forward, now))
+        .order_by(Forward.id)
+    )
+
+
+def _is_failed(hole: type[Opening | Forward]) -> peewee.Expression:
+    return hole.closed_at.is_null() & (hole.observed == "failed")
+
+
+def _is_left(hole: type[Opening | Forward], now: datetime) -> peewee.Expression:
+    return (hole.closed_at <= now - STILL_OPEN) & (hole.observed << ("open", "failed"))
 
 
 def _still_open(now: datetime) -> Iterator[Condition]:
@@ -342,6 +362,15 @@ def _still_open(now: datetime) -> Iterator[Condition]:
             f"Opening {opening.id} of {opening.machine.name} ({hole}) is {state}, which is not wanted: {why}",
             "Look at the host: `remotegpu-agent doctor`.",
             {"host": opening.machine.name, "opening": str(opening.id)},
+        )
+    for forward in forwards_stuck(now).where(Machine.maintenance_since.is_null()):
+        why, state = forward.error or "The host does not say why.", forward.observed
+        way = f"{forward.protocol} {forward.public_port} from {forward.source}"
+        yield Condition(
+            "ForwardStuck",
+            f"Forward {forward.id} of {forward.gateway.name} ({way}) is {state}, which is not wanted: {why}",
+            "Look at the host: `remotegpu-agent doctor`.",
+            {"host": forward.gateway.name, "forward": str(forward.id)},
         )
 
 

@@ -23,6 +23,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "remotegpu_run_failed": ("gauge", "1 where the newest run of a playbook on a machine has failed within a day"),
     "remotegpu_grant_closing_timestamp_seconds": ("gauge", "Since when a part of an ended lease is to be closed"),
     "remotegpu_opening_stuck": ("gauge", "1 where an opening is not as it is wanted on the host"),
+    "remotegpu_forward_stuck": ("gauge", "1 where a forward is not as it is wanted on the gateway"),
     "remotegpu_network_behind_timestamp_seconds": ("gauge", "Since when a change of the network waits for a stack"),
     "remotegpu_network_frozen": ("gauge", "1 while no stack is given an export, after a restoration"),
     "remotegpu_certificate_end_timestamp_seconds": ("gauge", "When a certificate of the portal ends"),
@@ -69,6 +70,8 @@ def _network(now: datetime) -> Iterator[Sample]:
         yield "remotegpu_grant_closing_timestamp_seconds", labels, grant.desired_at.timestamp()
     for opening in alerts_own.openings_stuck(now):
         yield "remotegpu_opening_stuck", {"host": opening.machine.name, "opening": str(opening.id)}, 1
+    for forward in alerts_own.forwards_stuck(now):
+        yield "remotegpu_forward_stuck", {"host": forward.gateway.name, "forward": str(forward.id)}, 1
     if network.state().frozen_reason is not None:
         yield "remotegpu_network_frozen", {}, 1
     elif (since := alerts_own.network_behind_since()) is not None:

@@ -110,6 +110,7 @@ SENTENCES = (
         "Look at the agent, or at the pipeline for names and groups. What cannot be reached can be written off.",
     ),
     pgettext("refusal", "Opening %(opening)s of %(host)s is not as it is wanted."),
+    pgettext("refusal", "Forward %(forward)s of %(host)s is not as it is wanted."),
     pgettext("refusal", "Look at the host: `remotegpu-agent doctor`."),
     pgettext("refusal", "A change of the network waits to be applied for more than an hour."),
     pgettext(

@@ -20,6 +20,7 @@ from portal.services import (
     alerts_samples,
     leases,
     machines,
+    network_forwards,
     network_openings,
     network_requests,
     provisioning,
@@ -191,6 +192,32 @@ def test_an_opening_that_was_closed_and_is_open_still_is_told_of_until_it_was_se
     assert sample in alerts_samples.exposition(later(minutes=16)).splitlines()
     ground.reports(host, openings=ground.seen(kept))
     assert told(timedelta(minutes=16)) == []
+
+
+def test_a_forward_that_failed_or_was_closed_and_is_open_still_is_told_of_with_its_gateway(
+    now: datetime, tenant: Tenant
+) -> None:
+    gateway, host = rental.ready_host("way-in", public_address="198.51.100.1"), rental.ready_host("gpu-1")
+    ground.place(gateway, forward_ports="20000-20099")
+    ground.place(host, gateway_id=gateway.id)
+    Machine.update(hears_openings=True).execute()
+    lease = rental.allocate(host, tenant, openings=[ground.wish()])
+    ssh, opened = network_forwards.of_lease(lease)
+
+    def told(after: timedelta) -> list[dict[str, str]]:
+        found = alerts_own.conditions(utcnow() + after, utcnow())
+        return [dict(each.labels) for each in found if each.name == "ForwardStuck"]
+
+    ground.reports(gateway, forwards=[*ground.seen(ssh, state="failed", error="port in use"), *ground.seen(opened)])
+    assert told(timedelta()) == [{"host": "way-in", "forward": str(ssh.id)}]
+    network_requests.close_port(network_openings.wanted_of(host.machine, lease)[0], by=SYSTEM)
+    ground.reports(gateway, forwards=ground.seen(ssh, opened))
+    assert told(timedelta(minutes=14)) == []
+    assert told(timedelta(minutes=16)) == [{"host": "way-in", "forward": str(opened.id)}]
+    sample = f'remotegpu_forward_stuck{{host="way-in",forward="{opened.id}"}} 1.0'
+    assert sample in alerts_samples.exposition(later(minutes=16)).splitlines()
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert told(timedelta(minutes=16)) == [], "GrantStillOpen tells of an ended lease's"
 
 
 def test_what_an_ended_lease_has_open_still_is_told_of_once(now: datetime, tenant: Tenant) -> None:
