@@ -35,6 +35,11 @@ def site(suite: str, url: str = URL) -> str:
     return render("portal", "site.conf.j2", suite, portal_public_url=url, __portal_certificate=OWN)
 
 
+@pytest.mark.parametrize(("said", "goes"), [("true", True), ("false", False), (True, True), (False, False)])
+def test_it_goes_back_when_it_is_told_to_in_the_inventory_or_on_the_command_line(said: str | bool, goes: bool) -> None:
+    assert evaluate("{{ __portal_goes_back }}", "portal", "noble", portal_rollback=said) is goes
+
+
 def test_the_portal_believes_nginx_alone_and_lives_in_its_own_folder() -> None:
     told = environment(portal_settings={"TRUSTED_PROXIES": "0.0.0.0/0", "INSTANCE_DIR": "/tmp", "REPORT_INTERVAL_S": 5})
     assert told["TRUSTED_PROXIES"] == "unix"

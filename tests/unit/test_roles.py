@@ -126,6 +126,17 @@ def test_the_guide_names_the_roles_that_refuse_ubuntu_22_04() -> None:
     assert {word for word in re.findall(r"`(\w+)`", told.group()) if (ROOT / "roles" / word).exists()} == refusing
 
 
+def test_a_switch_that_the_guide_gives_on_the_command_line_may_come_as_a_word() -> None:
+    """`-e name=true` is a string, which no condition takes, and `-e name=false` would be a yes."""
+    guides = [*ROOT.glob("docs/*.md"), *ROOT.glob("roles/*/README.md")]
+    told = {name for guide in guides for name in re.findall(r"-e (\w+)=(?:true|false)", guide.read_text())}
+    assert "portal_rollback" in told
+    for task in (task for role in ROLES for task in tasks_of(role)):
+        asked = [*map(str, words(task.get("when"))), *re.findall(r"{{.*?}}", str(task))]
+        raw = [text for text in asked if re.search(rf"\b({'|'.join(told)})\b(?! *[|] *bool)", text)]
+        assert raw == [], task["name"]
+
+
 @every_role
 def test_packages_come_in_one_call_that_waits_for_the_lock(role: Path) -> None:
     for task in tasks_of(role):
