@@ -139,7 +139,12 @@ def test_after_a_flush_it_is_made_again_with_the_portal_down(behind: Behind) -> 
     behind.gateway.host.run("systemctl start nftables && systemctl stop nftables")
     for family, forward in zip(FAMILIES, forwards, strict=True):
         port = forward["public_port"]
-        until(lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}", "it to lead again")
+        until(
+            lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}",
+            "it to lead again",
+            timeout_s=90,
+            also=behind.gateway.agent_log,
+        )
         assert behind.place.ask(family, port, source=ANOTHER[family]) == "silence"
     left = behind.gateway.host.run("nft list map inet remotegpu_gateway forwards").stdout
     assert "expires" in left, "and it still ends"
@@ -148,7 +153,7 @@ def test_after_a_flush_it_is_made_again_with_the_portal_down(behind: Behind) -> 
 def test_after_a_reboot_it_is_made_again_for_the_rest_of_its_time_with_the_portal_down(behind: Behind) -> None:
     over = behind.forward(4, GREETING, EVERYBODY[4])
     on = {family: behind.forward(family, GREETING, EVERYBODY[family]) for family in FAMILIES}
-    behind.want({**over, "ends_at": in_seconds(10)}, *({**each, "ends_at": in_seconds(120)} for each in on.values()))
+    behind.want({**over, "ends_at": in_seconds(10)}, *({**each, "ends_at": in_seconds(180)} for each in on.values()))
     behind.gateway.applied(behind.gateway.portal.generation, timeout_s=60)
     behind.gateway.portal.stop()
     behind.gateway.host.power_off()
@@ -156,10 +161,15 @@ def test_after_a_reboot_it_is_made_again_for_the_rest_of_its_time_with_the_porta
     behind.gateway.host.power_on()
     behind.place.plug()
     for family, port in ports(on):
-        until(lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}", "it to lead again")
+        until(
+            lambda f=family, p=port: behind.place.ask(f, p) == f"you are {CUSTOMER[f]}",
+            "it to lead again",
+            timeout_s=90,
+            also=behind.gateway.agent_log,
+        )
     assert behind.place.ask(4, over["public_port"]) == "silence"
     for family, port in ports(on):
-        until(lambda f=family, p=port: behind.place.ask(f, p) == "silence", "the rest to be over", timeout_s=150)
+        until(lambda f=family, p=port: behind.place.ask(f, p) == "silence", "the rest to be over", timeout_s=210)
 
 
 def test_what_cannot_be_forwarded_is_told_and_keeps_nobody_out(behind: Behind) -> None:
