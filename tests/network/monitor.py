@@ -33,12 +33,13 @@ class Answers(Mocks):
 
 
 class StrictMonitor(MockMonitor):
-    """`requests`: URN → what was registered. `inputs`: the same in plain values."""
+    """`requests`: URN → what was registered. `inputs`: the same in plain values. `problems`: what is refused."""
 
     def __init__(self, mocks: Mocks) -> None:
         super().__init__(mocks)
         self.requests: dict[str, Any] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
+        self.problems: list[str] = []
         self._lock = Lock()
 
     def RegisterResource(self, request: Any) -> Any:
@@ -47,14 +48,13 @@ class StrictMonitor(MockMonitor):
             return super().RegisterResource(request)
         with self._lock:  # resources are registered by several threads
             if urn in self.requests:
-                raise AssertionError(f"{urn} twice")
+                self.problems.append(f"{urn} twice")
             self.requests[urn] = request
         if not request.type.startswith("pulumi:providers:") and not request.provider:
-            raise AssertionError(f"{urn} without a provider of its own")
+            self.problems.append(f"{urn} without a provider of its own")
         answer = super().RegisterResource(request)
         inputs = self.resources[urn].state
-        if problems := policy.problems(request.type, inputs):
-            raise AssertionError(f"{urn}: {problems}")
+        self.problems += [f"{urn}: {problem}" for problem in policy.problems(request.type, inputs)]
         self.inputs[request.name] = inputs
         return answer
 
@@ -73,6 +73,7 @@ def watched(program: Callable[[], object], *, preview: bool = False) -> StrictMo
         program()
 
     run()
+    assert not monitor.problems, monitor.problems
     return monitor
 
 
