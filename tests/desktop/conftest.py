@@ -63,9 +63,9 @@ class DesktopHost:
             self.host.put(path, content, mode="0755", owner=f"{LOGIN}:{LOGIN}")
         self.host.run(["chown", "-R", f"{LOGIN}:{LOGIN}", f"{HOME}/.config"])
 
-    def desktop(self, what: str, *arguments: str) -> dict[str, Any]:
-        """`remotegpu-desktop`, as the tenant says it through SSH."""
-        said = self.host.ssh(LOGIN, self.key, "remotegpu-desktop", "--json", what, *arguments, timeout_s=120)
+    def desktop(self, what: str, *arguments: str, user: str = LOGIN, key: Path | None = None) -> dict[str, Any]:
+        """`remotegpu-desktop`, as the tenant says it through SSH, or somebody else with a key of his own."""
+        said = self.host.ssh(user, key or self.key, "remotegpu-desktop", "--json", what, *arguments, timeout_s=120)
         assert said.ok, said.stderr
         answer: dict[str, Any] = json.loads(said.stdout)
         return answer

@@ -48,7 +48,10 @@ def stranger(leased: DesktopHost) -> Iterator[str]:
     options = "--uid 20016 --groups remotegpu-leases --create-home --shell /bin/bash"
     leased.host.run(f"useradd {options} --password '*' {name}")
     yield name
-    leased.host.run(f"pkill -KILL -u {name}; userdel --force --remove {name} 2>/dev/null; ! id {name} 2>/dev/null")
+    leased.host.run(
+        f"rm -f /etc/remotegpu/authorized_keys/{name}; loginctl terminate-user {name}; pkill -KILL -u {name};"
+        f" find /tmp -depth -user {name} -delete; userdel --force --remove {name} 2>/dev/null; ! id {name} 2>/dev/null"
+    )
 
 
 @pytest.fixture
@@ -106,11 +109,17 @@ def test_the_wrong_password_and_other_tenants_get_no_vnc_desktop(
         client = see_by_vnc(shown, port, "-" + given["password"][1:])
         until(lambda: client.poll() is not None, "a refusal", timeout_s=60, also=shown.said)
         assert "uthentication fail" in shown.said()
-    # Another tenant's key opens no connection to this host, so there is nothing to forward through.
+    # Another tenant's key opens that tenant's login alone; through it one comes to the desktop's door, and no further.
     strange = make_key(tmp_path / "strange")
-    for user in (LOGIN, stranger):
-        refused = leased.host.ssh(user, strange, "true")
-        assert (refused.returncode, "Permission denied" in refused.stderr) == (255, True)
+    leased.host.put(f"/etc/remotegpu/authorized_keys/{stranger}", strange.with_suffix(".pub").read_text())
+    refused = leased.host.ssh(LOGIN, strange, "true")
+    assert (refused.returncode, "Permission denied" in refused.stderr) == (255, True)
+    strangers = leased.desktop("vnc", "--size", SIZE, user=stranger, key=strange)
+    assert strangers["port"] != given["port"]
+    with leased.forward(given["port"], user=stranger, key=strange) as port, screen(tmp_path / "strange-vnc") as shown:
+        client = see_by_vnc(shown, port, strangers["password"])
+        until(lambda: client.poll() is not None, "a refusal", timeout_s=60, also=shown.said)
+        assert "uthentication fail" in shown.said()
     assert leased.answers_outside(given["port"]) == []
 
 
