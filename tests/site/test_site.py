@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,8 @@ from tests.e2e.world import RECLAIM_TIMEOUT_S
 from tests.site.conftest import Rounds
 from tests.site.faults import FAULTS, FREE, Fault
 from tests.site.site import LEASED, Site
-from tests.support.scanning import EVERY_PORT, USUAL_UDP, Scanner
+from tests.support.scanning import EVERY_PORT, USUAL_UDP, Scanner, build_listener
+from tests.support.waiting import until
 
 DOORS = {"tcp/22": "syn-ack", "tcp/80": "syn-ack", "tcp/443": "syn-ack"}
 
@@ -54,6 +57,34 @@ def test_a_neighbour_finds_three_doors_of_the_control_plane_and_no_other(site: S
     with ThreadPoolExecutor(len(addresses)) as pool:
         heard = pool.map(lambda each: neighbour.hear(str(each), tcp=EVERY_PORT, udp=USUAL_UDP, again=DOORS), addresses)
         assert list(heard) == [DOORS, DOORS]
+
+
+@pytest.fixture
+def published(site: Site, tmp_path: Path) -> Iterator[None]:
+    """A port of a container on the leased host, published on every address of both families; the host is greeted."""
+    host, port = site.hosts[LEASED], 8090
+    host.put("/root/listener/listener", build_listener(tmp_path).read_bytes(), mode="0755")
+    try:
+        host.run("tar -C /root/listener -c listener | docker import - listener", timeout_s=120)
+        doors = f"-p 0.0.0.0:{port}:80 -p [::]:{port}:80"
+        host.run(f"docker run --detach --name published {doors} listener /listener tcp/80", timeout_s=120)
+        for address in (host.address, host.address_v6):
+            greeted = f"timeout 5 bash -c 'cat </dev/tcp/{address}/{port}'"
+            until(lambda greeted=greeted: host.run(greeted, check=False).stdout == "here\n", f"{address} to greet")  # type: ignore[misc]
+        yield
+    finally:
+        host.run("docker rm --force published; docker rmi listener; rm -r /root/listener", check=False, timeout_s=120)
+
+
+@pytest.mark.usefixtures("published")
+def test_a_neighbour_finds_the_door_of_a_leased_host_and_nothing_else(site: Site) -> None:
+    """Every port, over IPv4 and IPv6, while a customer works there and a container's port is published to everybody."""
+    neighbour, host = Scanner.on(site.hosts[FREE]), site.hosts[LEASED]
+    assert site.world.machine(host)["lease"]["state"] == "active"
+    addresses, door = [host.address, host.address_v6], {"tcp/22": "syn-ack"}
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        heard = pool.map(lambda each: neighbour.hear(str(each), tcp=EVERY_PORT, udp=USUAL_UDP, again=door), addresses)
+        assert list(heard) == [door, door]
 
 
 def test_a_watched_machine_is_rented_and_proven_clean_again(site: Site) -> None:
