@@ -1,5 +1,7 @@
 """The faults, each a story of its own: pull the plug, see the right alert and page, mend it, see both go away.
 
+A rule that staff write in the portal is told here as well: it has the same story, and nothing needs to break for it.
+
 A fault is a context manager: what it did is undone at the end of its block, whatever happened in it. Those of one round
 are pulled beside each other, since none of them hides another: no two touch the same part of a host, and whoever takes
 away what carries the alerts, or the host itself, is in a round of its own.
@@ -22,6 +24,7 @@ from tests.support.waiting import until
 
 PATIENCE_S = 450.0  # the longest of them needs 50 s on a quiet machine
 FREE = "bookworm"
+OWN_RULE = "DoesSomething"
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,32 @@ def driver_is_mismatched(site: Site, host: Host) -> None:
     assert [gpu["live"] for gpu in machine["gpus"]] == [None, None], "values of before would be a lie"
 
 
+@contextmanager
+def own_rule(site: Site, host: Host) -> Iterator[None]:
+    """Written in the portal for this host alone, of a condition that always holds; Prometheus fetches it by itself."""
+    written = site.world.admin.post(
+        "admin/alerts/rules", name=OWN_RULE, metric="load1", condition=">=", threshold=0, duration_s=0, severity="info",
+        scope={"machines": [host.name]}, summary="It does something.", way_out="Look who does it.", is_on=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        site.world.admin.delete(f"admin/alerts/rules/{written['id']}")
+
+
+def own_rule_is_told(site: Site, host: Host) -> None:
+    """In the words of whoever wrote it, and of nobody else's machine."""
+    alert = open_alert(site, OWN_RULE, host)
+    assert alert["summary"].startswith(f"It does something ({host.name}: "), alert
+    assert alert["way_out"] == "Look who does it."
+    assert [each["machine_name"] for each in site.alerts(name=OWN_RULE)] == [host.name]
+
+
+def own_rule_is_gone(site: Site, host: Host) -> None:
+    asked = ["curl", "--fail", "--silent", "--show-error", "http://127.0.0.1:9090/api/v1/rules"]
+    assert OWN_RULE not in site.control.run(asked).stdout
+
+
 def exporter_gave_up(site: Site, host: Host) -> None:
     """A hung nvidia-smi holds up nobody: the exporter answers, and the agent's own look at the cards goes on."""
     (told,) = site.prometheus(f'up{{host="{host.name}", job="nvidia_gpu"}}')
@@ -365,6 +394,10 @@ FAULTS = (
     Fault(
         "Redis dead", 1, None, stopped("redis-server.service"),
         (("RedisDown", "critical"),), "alertmanager", portal_goes_on_without_redis, redis_is_used,
+    ),
+    Fault(
+        "a rule of one's own", 1, FREE, own_rule,
+        ((OWN_RULE, "info"),), "alertmanager", own_rule_is_told, own_rule_is_gone,
     ),
     Fault(
         "nvidia-smi hangs", 2, FREE, shows(lambda scenario: scenario.having("smi", hang="yes")),
