@@ -97,11 +97,11 @@ class Site:
             "REMOTEGPU_URL": self.world.portal.url,
             "REMOTEGPU_TOKEN": self.token,
             "REMOTEGPU_CA_FILE": str(self.world.portal.ca_file),
+            "ANSIBLE_PRIVATE_KEY_FILE": str(self.world.portal.instance / "secrets" / "ssh_ed25519"),
         }
-        key = self.world.portal.instance / "secrets" / "ssh_ed25519"
         argv = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventory/portal.remotegpu.yml"]
         done = subprocess.run(
-            [*argv, f"playbooks/{playbook}.yml", "--private-key", str(key), *words],
+            [*argv, f"playbooks/{playbook}.yml", *words],
             cwd=self.project, env=environ, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -301,6 +301,10 @@ def test_drift_is_found_on_a_host_that_was_changed_by_hand_and_gone_after_the_re
     site.run("gpu_hosts", tags=["gpu_agent"])
     site.run("drift")
     assert site.drift() == ("none", [])
+    looked = site.from_a_shell("drift", "--check", "--diff", "--limit", host.name)
+    assert f"drift: {host.name}: no drift" in looked
+    assert re.search(rf"{host.name} .*changed=0 .*failed=0", site.from_a_shell("gpu_hosts", "--limit", host.name))
+    assert f"nothing was found open on {host.name}" in site.from_a_shell("verify", "--limit", host.name)
 
     host.run("systemctl stop ssh.socket ssh.service")
     try:
