@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.trail import Watch
+from tests.support.trail import Requests, Watch
 
 ON_BOTH = {
     "test_agents_enrolment",
@@ -40,3 +40,10 @@ def every_transition_is_in_the_trail(monkeypatch: pytest.MonkeyPatch) -> Iterato
     watch = Watch(monkeypatch)
     yield
     assert watch.untold == []
+
+
+@pytest.fixture(autouse=True)
+def every_write_of_a_request_is_in_the_trail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Requests]:
+    requests = Requests(monkeypatch)
+    yield requests
+    assert requests.untold == []

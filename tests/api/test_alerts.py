@@ -256,6 +256,15 @@ def test_an_alertmanager_that_does_not_answer_is_said_and_nothing_is_silenced(
     assert not AlertSilence.select().exists()
 
 
+def test_what_is_over_though_its_source_does_not_say_so_is_closed_by_hand_and_told(
+    staff: SignedIn, alert_id: int
+) -> None:
+    closed = staff.post(f"/admin/alerts/{alert_id}/close", {"remark": "the card was taken out"})
+    assert (closed.status_code, closed.json["state"]) == (200, "resolved")
+    entry = AuditEntry.select().order_by(AuditEntry.id.desc()).get()
+    assert (entry.action, entry.actor_name, entry.resource_id) == ("alert.resolved", "olga", alert_id)
+
+
 @pytest.mark.parametrize("act", ["acknowledge", "close", "silence"])
 def test_an_unknown_alert_is_404(staff: SignedIn, act: str) -> None:
     body = {
