@@ -121,6 +121,13 @@ def test_a_screen_is_restarted_where_its_unit_is_there(tmp_path: Path, is_there:
     assert told["Desktop vnc | Restart the screen"]["changed"] is is_there
 
 
+def test_a_database_server_that_would_be_started_is_not_asked_before_it_is(tmp_path: Path) -> None:
+    """Its packages are there and it stands still: a dry run starts nothing, so nobody answers."""
+    told = dry_run("postgresql", "database", tmp_path, {}, __postgresql_start={"changed": True})
+    asking = ["Ensure the login, without any right beyond its own database", "Ensure the database"]
+    assert [told[task]["skipped"] for task in asking] == [True, True]
+
+
 @pytest.mark.parametrize(("held", "lost"), [(TOOLKIT, False), (TOOLKIT[1:], True)])
 def test_a_toolkit_that_lost_its_hold_is_drift(tmp_path: Path, held: list[str], lost: bool) -> None:
     told = dry_run(
