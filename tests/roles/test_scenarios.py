@@ -30,7 +30,7 @@ STAND_INS = {
     "file:///srv/docker": "Docker's own repository is a folder with the distribution's engine under its names",
 }
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(2400)]
 
 
 def test_every_role_is_tried_by_a_scenario() -> None:
