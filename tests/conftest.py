@@ -18,6 +18,7 @@ import pytest
 from argon2 import PasswordHasher
 from flask import Flask
 from flask.testing import FlaskClient
+from hypothesis import settings as examples
 from werkzeug.test import TestResponse
 
 from portal import db as database_module
@@ -35,6 +36,8 @@ from tests.factories import make_tenant, make_user
 from tests.hosts import owner
 
 API = "/api/v1"
+examples.register_profile("beside_other_lanes", deadline=None)
+examples.load_profile("beside_other_lanes")
 
 
 def pytest_configure() -> None:
