@@ -423,9 +423,9 @@ _READERS: dict[str, Callable[[], Any]] = {
 
 
 def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
-    """Content is kept in the order of the sections until the limit; the rest of /etc comes last and loses first."""
+    """Content is kept in this order until the limit; the rest of /etc and what no package brought lose first."""
     left = CONTENT_LIMIT_BYTES
-    for section in (*FILE_SECTIONS, "unpackaged", "own_settings"):
+    for section in ("own_settings", *FILE_SECTIONS, "unpackaged"):
         for entry in sections.get(section, {}).values():
             left -= len(entry.get("content", ""))
             if left < 0:

@@ -116,7 +116,7 @@ def test_of_fifty_that_wait_the_one_that_is_meant_is_woken_and_none_holds_a_conn
             if not db.is_sqlite():
                 wait_until(lambda: len(database._in_use) <= 2)  # this thread's and the poller's
             change(17)
-            assert calls[17].result(timeout=60)["desired"]["machine_id"] == hosts[17].id
+            assert calls[17].result(timeout=10)["desired"]["machine_id"] == hosts[17].id
             assert (answered, wake.waiting()) == ([17], 49)
         finally:
             change(*others)

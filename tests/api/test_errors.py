@@ -177,11 +177,14 @@ def test_a_standby_and_a_server_that_is_gone_ask_to_come_back(fresh_app, databas
 
     for view in (gone, standby):
         fresh_app.add_url_rule(f"/api/v1/{view.__name__}", view_func=view)
+        fresh_app.add_url_rule(f"/{view.__name__}", f"page of {view.__name__}", view)
     for name in ("gone", "standby"):
         answer = fresh_app.test_client().get(f"/api/v1/{name}")
         assert_problem(answer, 503, "unavailable")
         assert answer.headers["Retry-After"] == "5"
         assert "connection" not in answer.json["detail"]
+        page = fresh_app.test_client().get(f"/{name}")
+        assert (page.status_code, page.mimetype, page.headers["Retry-After"]) == (503, "text/html", "5")
     assert Tenant.select().count() == 0
     make_tenant("Somebody")  # by a connection of its own again
 

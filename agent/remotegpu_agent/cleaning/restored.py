@@ -44,10 +44,14 @@ def look_for_changes(section: str) -> Look:
                 continue  # the lease's own door is another step
             if section == "at_jobs" and path not in now:
                 continue  # it has run; putting it back would run it twice
-            if not files.same(before.get(path), now.get(path)):
-                yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
+            yield from _difference(path, before, now)
 
     return look
+
+
+def _difference(path: str, before: Snapshot, now: Snapshot) -> Iterator[Finding]:
+    if not files.same(before.get(path), now.get(path)):
+        yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
 
 
 def look_for_settings(scope: Scope) -> Iterator[Finding]:
@@ -58,8 +62,7 @@ def look_for_settings(scope: Scope) -> Iterator[Finding]:
         return
     now = baseline.read_own_settings()
     for path in sorted({*before, *now}):
-        if not files.same(before.get(path), now.get(path)):
-            yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
+        yield from _difference(path, before, now)
 
 
 def _names_keys(path: str) -> bool:
@@ -151,8 +154,8 @@ def _unpackaged(scope: Scope) -> Iterator[Finding]:
     now = baseline.read_unpackaged()
     for path in sorted({*before, *now}):
         is_a_packages_now = path not in now and os.path.lexists(path)
-        if not is_a_packages_now and not files.same(before.get(path), now.get(path)):
-            yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
+        if not is_a_packages_now:
+            yield from _difference(path, before, now)
 
 
 def _loaded_units() -> list[dict[str, str]]:
