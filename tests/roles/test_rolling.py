@@ -22,6 +22,29 @@ PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
 NO_FACTS = """#!/bin/sh
 echo '{"ansible_facts": {}}'
 """
+# A host that answers late: gpu-04 leaves `group_by` when gpu-05 has. It is a callback: they come before the workers.
+LATE = """
+import time
+from pathlib import Path
+
+from ansible.plugins.callback import CallbackBase
+from ansible.plugins.loader import action_loader
+
+action = action_loader.get("ansible.builtin.group_by", class_only=True)
+real = action.run
+
+def run(self, tmp=None, task_vars=None):
+    host, deadline = task_vars["inventory_hostname"], time.monotonic() + 20
+    while host == "gpu-04" and not Path("gpu-05.grouped").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    Path(f"{host}.grouped").touch()
+    return real(self, tmp, task_vars)
+
+action.run = run
+
+class CallbackModule(CallbackBase):
+    CALLBACK_NAME = "late"
+"""
 Tasks = list[dict[str, Any]]
 
 NOTHING_TO_REFUSE: Tasks = [{"name": "Refuse nothing", "ansible.builtin.meta": "noop"}]
@@ -97,7 +120,9 @@ def test_an_agent_that_is_not_heard_on_the_first_host_comes_to_no_other(tmp_path
 
 
 def test_an_agent_comes_to_a_tenth_at_a_time_and_stops_with_the_batch_that_one_of_them_spoils(tmp_path: Path) -> None:
-    """A refused host takes nobody's place: not that of the first one, and none in a batch."""
+    """A refused host takes nobody's place: not that of the first one, and none in a batch. A late answer costs none."""
+    (tmp_path / "callback_plugins").mkdir()
+    (tmp_path / "callback_plugins" / "late.py").write_text(LATE)
     played = upgrade(tmp_path, hosts=20, refused=["gpu-01"], broken=["gpu-03"])
     assert played.batches("Upgrade") == [["gpu-02"], ["gpu-03", "gpu-04"]]
     assert played.batches("Go back") == [["gpu-03"]], "the other one of the batch keeps what it has proven"
