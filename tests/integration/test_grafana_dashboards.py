@@ -31,6 +31,7 @@ from tests.support.prometheus import Sample
 FOLDER = Path(__file__).parents[2] / "roles" / "grafana" / "files" / "dashboards"
 HOUR_S, STEP_S = 3600, 60
 GPU = "2c6e3a3b-0000-4000-8000-000000000001"
+BLANK_GPU = "2c6e3a3b-0000-4000-8000-000000000002"
 ON_HOST = {"host": "gpu-1", "instance": "gpu-1", "machine_id": "1"}
 NODE = {**ON_HOST, "job": "node"}
 NVIDIA = {**ON_HOST, "job": "nvidia_gpu"}
@@ -73,6 +74,9 @@ NVIDIA_SERIES: list[tuple[str, dict[str, str], float, float]] = [
             "ecc_errors_uncorrected_volatile_total": 0,
         }.items()
     ),
+    # What drivers were seen to say of a card that has no such number.
+    ("nvidia_smi_utilization_gpu_ratio", {"uuid": BLANK_GPU}, 0xFFFFFFFF / 100, 0),
+    ("nvidia_smi_ecc_errors_uncorrected_volatile_total", {"uuid": BLANK_GPU}, 2.0**64, 0),
 ]
 OWN_SERIES: list[tuple[str, dict[str, str], float, float]] = [
     ("up", {"job": "portal", "instance": "127.0.0.1:8081"}, 1, 0),
@@ -199,3 +203,14 @@ def test_every_query_of_every_panel_answers_with_series(asking: Asking) -> None:
             series, label = choice["definition"].removeprefix("label_values(").rstrip(")").rsplit(", ", 1)
             match = {"match[]": series, "start": asking.until - 1800, "end": asking.until}
             assert "gpu-1" in asking.get(f"label/{label}/values", **match), choice["definition"]
+
+
+def test_a_drivers_blank_is_drawn_nowhere(asking: Asking) -> None:
+    drawn = set()
+    for parameter in queries():
+        query = parameter.values[0].replace("$host", ".*")
+        for series in asking.get("query", query=query, time=asking.until)["result"]:
+            drawn.add((series["metric"].get("uuid"), parameter.id.split(": ")[1]))
+    of_card, of_blank = ({panel for uuid, panel in drawn if uuid == each} for each in (GPU, BLANK_GPU))
+    assert {"Utilisation A", "Uncorrected ECC errors A"} <= of_card
+    assert of_blank == set()
