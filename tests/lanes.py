@@ -89,7 +89,7 @@ FAST = Lane("fast", ("tests/house", "tests/unit", "tests/api"), PLAIN, jobs=3)
 LANES = (
     FAST,
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
-    Lane("site", ("tests/site",), "hosts", hosts=True, site=True, slow=False),
+    Lane("site", ("tests/site",), "hosts", hosts=True, site=True),
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
     Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
     Lane("operations", ("tests/e2e/test_operations.py", "tests/e2e/test_demo.py"), "hosts", hosts=True, slow=True),

@@ -210,9 +210,9 @@ class Site:
 
     # -- the run
 
-    def converge(self) -> None:
+    def converge(self, *options: str) -> None:
         """One run of site.yml over all machines, from the release, as an operator starts it."""
-        argv = ["ansible-playbook", "-i", "inventory/hosts.yml", "playbooks/site.yml"]
+        argv = ["ansible-playbook", "-i", "inventory/hosts.yml", "playbooks/site.yml", *options]
         bin_folder = str(Path(sys.executable).parent)
         environ = {
             **{name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ},
