@@ -35,24 +35,38 @@ def assert_problem(answer, status, code):
     assert answer.json["detail"]
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "method", "path", "how"),
-    [
-        (400, "malformed", "POST", "/auth/login", {"data": "{", "content_type": "application/json"}),
-        (401, "not_signed_in", "GET", "/admin/customers", {"headers": {"Authorization": ""}}),
-        (403, "forbidden", "GET", "/admin/staff", {}),
-        (404, "not_found", "GET", "/nowhere", {}),
-        (404, "not_found", "GET", "/admin/customers/99999", {}),
-        (404, "not_found", "GET", "/admin/customers/99999999999999999999", {}),
-        (405, "method_not_allowed", "PUT", "/auth/login", {}),
-        (409, "name_taken", "POST", "/admin/tenants", {"json": {"name": "Acme"}}),
-        (413, "too_large", "POST", "/auth/login", {"data": "x" * 2**21, "content_type": "application/json"}),
-        (415, "unsupported_media_type", "POST", "/auth/login", {"data": "a=b", "content_type": "text/plain"}),
-        (422, "invalid", "POST", "/admin/tenants", {"json": {}}),
-    ],
+# What an operator is refused: the status, our code for it, and what is asked.
+REFUSALS = (
+    (400, "malformed", "POST", "/auth/login", {"data": "{", "content_type": "application/json"}),
+    (401, "not_signed_in", "GET", "/admin/customers", {"headers": {"Authorization": ""}}),
+    (401, "token_refused", "GET", "/admin/customers", {"headers": {"Authorization": "Bearer a.forged.token"}}),
+    (403, "forbidden", "GET", "/admin/staff", {}),
+    (404, "not_found", "GET", "/nowhere", {}),
+    (404, "not_found", "GET", "/admin/customers/99999", {}),
+    (404, "not_found", "GET", "/admin/customers/99999999999999999999", {}),
+    (405, "method_not_allowed", "PUT", "/auth/login", {}),
+    (409, "name_taken", "POST", "/admin/tenants", {"json": {"name": "Acme"}}),
+    (413, "too_large", "POST", "/auth/login", {"data": "x" * 2**21, "content_type": "application/json"}),
+    (415, "unsupported_media_type", "POST", "/auth/login", {"data": "a=b", "content_type": "text/plain"}),
+    (422, "invalid", "POST", "/admin/tenants", {"json": {}}),
+    (500, "internal", "GET", "/fails", {}),
 )
-def test_every_status_has_one_form(sign_in, operator, tenant, status, code, method, path, how):
-    assert_problem(sign_in(operator).open(method, path, **how), status, code)
+
+
+def test_every_status_has_one_form(database, settings, operator, tenant):
+    """One walk, past what the extensions refuse as well: a forged token, a cookie alone, one request too many."""
+    app = create_app(dataclasses.replace(settings, people_limit="8 per day"))
+    app.add_url_rule("/api/v1/fails", view_func=lambda: str(1 / 0))
+    program, browser = app.test_client(), app.test_client()
+    signed_in = program.post("/api/v1/auth/login", json={"username": "olga", "password": PASSWORD}).json
+    for status, code, method, path, how in REFUSALS:
+        headers = {"Authorization": f"Bearer {signed_in['access_token']}", **how.get("headers", {})}
+        assert_problem(program.open(f"/api/v1{path}", method=method, **{**how, "headers": headers}), status, code)
+    browser.post("/api/v1/auth/login", json={"username": "olga", "password": PASSWORD, "cookies": True})
+    assert_problem(browser.post("/api/v1/admin/tenants", json={"name": "Bolt"}), 403, "csrf")
+    answers = [browser.get("/api/v1/auth/me") for _ in range(9)]
+    assert [answer.status_code for answer in answers] == [200] * 8 + [429]
+    assert_problem(answers[-1], 429, "too_many_requests")
 
 
 def test_405_names_the_methods_that_are_allowed(client, app):
