@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,20 @@ def test_a_genuine_report_is_recognised_and_summed_up(file: Path, capsys: pytest
     told = capsys.readouterr().out
     assert "Genuine" in told
     assert "Machine gpu-1 (1) after lease 17: passed." in told
+
+
+def test_file_and_public_key_alone_are_enough(file: Path) -> None:
+    """Somebody else's machine: no settings, no secrets, no database, and none of them is made."""
+    argv = [sys.executable, "-m", "portal", "verify-report", file.name, "--public-key", "key.pem"]
+    bare, before = {"PYTHONPATH": str(Path(__file__).parents[2])}, sorted(file.parent.iterdir())
+    genuine = subprocess.run(argv, cwd=file.parent, env=bare, capture_output=True, text=True)
+    file.write_bytes(file.read_bytes().replace(b"passed", b"passet", 1))
+    forged = subprocess.run(argv, cwd=file.parent, env=bare, capture_output=True, text=True)
+    assert [(said.returncode, said.stdout.split(maxsplit=1)[0]) for said in (genuine, forged)] == [
+        (0, "Genuine,"),
+        (1, "NOT"),
+    ]
+    assert sorted(file.parent.iterdir()) == before
 
 
 def test_the_signature_covers_the_canonical_text_byte_for_byte(settings: Settings, file: Path) -> None:
