@@ -13,7 +13,8 @@ import pytest
 
 from portal.integrations import faults, processes
 from portal.integrations.processes import VARIABLE, Process
-from portal.worker import executor
+from portal.settings import Settings
+from portal.worker import directory, executor
 from tests.support.waiting import until
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -95,6 +96,20 @@ def test_the_child_of_a_process_is_found(start: Start) -> None:
     child = until(lambda: processes.child_of(process.pid), "the child")
     assert processes.is_alive(child)
     assert processes.child_of(child.pid) is None
+
+
+# The private directory
+
+
+def test_the_directory_of_an_attempt_is_its_owners_alone_and_is_never_used_twice(settings: Settings, mark: str) -> None:
+    path = directory.make(settings, mark)
+    directory.write(path / "env" / "settings", {"a": "secret"})
+    made = [settings.runs_dir, path, path / "env", path / "env" / "settings"]
+    assert [oct(each.stat().st_mode & 0o777) for each in made] == ["0o700", "0o700", "0o700", "0o600"]
+    with pytest.raises(FileExistsError):
+        directory.make(settings, mark)
+    with pytest.raises(FileExistsError):
+        directory.write(path / "env" / "settings", {"of": "another run"})
 
 
 # Events
