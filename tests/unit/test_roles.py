@@ -155,6 +155,15 @@ def test_nothing_that_debian_13_has_lost_or_that_flushes_what_is_not_ours(role: 
             assert not re.search(r"apt_key|apt_repository|ignore_errors|flush ruleset", code), path
 
 
+@pytest.mark.parametrize("name", GPU_HOST_ROLES)
+def test_no_mark_says_that_a_task_has_run_before(name: str) -> None:
+    """What is there decides, not what was done once: a host that was changed by hand is mended."""
+    for task in tasks_of(ROOT / "roles" / name):
+        arguments = [task.get(f"ansible.builtin.{module}") for module in ("command", "shell", "script")]
+        given = [task.get("args"), *arguments]
+        assert not any(isinstance(each, dict) and "creates" in each for each in given), task["name"]
+
+
 @every_role
 def test_secrets_stay_out_of_output_and_diffs(role: Path) -> None:
     for task in tasks_of(role):
