@@ -72,10 +72,13 @@ class Way:
 
 
 def is_named(items: Sequence[Mapping[str, Any]], name: str, mark: str) -> bool:
-    """Whether a step's or a check's evidence says the mark, in what it found (a step: before it acted)."""
+    """Whether a step's or a check's evidence says the mark, in what it found (a step: before it acted).
+
+    A way that was gone before it could be marked is named by nothing.
+    """
     item = next(item for item in items if item["id"] == name)
     evidence = item["before"] if "before" in item else item["evidence"]
-    return any(mark in found for found in (evidence or {}).get("found", []))
+    return mark != "" and any(mark in found for found in (evidence or {}).get("found", []))
 
 
 # --- the door
