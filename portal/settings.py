@@ -67,7 +67,7 @@ class Settings:
     workers: int = 1
     host_ca_file: str | None = None  # whom hosts trust for PUBLIC_URL: a file, `system`, or the portal's own CA
     served_certificate_file: str | None = None  # what a proxy in front shows, in PEM; without one the portal's own
-    people_limit: str = "1200 per minute"  # requests from one address; agents are not counted
+    people_limit: str = "1200 per minute"  # requests from one address to one route; agents are not counted
     prometheus_url: str | None = None  # without it charts say so, and live values come from the agents
     prometheus_user: str | None = None
     prometheus_password: str = field(default="", repr=False)
