@@ -266,6 +266,7 @@ def _port(value: object, where: str) -> int:
 
 
 def _network(text: str, where: str) -> Network:
+    _refuse_interface(text, where)
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
@@ -276,10 +277,17 @@ def _network(text: str, where: str) -> Network:
 
 
 def _address(text: str, where: str) -> Address:
+    _refuse_interface(text, where)
     try:
         return ipaddress.ip_address(text)
     except ValueError as error:
         raise ProtocolError(f"{where}: {error}") from error
+
+
+def _refuse_interface(text: str, where: str) -> None:
+    """Behind a % Python takes any text for an interface's name, and nft would be told it."""
+    if "%" in text:
+        raise ProtocolError(f"{where}: {text!r} names an interface")
 
 
 def _strings(value: list[object] | None, where: str) -> tuple[str, ...] | None:

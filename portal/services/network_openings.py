@@ -139,6 +139,8 @@ def _no_source(text: str) -> str:
         return "Write a network, such as 203.0.113.0/24 or 2001:db8::/48."
     if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
         return f"{text} is IPv4 in disguise; write it as IPv4, such as {host.ipv4_mapped}/32."
+    if isinstance(host, ipaddress.IPv6Address) and host.scope_id is not None:
+        return "Write the network without the name of an interface, which means nothing to anybody else."
     return (
         f"{text} names one address inside a network: write {meant} for the network, {host}/{host.max_prefixlen} for it."
     )

@@ -18,7 +18,7 @@ NUMBERS = {"6": "tcp", "17": "udp", "1": "icmp", "58": "icmpv6", "-1": "all"}  #
 WITH_PORTS = ("tcp", "udp")
 EVERY_PORT = (1, 65535)
 WORLD_BELOW = {4: 8, 6: 16}  # a prefix shorter than this is the world by another name
-GROUP = re.compile(r"(?:\d{12}/)?sg-[a-z0-9]+")
+GROUP = re.compile(r"(?:[0-9]{12}/)?sg-[a-z0-9]+")
 PREFIX_LIST = re.compile(r"pl-[a-z0-9]+")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -108,8 +108,11 @@ def source(text: str) -> Source:
         network = ipaddress.ip_network(text, strict=True)
     except ValueError as error:
         raise BadOpening(f"source {text!r}: {error}") from None
-    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped is not None:
-        raise BadOpening(f"source {text!r} is IPv4 in disguise; write it as IPv4")
+    if isinstance(network, ipaddress.IPv6Network):
+        if network.network_address.ipv4_mapped is not None:
+            raise BadOpening(f"source {text!r} is IPv4 in disguise; write it as IPv4")
+        if network.network_address.scope_id is not None:  # Python takes any text behind the %
+            raise BadOpening(f"source {text!r} names an interface of one machine; a rule cannot")
     return Source(str(network), network)
 
 

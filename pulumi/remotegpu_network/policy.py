@@ -117,7 +117,7 @@ def networks_are_canonical(token: str, inputs: Inputs) -> Iterator[str]:
             if text is None:
                 continue
             try:
-                if str(ipaddress.ip_network(text, strict=True)) != text:
+                if str(ipaddress.ip_network(text, strict=True)) != text or "%" in text:
                     yield f"{key} {text} is not in canonical form"
             except ValueError as error:
                 yield f"{key}: {error}"

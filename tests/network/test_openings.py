@@ -99,6 +99,10 @@ def test_a_source_inside_a_wider_one_needs_no_rule_of_its_own() -> None:
         ("gre", None, "10.0.0.0/8", "protocol 'gre'"), ("", None, "10.0.0.0/8", "protocol ''"),
         ("tcp", (22, 22), "::ffff:10.0.0.0/104", "IPv4 in disguise"),
         ("tcp", (22, 22), "example.org", "does not appear"),
+        ("tcp", (22, 22), "fe80::1%eth0", "names an interface"),
+        ("tcp", (22, 22), "2001:db8::%x } ; y/64", "names an interface"),
+        ("tcp", (22, 22), "１０.0.0.0/8", "does not appear"), ("tcp", (22, 22), "10.0.0.0/８", "does not appear"),
+        ("tcp", (22, 22), "１２３４５６７８９０１２/sg-0abc", "does not appear"),
     ],
 )  # fmt: skip
 def test_what_makes_no_rule_is_refused(protocol: str, ports: tuple[int, int] | None, source: str, why: str) -> None:

@@ -377,6 +377,9 @@ def test_p21_networks_are_written_as_the_cloud_answers_them() -> None:
     assert [rule.cidr_ipv6 for rule in rules(opening("o", "2001:0DB8:0:0::/48"))] == ["2001:db8::/48"]
     with pytest.raises(openings.BadOpening, match="host bits"):
         openings.source("2001:db8::1/48")
+    for text in ("2001:0db8::/48", "2001:db8::1/48", "fe80::1%eth0/128"):
+        assert list(policy.networks_are_canonical(desired.AWS_INGRESS, {"cidrIpv6": text})), text
+    assert not list(policy.networks_are_canonical(desired.AWS_INGRESS, {"cidrIpv6": "2001:db8::/48"}))
 
 
 def test_p22_a_group_of_another_account_keeps_its_account_and_one_of_our_own_does_not() -> None:

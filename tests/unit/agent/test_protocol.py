@@ -213,6 +213,7 @@ def test_a_key_with_options_or_a_second_line_is_refused(line: str) -> None:
         ("source", "203.0.113.7"),
         ("source", "2001:DB8::/64"),
         ("source", "0.0.0.0/0 accept"),
+        ("source", "fe80::1%eth0/128"),
         ("ends_at", None),
     ],
 )
@@ -233,7 +234,13 @@ def test_only_what_is_the_machines_own_may_be_open_without_an_end() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("target_address", "192.0.2.1"), ("target_address", "host"), ("target_port", 0), ("public_port", 65536)],
+    [
+        ("target_address", "192.0.2.1"),
+        ("target_address", "host"),
+        ("target_address", "fd00::7%eth0"),
+        ("target_port", 0),
+        ("public_port", 65536),
+    ],
 )
 def test_a_forward_that_leads_nowhere_is_refused(field: str, value: Any) -> None:
     spoilt = copy.deepcopy(DESIRED)
