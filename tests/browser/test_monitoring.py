@@ -42,17 +42,20 @@ class Site:
 
 
 def hour_of(host: Host, now: float) -> list[Sample]:
-    """Half an hour busy, ten minutes down, and the second GPU gone since."""
+    """Busy, but for ten minutes in which nvidia-smi fails, five divided and ten down; the second GPU is gone since."""
     samples = []
     for at in range(int(now) - 3600, int(now) + 1, STEP_S):
         minute = (at - int(now) + 3600) / 60
-        is_up = not 30 <= minute < 40
+        is_up, is_failing, is_divided = not 30 <= minute < 40, 5 <= minute < 15, 20 <= minute < 25
         of_host = {"host": host.machine.name}
         samples += [Sample("up", {**of_host, "job": job}, at, is_up) for job in ("node", "nvidia_gpu")]
+        if is_up:
+            samples.append(Sample("nvidia_smi_command_exit_code", of_host, at, 9 * is_failing))
         for slot, uuid in enumerate(map(normalised, host.gpu_uuids)):
-            if is_up and not (slot == 1 and minute >= 40):
+            if is_up and not is_failing and not (slot == 1 and minute >= 40):
                 labels = {**of_host, "uuid": uuid}
                 samples.append(Sample("nvidia_smi_gpu_info", labels, at, 1))
+                samples.append(Sample("nvidia_smi_mig_mode_current", labels, at, is_divided))
                 samples.append(Sample("nvidia_smi_utilization_gpu_ratio", labels, at, 0.6 + 0.2 * slot))
                 samples.append(Sample("nvidia_smi_temperature_gpu", labels, at, 55 + minute / 4))
     return samples
@@ -113,6 +116,8 @@ def test_a_machine_has_its_charts_and_names_every_hole(house: House, open_as: Op
     assert has_ink(card)
     holes = card.locator("[data-gaps] li")
     expect(holes.filter(has_text="host down (all)")).to_have_count(1)
+    expect(holes.filter(has_text="exporter failing (all)")).to_have_count(1)
+    expect(holes.filter(has_text="n/a (MIG) (all)")).to_have_count(1)
     expect(holes.filter(has_text="GPU gone (1 NVIDIA H100)")).to_have_count(1)
     empty = drawn(page, "ecc", "ecc 1h ")
     expect(empty.get_by_text("Nothing was measured in this time.")).to_be_visible()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from portal.integrations.prometheus import MAX_POINTS, Series
-from portal.services.monitoring_charts import FLEET_SPANS, SPANS, Facts, Grid, Span, cause_of, gaps_of
+from portal.services.monitoring_charts import CAUSES, FLEET_SPANS, SPANS, Facts, Grid, Span, cause_of, gaps_of
 from portal.services.monitoring_measures import MEASURES
+from portal.web import monitoring as pages
 
 GPU = "8f1b"
 
@@ -95,3 +96,9 @@ def test_every_span_has_enough_points_and_never_too_many(span: Span) -> None:
 
 def test_the_names_of_spans_are_the_same_everywhere() -> None:
     assert list(SPANS) == list(FLEET_SPANS) == ["1h", "6h", "1d", "7d", "30d"]
+
+
+def test_the_page_has_a_word_for_every_cause_measure_and_span() -> None:
+    """The script draws what it has no word for as `undefined`."""
+    assert (set(pages.CAUSE_WORDS), set(pages.MEASURE_WORDS)) == (set(CAUSES), set(MEASURES))
+    assert list(pages.SPAN_WORDS) == list(SPANS)
