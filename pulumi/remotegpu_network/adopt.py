@@ -77,12 +77,10 @@ def _same(shape: cloudflare.Record, row: Mapping[str, Any]) -> bool:
         return (data.get("flags"), data.get("tag"), data.get("value")) == caa
     if shape.srv is not None:
         wanted = (shape.srv.priority, shape.srv.weight, shape.srv.port, shape.srv.target)
-        target = str(data.get("target", "")).rstrip(".").lower()
+        target = _one_form("CNAME", data.get("target"))
         return (data.get("priority"), data.get("weight"), data.get("port"), target) == wanted
-    return (_plain(row.get("content")), row.get("priority") if shape.type == "MX" else None) == (
-        _plain(shape.content),
-        shape.priority,
-    )
+    priority = row.get("priority") if shape.type == "MX" else None
+    return (_one_form(shape.type, row.get("content")), priority) == (_plain(shape.content), shape.priority)
 
 
 def _changes(shape: cloudflare.Record, row: Mapping[str, Any]) -> Iterator[str]:
@@ -92,6 +90,17 @@ def _changes(shape: cloudflare.Record, row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} {row[name]!r} becomes {wanted!r}"
     if row.get("tags"):
         yield f"its tags {', '.join(map(str, row['tags']))} go"
+
+
+def _one_form(kind: str, content: Any) -> str:
+    """As we write it: addresses in their shortest form, targets as A-labels; what is none of these as it is."""
+    text = _plain(content)
+    try:
+        if kind in ("A", "AAAA"):
+            return str(records.parse(kind, text))
+        return names.canonical(text) if kind in ("CNAME", "MX") else text
+    except (names.BadName, records.BadRecord):
+        return text
 
 
 def _plain(content: Any) -> str:

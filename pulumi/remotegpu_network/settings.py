@@ -8,6 +8,7 @@ not among it: the adapters in clouds/ ask the engine for theirs.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 PROJECT = "remotegpu"
 CLOUDS = ("cloudflare", "aws", "alicloud", "tencent")
 FIRST = "first"
+ACCOUNT = re.compile(r"[0-9]{12}")
 
 
 class BadSettings(ValueError):
@@ -64,6 +66,8 @@ def read(get: Callable[[str], Any]) -> Settings:
     settings = Settings(**values)
     if unknown := set(settings.clouds) - set(CLOUDS):
         raise BadSettings(f"{PROJECT}:clouds names {', '.join(sorted(unknown))}; there are {', '.join(CLOUDS)}")
+    if settings.aws_account is not None and not ACCOUNT.fullmatch(settings.aws_account):
+        raise BadSettings(f"{PROJECT}:aws-account is {settings.aws_account!r}; it is twelve digits")
     if not 0 <= settings.max_loss_percent <= 100:
         raise BadSettings(f"{PROJECT}:max-loss-percent is {settings.max_loss_percent:g}; from 0 to 100")
     return settings

@@ -490,6 +490,7 @@ def test_github_does_for_each_event_what_the_file_says(
 ) -> None:
     assert cron in ("", *(each["cron"] for each in github[True]["schedule"]))
     assert event in github[True]
+    assert github[True]["push"] == {"branches": ["main"], "paths": ["pulumi/**"]}, "what is merged, and nothing else"
     portal.export = portal.applied = sealed(ADDRESS)
     outputs, calls = todo(github, pipeline, event, cron)
     assert outputs["word"] == word
@@ -589,7 +590,9 @@ def test_gitlab_locks_each_stack_and_cuts_nothing_off(gitlab: dict[str, Any]) ->
 def test_gitlab_does_for_each_event_what_the_file_says(gitlab: dict[str, Any]) -> None:
     rules = {job: [rule["if"] for rule in gitlab[f"network-{job}"]["rules"]] for job in WORD_OF_JOB}
     assert "$CI_MERGE_REQUEST_SOURCE_PROJECT_ID == $CI_PROJECT_ID" in rules["preview"][0], "forks are given nothing"
-    assert '$CI_PIPELINE_SOURCE == "trigger"' in rules["apply"], "the portal's call"
+    assert rules["apply"] == [
+        '$CI_PIPELINE_SOURCE == "trigger"', '$CI_COMMIT_BRANCH == $CI_DEFAULT_BRANCH && $CI_PIPELINE_SOURCE == "push"',
+    ], "the portal's call, and what is merged"  # fmt: skip
     head = (CI / "gitlab-ci.yml").read_text().partition("\nworkflow:")[0]
     for job, cron in (("poll", "*/5 * * * *"), ("drift", "17 3 * * *")):
         (rule,) = rules[job]
@@ -641,6 +644,12 @@ def test_an_example_stack_file_has_only_settings_that_are_read_and_no_secret(fil
     assert not any("token" in key.lower() or "secret" in key.lower() for key in config)
 
 
+def test_of_the_examples_one_keeps_its_secrets_by_passphrase_and_one_by_a_kms() -> None:
+    files = sorted((ROOT / "pulumi").glob("Pulumi.*.example.yaml"))
+    keepers = [yaml.safe_load(file.read_text()).get("secretsprovider") for file in files]
+    assert [None if keeper is None else keeper.partition("://")[0] for keeper in keepers] == [None, "awskms"]
+
+
 def test_a_setting_means_the_same_as_a_text_and_as_yaml(tmp_path: Path) -> None:
     """The runbook says `pulumi config set remotegpu:max-loss-percent 100`: that writes a text."""
     written, typed = tmp_path / "Pulumi.set.yaml", tmp_path / "Pulumi.typed.yaml"
@@ -661,7 +670,13 @@ def test_a_setting_means_the_same_as_a_text_and_as_yaml(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "text"), [("max-loss-percent", "NaN"), ("may-lose", "Infinity"), ("clouds", "aws")])
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("max-loss-percent", "NaN"), ("may-lose", "Infinity"), ("clouds", "aws"),
+        ("aws-account", "12345"), ("aws-account", "１２３４５６７８９０１２"),
+    ],
+)  # fmt: skip
 def test_a_setting_of_another_kind_is_refused_by_name(key: str, text: str) -> None:
     given = {"environment": "production", "clouds": ["aws"], key: text}
     with pytest.raises(settings.BadSettings, match=f"remotegpu:{key}"):
@@ -693,6 +708,22 @@ def test_the_pins_of_the_stacks_are_those_of_the_tests() -> None:
         for line in (ROOT / file).read_text().splitlines()
     }
     assert wanted - there == set()
+    assert {pin for pin in wanted if not re.fullmatch(r"[\w-]+==[\w.]+", pin)} == set(), "exact"
+
+
+def test_each_cloud_beside_cloudflare_is_an_extra_of_its_own() -> None:
+    told = tomllib.loads((ROOT / "pulumi" / "pyproject.toml").read_text())
+    extras = {
+        extra: [pin.partition("==")[0] for pin in pins]
+        for extra, pins in told["project"]["optional-dependencies"].items()
+    }
+    assert extras == {
+        "aws": ["pulumi-aws"], "alicloud": ["pulumi-alicloud"], "tencent": ["tencentcloud-iac-pulumi"],
+        "policy": ["pulumi-policy"],
+    }  # fmt: skip
+    folders = (ROOT / "pulumi" / "remotegpu_network").rglob("__init__.py")
+    packages = {".".join(file.parent.relative_to(ROOT / "pulumi").parts) for file in folders}
+    assert set(told["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_the_folder_does_not_hide_the_library_of_its_name() -> None:

@@ -59,6 +59,8 @@ def test_p2_proxied_means_automatic_ttl_and_anything_else_is_refused() -> None:
     assert shape(name("n", "www", "A", "8.8.8.8", ttl_s=60)).ttl == 60
     assert shape(name("n", "www", "A", "8.8.8.8")).ttl == 1
     assert "Cloudflare takes 60 s and more" in refused(name("n", "www", "A", "8.8.8.8", ttl_s=59))
+    assert shape(name("n", "www", "A", "8.8.8.8", ttl_s=86400)).ttl == 86400
+    assert "ttl_s must be smaller than or equal to 86400" in refused(name("n", "www", "A", "8.8.8.8", ttl_s=86401))
 
 
 def test_p3_a_record_that_is_there_is_offered_for_import_and_one_in_the_way_is_named() -> None:
@@ -80,6 +82,45 @@ def test_p3_a_record_that_is_there_is_offered_for_import_and_one_in_the_way_is_n
     adopted = resources(name("n1", "a", "A", "203.0.113.1"), settings=stack(adopt=found.adopt))
     assert adopted[0].adopt == f"{ZONE_ID}/r1"
     assert plan.compare([], adopted).changes[0].what is What.ADOPT
+
+
+def test_p3_a_record_is_found_in_whatever_form_its_content_is_listed() -> None:
+    srv = {"priority": 1, "weight": 2, "port": 22, "target": "xn--gre-6ka8i.example.org"}
+    wanted = resources(
+        name("n1", "a", "AAAA", "2001:db8::1"),
+        name("n2", "b", "CNAME", "größe.example.org"),
+        name("n3", "@", "MX", {"priority": 5, "target": "xn--gre-6ka8i.example.org"}),
+        name("n4", "_ssh._tcp", "SRV", srv),
+    )
+    listing = [
+        {"id": "r1", "name": "a.gpu.example.org", "type": "AAAA", "content": "2001:0DB8:0::1"},
+        {"id": "r2", "name": "B.gpu.example.org.", "type": "CNAME", "content": "xn--gre-6ka8i.example.org"},
+        {"id": "r3", "name": "gpu.example.org", "type": "MX", "content": "Größe.example.org.", "priority": 5},
+        {"id": "r4", "name": "_ssh._tcp.gpu.example.org", "type": "SRV",
+         "data": {**srv, "target": "größe.example.org."}},
+    ]  # fmt: skip
+    found = adopt.cloudflare_listing(wanted, listing, ZONE_ID)
+    assert found.adopt == {f"n{i}": f"{ZONE_ID}/r{i}" for i in (1, 2, 3, 4)}
+    assert (found.taken, found.unread) == ([], [])
+    other = [{**listing[0], "content": "2001:db8::2"}, {**listing[2], "content": "not a name"}]
+    assert adopt.cloudflare_listing(wanted, other, ZONE_ID).adopt == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "logical", "there"),
+    [
+        (name("n", "x", "A", "203.0.113.1", in_zone="r53"), "n", "Z0123456789ABCDEFGHIJ_x.gpu.example.com_A"),
+        (name("n", "x", "A", "203.0.113.1", in_zone="ali"), "n", "7890"),
+        (name("n", "x", "A", "203.0.113.1", in_zone="pod"), "n", "gpu.example.net#123"),
+        (opening("o", "203.0.113.0/24"), "g-aws.in.tcp.22.203.0.113.0-24", "sgr-0123"),
+        (opening("o", "203.0.113.0/24", to="g-ten"), "g-ten.rules", "sg-0123"),
+    ],
+)
+def test_p3_what_is_there_in_every_cloud_is_adopted_by_the_id_in_the_setting(
+    row: dict[str, Any], logical: str, there: str
+) -> None:
+    made = {each.logical: each.adopt for each in resources(row, settings=stack(adopt={logical: there}))}
+    assert {key: id_ for key, id_ in made.items() if id_} == {logical: there}
 
 
 def test_p3_what_the_import_changes_is_told_before() -> None:
@@ -440,6 +481,36 @@ def test_p24_protocol_numbers_are_names_and_none_of_them_is_everything() -> None
     everything = rules(opening("o", "10.0.0.0/8", None, protocol="-1"))[0]
     assert (everything.ip_protocol, everything.from_port, everything.to_port) == ("-1", None, None)
     assert not any(each.token.startswith("aws-native") for each in resources(opening("o", "10.0.0.0/8")))
+
+
+VALUES: dict[str, Any] = {
+    "A": "203.0.113.1",
+    "AAAA": "2001:DB8:0::1",
+    "CNAME": "Größe.example.org.",
+    "TXT": "v=spf1 -all",
+    "MX": {"priority": 5, "target": "m.example.org"},
+    "SRV": {"priority": 5, "weight": 6, "port": 22, "target": "h.example.org"},
+    "CAA": {"flags": 128, "tag": "issue", "value": "letsencrypt.org"},
+}
+WRITTEN = {  # by zone, in the order of VALUES
+    "cf": ["203.0.113.1", "2001:db8::1", "xn--gre-6ka8i.example.org", '"v=spf1 -all"', "m.example.org", None, None],
+    "r53": ["203.0.113.1", "2001:db8::1", "xn--gre-6ka8i.example.org.", "v=spf1 -all", "5 m.example.org.",
+            "5 6 22 h.example.org.", '128 issue "letsencrypt.org"'],
+    "ali": ["203.0.113.1", "2001:db8::1", "xn--gre-6ka8i.example.org", "v=spf1 -all", "m.example.org",
+            "5 6 22 h.example.org", '128 issue "letsencrypt.org"'],
+    "pod": ["203.0.113.1", "2001:db8::1", "xn--gre-6ka8i.example.org.", "v=spf1 -all", "m.example.org.",
+            "5 6 22 h.example.org.", '128 issue "letsencrypt.org"'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_zone", WRITTEN)
+def test_every_type_is_written_as_each_cloud_wants_it(in_zone: str) -> None:
+    made = [shape(name("n", "_a._tcp" if kind == "SRV" else "x", kind, value, in_zone=in_zone))
+            for kind, value in VALUES.items()]  # fmt: skip
+    assert [each.type for each in made] == list(VALUES)
+    field = {"cf": "content", "r53": "records"}.get(in_zone, "value")
+    found = [getattr(each, field) for each in made]
+    assert found == ([(text,) for text in WRITTEN["r53"]] if in_zone == "r53" else WRITTEN[in_zone])
 
 
 def test_alibaba_rules_say_intranet_and_ports_only_where_there_are_any() -> None:

@@ -92,7 +92,8 @@ def test_every_kind_of_row_is_in_it_and_the_stacks_take_it(database: Any, tenant
     assert {(each.key, each.lease, each.reason) for each in parsed.openings} == {
         ("o1", "l9", None), ("o2", None, "SSH"),
     }  # fmt: skip
-    assert {each.ttl_s for each in parsed.names if "address" in each.key} == {300}
+    by_themselves = [each for each in parsed.names if "address" in each.key]
+    assert {(each.ttl_s, each.purpose, each.proxied) for each in by_themselves} == {(300, "ssh", False)}, "P10"
 
 
 @pytest.mark.parametrize(
@@ -322,6 +323,7 @@ def test_the_number_of_queries_does_not_grow_with_the_fleet(database: Any, tenan
         ("www.gpu.example.org", "CNAME", ["a.example.org", "b.example.org"], "name"),
         ("www.gpu.example.org", "TXT", ["two\nlines"], "values.0"),
         ("www.gpu.example.org", "A", [], "values"),
+        ("www.gpu.example.org", "AAAA", ["fe80::1%eth0"], "values.0"),
         ("deep.inner.gpu.example.org", "A", ["192.0.2.1"], "name"),
     ],
 )
@@ -380,6 +382,15 @@ def test_a_name_and_type_is_taken_once_and_free_again_when_removed(database: Any
             want(holds, "A.gpu.example.org", kind, *values)
     network_requests.remove_record(record, by=SYSTEM)
     assert want(holds, "a.gpu.example.org", "CNAME", "b.example.org").key != record.key
+
+
+def test_a_name_in_unicode_and_in_punycode_is_taken_as_one(database: Any) -> None:
+    holds = zone()
+    want(holds, "größe.gpu.example.org", "A", "192.0.2.1")
+    for form in ("xn--gre-6ka8i.gpu.example.org", "GRÖẞE.gpu.example.org", "gro\u0308ße.gpu.example.org."):
+        with pytest.raises((Conflict, Invalid), match=r"already"):
+            want(holds, form, "A", "192.0.2.2")
+    assert [record.name for record in DnsRecord.select()] == ["xn--gre-6ka8i.gpu.example.org"]
 
 
 def test_an_edited_record_keeps_its_key_and_says_nothing_when_nothing_changes(database: Any) -> None:
