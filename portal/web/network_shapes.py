@@ -68,7 +68,9 @@ def _hole(hole: Opening | Forward, ends_at: datetime | None, now: datetime, ways
 def my_source(address: str | None) -> str | None:
     """The caller alone, as a source; None where nobody can say who calls."""
     found = addresses.find_ip(address or "")
-    return None if found is None else f"{found}/{found.max_prefixlen}"
+    if found is None or "%" in str(found):  # of a neighbour on the cable: no rule can name him
+        return None
+    return f"{found}/{found.max_prefixlen}"
 
 
 # Names

@@ -75,6 +75,10 @@ class RealEngine:
         self.configure(export, **config)
         return self.run("up", "--yes", "--skip-preview")
 
+    def preview(self, export: Mapping[str, Any], **config: Any) -> Ran:
+        self.configure(export, **config)
+        return self.run("preview")
+
     def configure(self, export: Mapping[str, Any], **config: Any) -> None:
         (self.program / "export.json").write_text(json.dumps(export))
         given = {key.replace("__", ":").replace("_", "-"): value for key, value in config.items()}

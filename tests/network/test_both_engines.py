@@ -92,6 +92,14 @@ def test_what_the_cloud_refuses_is_told(engine: Either) -> None:
     assert (done.code != 0, "81053" in done.told) == (True, True), done.told
 
 
+def test_p25_a_preview_with_a_zone_that_is_not_there_yet_goes_through_and_makes_nothing(engine: Either) -> None:
+    rows, managed = [zone("cf", id=None), ADDRESS], {"remotegpu__managed_zones": {"cf": "account"}}
+    planned = engine.preview(sealed(*rows), **managed)
+    assert (planned.code, engine.cloud.calls) == (0, []), planned.told
+    done = engine.up(sealed(*rows), **managed)
+    assert (done.code, engine.cloud.calls) == (0, ["create Zone", MADE]), done.told
+
+
 def test_a_zone_is_protected(engine: Either) -> None:
     made = engine.up(sealed(zone("cf", id=None), ADDRESS), remotegpu__managed_zones={"cf": "account"})
     assert made.code == 0, made.told
