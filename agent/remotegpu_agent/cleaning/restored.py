@@ -44,25 +44,15 @@ def look_for_changes(section: str) -> Look:
                 continue  # the lease's own door is another step
             if section == "at_jobs" and path not in now:
                 continue  # it has run; putting it back would run it twice
-            yield from _difference(path, before, now)
+            yield from difference(path, before, now)
 
     return look
 
 
-def _difference(path: str, before: Snapshot, now: Snapshot) -> Iterator[Finding]:
+def difference(path: str, before: Snapshot, now: Snapshot) -> Iterator[Finding]:
+    """What `put_back` takes, where the path is not as it was."""
     if not files.same(before.get(path), now.get(path)):
         yield Finding((path, before.get(path)), _in_words(path, before.get(path), now.get(path)))
-
-
-def look_for_settings(scope: Scope) -> Iterator[Finding]:
-    """The rest of /etc, and our own settings as provisioning left them; an older baseline does not tell of those."""
-    yield from look_for_changes("etc")(scope)
-    before: Snapshot | None = scope.sections.get("own_settings")
-    if before is None:
-        return
-    now = baseline.read_own_settings()
-    for path in sorted({*before, *now}):
-        yield from _difference(path, before, now)
 
 
 def _names_keys(path: str) -> bool:
@@ -155,7 +145,7 @@ def _unpackaged(scope: Scope) -> Iterator[Finding]:
     for path in sorted({*before, *now}):
         is_a_packages_now = path not in now and os.path.lexists(path)
         if not is_a_packages_now:
-            yield from _difference(path, before, now)
+            yield from difference(path, before, now)
 
 
 def _loaded_units() -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import data, network, processes, remove, restored, scope
+from remotegpu_agent.cleaning import data, network, processes, remove, restored, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
 from remotegpu_agent.observe import accounts, files, firewall, mounts, special
@@ -332,15 +332,15 @@ def test_a_rule_for_the_next_boot_goes_from_our_own_settings(tmp_path: Path, mon
     monkeypatch.setattr(baseline, "OWN_SETTINGS", str(tmp_path))
     monkeypatch.setattr(restored, "look_for_changes", lambda _section: lambda _scope: iter(()))
     here = replace(SCOPE, sections=SECTIONS | {"own_settings": baseline.read_own_settings()})
-    assert list(restored.look_for_settings(here)) == []
+    assert list(settings.look_for_settings(here)) == []
     rules.write_text("accept\n")
     (tmp_path / "left.nft").touch()
-    found = list(restored.look_for_settings(here))
+    found = list(settings.look_for_settings(here))
     assert [finding.subject[0] for finding in found] == [str(rules), str(tmp_path / "left.nft")]
     list(restored.put_back(here, found))
-    assert (rules.read_text(), list(restored.look_for_settings(here))) == ("drop\n", [])
+    assert (rules.read_text(), list(settings.look_for_settings(here))) == ("drop\n", [])
     rules.write_text("accept\n")
-    assert list(restored.look_for_settings(SCOPE)) == [], "an older baseline does not tell of them"
+    assert list(settings.look_for_settings(SCOPE)) == [], "an older baseline does not tell of them"
 
 
 # --- whom an order may touch
