@@ -41,11 +41,12 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Either]:
 
 def test_a_second_run_changes_nothing(engine: Either) -> None:
     caa = name("n", "@", "CAA", {"flags": 0, "tag": "issue", "value": "letsencrypt.org"})
+    srv = name("s", "_ssh._tcp", "SRV", {"priority": 1, "weight": 2, "port": 22, "target": "gpu-01.gpu.example.org"})
     text = name("t", "@", "TXT", 'say "hi"', "x" * 300)
-    first = engine.up(sealed(ADDRESS, caa, text))
-    assert (first.code, len(engine.cloud.calls)) == (0, 4), first.told
-    again = engine.up(sealed(ADDRESS, caa, text, generation=8))
-    assert (again.code, len(engine.cloud.calls)) == (0, 4), again.told
+    first = engine.up(sealed(ADDRESS, caa, srv, text))
+    assert (first.code, len(engine.cloud.calls)) == (0, 5), first.told
+    again = engine.up(sealed(ADDRESS, caa, srv, text, generation=8))
+    assert (again.code, len(engine.cloud.calls)) == (0, 5), again.told
 
 
 def test_an_account_of_digits_is_a_text_to_the_program(engine: Either) -> None:

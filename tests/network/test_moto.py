@@ -73,6 +73,8 @@ def test_every_rule_of_overlapping_openings_is_taken_once(ec2: Any, security_gro
         ("tcp", 20, 25),
         ("tcp", 443, 443),
     ]
+    of_ipv6 = [(each["IpProtocol"], net["CidrIpv6"]) for each in found for net in each.get("Ipv6Ranges", [])]
+    assert of_ipv6 == [("-1", "2001:db8::/32")]
 
 
 def test_moto_refuses_the_double_that_merging_avoids(ec2: Any, security_group: str) -> None:
