@@ -13,6 +13,8 @@ The sections, and what each holds:
 - `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
   loaded by themselves
 - `own_settings`: /etc/remotegpu without what the agent changes
+- `authorities`: the certificates that this host trusts, and those that packages offer · `authority_files`: what lies
+  beside the distribution's own where programs look for them
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
 - `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
@@ -33,7 +35,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from remotegpu_agent.observe import accounts, docker, files, firewall, mounts, ports, processes, special
+from remotegpu_agent.observe import accounts, authorities, docker, files, firewall, mounts, ports, processes, special
 from remotegpu_agent.observe.files import Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, read_text, run
 from remotegpu_agent.protocol import UIDS
@@ -91,6 +93,7 @@ _CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|co
 
 TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", "/dev/mqueue")  # noqa: S108 - looked at, not written to
 OWN_SETTINGS = "/etc/remotegpu"
+ENROLL_TOKEN = "/etc/remotegpu/enroll-token"  # noqa: S105 - the path of one
 LEASE_GROUP = "remotegpu-leases"
 _MOST_OPEN = 300  # in one tree
 _OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
@@ -101,8 +104,9 @@ _CRITICAL_PACKAGES = (
 )  # fmt: skip
 # What cleaning and verification themselves run by; a baseline without `critical_packages` tells nothing of these.
 _TRUSTED_PACKAGES = (
-    "docker-cli", "docker.io", "dpkg", "findutils", "iproute2", "iptables", "kmod", "libc-bin", "mount", "nftables",
-    "procps", "python3-minimal", *(f"{name}-minimal" for name in _PYTHON), f"{_PYTHON[1]}-stdlib",
+    "ca-certificates", "docker-cli", "docker.io", "dpkg", "findutils", "iproute2", "iptables", "kmod", "libc-bin",
+    "mount", "nftables", "openssl", "procps", "python3-minimal", *(f"{name}-minimal" for name in _PYTHON),
+    f"{_PYTHON[1]}-stdlib",
 )  # fmt: skip
 
 
@@ -403,6 +407,8 @@ _READERS: dict[str, Callable[[], Any]] = {
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "home_profiles": lambda: [*HOME_PROFILES, *_LATER_HOME_PROFILES],
     "own_settings": read_own_settings,
+    "authorities": authorities.take,
+    "authority_files": lambda: authorities.read_files(_is_public),
     "unpackaged": read_unpackaged,
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
@@ -425,7 +431,7 @@ _READERS: dict[str, Callable[[], Any]] = {
 def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
     """Content is kept in this order until the limit; the rest of /etc and what no package brought lose first."""
     left = CONTENT_LIMIT_BYTES
-    for section in ("own_settings", *FILE_SECTIONS, "unpackaged"):
+    for section in ("own_settings", "authority_files", *FILE_SECTIONS, "unpackaged"):
         for entry in sections.get(section, {}).values():
             left -= len(entry.get("content", ""))
             if left < 0:

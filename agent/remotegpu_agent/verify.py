@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline, openings
-from remotegpu_agent.observe import accounts, files, firewall, gpus, mounts, special
+from remotegpu_agent.observe import accounts, authorities, files, firewall, gpus, mounts, special
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
@@ -411,6 +411,12 @@ def _digests(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 def _settings(asked: Asked) -> Iterator[str]:
     yield from _files("etc")(asked)
+    yield from _own_settings(asked)
+    yield from _authorities(asked)
+
+
+def _own_settings(asked: Asked) -> Iterator[str]:
+    yield from (f"{path} would enrol the agent anew" for path in _find([baseline.ENROLL_TOKEN], "-prune"))
     before = asked.sections.get("own_settings")
     if before is None:
         return  # an older baseline does not tell of our own
@@ -422,6 +428,73 @@ def _settings(asked: Asked) -> Iterator[str]:
     }
     _add_digests(now)
     yield from _changes(before, now, {*before} - {*now})
+
+
+def _authorities(asked: Asked) -> Iterator[str]:
+    known = asked.sections.get("authorities")
+    if known is None:
+        return  # an older baseline does not tell whom the host trusted
+    yield from _authority_files(asked.sections["authority_files"])
+    found = _certificates(list(_find([authorities.STORE], "-mindepth", "1", "-maxdepth", "1")))
+    for path, certificates in authorities.strange(known, found, _offered).items():
+        yield authorities.in_words(path, "trusts", certificates)
+    for path, certificates in authorities.missing(known, found, _selected).items():
+        yield authorities.in_words(path, "lacks", certificates)
+
+
+def _authority_files(before: files.Snapshot) -> Iterator[str]:
+    listed = _entries([authorities.STORE, authorities.LOCAL, *authorities.OPENSSL])
+    now = {
+        path: entry
+        for path, entry in listed.items()
+        if not authorities.is_left_out(path, entry["type"], entry.get("target"))
+    }
+    _add_digests(now)
+    for path in authorities.to_compare(before, now):
+        its = [{path: side[path]} if path in side else {} for side in (before, now)]
+        yield from _changes(its[0], its[1], {*its[0]} - {*its[1]})
+
+
+def _certificates(paths: list[str]) -> dict[str, frozenset[str]]:
+    """What these hold, as far as they are files or lead to one; each file is read once, whatever leads to it."""
+    limit = str(authorities.LARGEST_BYTES + 1)
+    leads_to = {path: os.path.realpath(path) for path in _regular(paths)}
+    read = {path: os.fsencode(run(["head", "-c", limit, "--", path])) for path in {*leads_to.values()}}
+    held = {path: authorities.fingerprints(text) for path, text in read.items()}
+    return {path: held[file] for path, file in leads_to.items()}
+
+
+def _regular(paths: Iterable[str]) -> list[str]:
+    """Those that are files, or links that lead to one: of a pipe we should wait for the end."""
+    found: list[str] = []
+    asked = sorted(paths)
+    for first in range(0, len(asked), 500):
+        said = run(["stat", "-L", "--printf", r"%F\t%n\0", "--", *asked[first : first + 500]], ok=(0, 1))
+        kinds = (each.partition("\t") for each in said.split("\0")[:-1])
+        found += [path for kind, _, path in kinds if kind.startswith("regular ")]
+    return found
+
+
+def _offered() -> frozenset[str]:
+    """The certificates that packages have brought to be trusted, without those that somebody has changed."""
+    said = run(["dpkg", "-S", f"{authorities.OFFERED}/*"], ok=(0, 1), timeout_s=60).splitlines()
+    owners = (line.partition(": ")[0] for line in said if not line.startswith("diversion "))
+    wanted: dict[str, str] = {}
+    for package in sorted({name for names in owners for name in names.split(", ")}):
+        listing = run(["dpkg-query", "--control-show", package, "md5sums"], ok=(0, 1))
+        wanted |= authorities.digests_of_offered(os.fsencode(listing))
+    there = _regular(wanted)
+    said = run(["md5sum", "-z", "--", *there], timeout_s=60).split("\0")[:-1] if there else []
+    intact = [line[34:] for line in said if wanted[line[34:]] == line[:32]]
+    return frozenset().union(*_certificates(intact).values())
+
+
+def _selected() -> frozenset[str]:
+    """The certificates that the host would trust if its list were made anew."""
+    selection = run(["cat", "--", authorities.SELECTION]) if _regular([authorities.SELECTION]) else ""
+    packaged = [f"{authorities.OFFERED}/{name}" for name in authorities.chosen(os.fsencode(selection))]
+    local = _find([authorities.LOCAL], "-name", "*.crt")
+    return frozenset().union(*_certificates([*packaged, *local]).values())
 
 
 def _running_units(asked: Asked) -> Iterator[str]:

@@ -238,6 +238,14 @@ def _use_gpu_memory(host: Host, tenant: Tenant) -> None:
     host.gpu.show(host.gpu.scenario.using(0, {pid: 2 << 30}))
 
 
+# --- whom the host trusts
+
+_AN_AUTHORITY = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout /dev/null -days 3650"
+    " -subj /CN=left 2>/dev/null"
+)
+_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+
 # --- the table
 
 WAYS: tuple[Way, ...] = (
@@ -400,6 +408,18 @@ WAYS: tuple[Way, ...] = (
         _exists("/etc/update-motd.d/99-left"), "etc", _text("/etc/update-motd.d/99-left")),
     Way("firewall of the next boot", _file("/etc/remotegpu/left.nft", "accept\n"), _exists("/etc/remotegpu/left.nft"),
         "etc", _text("/etc/remotegpu/left.nft")),
+    Way("token for another enrolment", _file("/etc/remotegpu/enroll-token", mode="0600"),
+        _exists("/etc/remotegpu/enroll-token"), "etc", _text("/etc/remotegpu/enroll-token")),
+    Way("authority of his own",
+        _as_root(f"{_AN_AUTHORITY} >/usr/local/share/ca-certificates/left.crt && update-ca-certificates >/dev/null"),
+        _exists("/etc/ssl/certs/left.pem"), "etc", _text("/usr/local/share/ca-certificates/left.crt")),
+    Way("authority in the bundle", _as_root(f"(echo '# left'; {_AN_AUTHORITY}) >>{_BUNDLE}"),
+        _holds(_BUNDLE, "# left\n-----BEGIN"), "etc", _text(f"{_BUNDLE} trusts")),
+    Way("authority under a hash", _as_root(f"{_AN_AUTHORITY} >/etc/ssl/certs/0badf00d.0"),
+        _says("openssl x509 -noout -subject -in /etc/ssl/certs/0badf00d.0", "left"),
+        "etc", _text("/etc/ssl/certs/0badf00d.0")),
+    Way("OpenSSL's authorities elsewhere", _as_root("ln -sfn /srv /usr/lib/ssl/certs"),
+        _says("readlink /usr/lib/ssl/certs", "^/srv$"), "etc", _text("/usr/lib/ssl/certs has")),
     Way("mount", _as_root("mkdir -p {home}/mount && mount -t tmpfs none {home}/mount"),
         _says("findmnt -n {home}/mount", "tmpfs"), "mounts", _text("{home}/mount")),
     Way("listening port", _as_tenant("setsid -f python3 -m http.server 31339 --directory /tmp/left >/dev/null 2>&1"),

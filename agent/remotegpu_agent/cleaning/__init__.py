@@ -72,7 +72,7 @@ STEPS: tuple[Step, ...] = (
     Step("local_programs", restored.look_for_changes("local_programs"), restored.put_back),
     Step("sshd", restored.look_for_changes("sshd"), restored.put_back_and(restored.reload_sshd)),
     Step("hosts", restored.look_for_changes("hosts"), restored.put_back),
-    Step("etc", settings.look_for_settings, restored.put_back),
+    Step("etc", settings.look_for_settings, settings.put_back_settings),
     Step("firewall", network.look_for_rules, network.put_back_rules),
     Step("kernel_modules", kernel.look_for_modules, processes.end_nothing),
     Step("listening_ports", network.look_for_ports, processes.end_nothing),
