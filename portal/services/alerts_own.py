@@ -75,6 +75,7 @@ OF_PROMETHEUS_ALONE = (
     *("GpuRowRemapFailed", "GpuXidRestart", "GpuXidReset", "GpuXidHardware", "GpuXidApplication", "GpuXidUnknown"),
     *("GpuXidNoted", "PortalDown", "PortalErrors", "SweepsFailing", "DatabaseConnections"),
     *("BackupOld", "BackupMissing", "RedisDown", "RedisMemory"),
+    *("HarborRobotExpiring", "HarborRobotExpired", "HarborRobotsUnknown"),
 )
 DELIVERED = frozenset((*NAMES, *OF_PROMETHEUS_ALONE))  # no other rule may have one of these names
 

@@ -160,4 +160,18 @@ SENTENCES = (
     ),
     pgettext("refusal", "API token %(token)s ends within %(value)s."),
     pgettext("refusal", "Make a new one, give it to the program that uses it, and revoke this one."),
+    pgettext("refusal", "Robot account %(robot)s of Harbor is good until %(value)s."),
+    pgettext(
+        "refusal",
+        "Robot account %(robot)s of Harbor ended %(value)s ago; what pulls with it is refused.",
+    ),
+    pgettext(
+        "refusal",
+        "In Harbor, Robot Accounts: give it a longer life, or make a new one and give that to what uses it. Disable or remove one that nothing uses.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
+    pgettext("refusal", "For hours nobody could read when the robot accounts of Harbor end."),
+    pgettext(
+        "refusal",
+        "Read why: `journalctl -u remotegpu-harbor-robots`. Try again: `systemctl start remotegpu-harbor-robots`.",
+    ),
 )

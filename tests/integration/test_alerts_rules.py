@@ -17,7 +17,7 @@ from portal.web import alerts_words
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "roles" / "prometheus" / "files" / "remotegpu.alerting.rules.yml"
-BACKUP = ROOT / "roles" / "postgresql" / "templates" / "backup.sh.j2"
+BY_PROGRAMS_OF_ROLES = ("postgresql/templates/backup.sh.j2", "harbor/files/robots.py")
 TESTS = sorted((ROOT / "tests" / "roles" / "rules").glob("*.yml"))
 EXPORTER = ROOT / "roles" / "nvidia_gpu_exporter" / "defaults" / "main.yml"
 # How nvidia_gpu_exporter calls a field of nvidia-smi: by its unit. What it tells besides is of itself; of XIDs only its
@@ -84,7 +84,8 @@ def exported(field: str) -> str:
 
 def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
     ours = {*monitoring_samples.FAMILIES, *alerts_samples.FAMILIES, "remotegpu_http_requests_total"}
-    ours.update(re.findall(r"remotegpu_\w+_seconds", BACKUP.read_text()))
+    for program in BY_PROGRAMS_OF_ROLES:
+        ours.update(re.findall(r"remotegpu_\w+_seconds", (ROOT / "roles" / program).read_text()))
     recorded = {rule["record"] for rule in every_rule() if "record" in rule}
     asked = {metric for rule in every_rule() for metric in METRIC.findall(rule["expr"])} - recorded
     assert asked - ours - of_exporters() == set()
@@ -105,14 +106,14 @@ def test_every_class_of_xids_is_tried_with_what_the_agent_tells() -> None:
 
 
 def test_what_is_said_of_a_host_is_said_of_the_control_planes_own_too() -> None:
-    """By the name of its job in the site's settings, and with the label that says whether dumps are to come."""
+    """By the name of its job in the site's settings, and with the labels that say what it is to tell of."""
     given = yaml.safe_load((ROOT / "inventory" / "group_vars" / "control_plane.yml").read_text())
     (scraped,) = given["prometheus_scrape_configs_extra"]
-    assert {"host", "dumps"} == set(scraped["static_configs"][0]["labels"])
+    assert {"host", "dumps", "registry"} == set(scraped["static_configs"][0]["labels"])
     asked = [selector for rule in every_rule() for selector in re.findall(r"\bnode_\w+\{([^}]*)\}", rule["expr"])]
     assert len(asked) > 7
     assert {selector for selector in asked if f'job=~"node|{scraped["job_name"]}"' not in selector} == set()
-    for name in ("MachineOffline", "BackupMissing"):
+    for name in ("MachineOffline", "BackupMissing", "HarborRobotsUnknown"):
         assert scraped["job_name"] in rules()[name]["expr"], name
 
 
