@@ -12,7 +12,8 @@ The sections, and what each holds:
   back
 - `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
   loaded by themselves
-- `own_settings`: /etc/remotegpu without what the agent changes
+- `own_settings`: /etc/remotegpu without what the agent changes · `agent_settings`: whom the agent serves and trusts,
+  which hosts are told anew while leases go on; `roles/verify` knows what they are told
 - `authorities`: the certificates that this host trusts, and those that packages offer · `authority_files`: what lies
   beside the distribution's own where programs look for them
 - `sshd_effective`: what `sshd -T` says · `linger`: users whose services run without a login
@@ -94,6 +95,7 @@ _CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|co
 TEMPORARY_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/var/crash", "/dev/mqueue")  # noqa: S108 - looked at, not written to
 OWN_SETTINGS = "/etc/remotegpu"
 ENROLL_TOKEN = "/etc/remotegpu/enroll-token"  # noqa: S105 - the path of one
+AGENT_SETTINGS = ("/etc/remotegpu/agent.json", "/etc/remotegpu/ca.pem")
 LEASE_GROUP = "remotegpu-leases"
 _MOST_OPEN = 300  # in one tree
 _OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
@@ -407,6 +409,7 @@ _READERS: dict[str, Callable[[], Any]] = {
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "home_profiles": lambda: [*HOME_PROFILES, *_LATER_HOME_PROFILES],
     "own_settings": read_own_settings,
+    "agent_settings": lambda: files.snapshot(AGENT_SETTINGS, keep=_is_public),
     "authorities": authorities.take,
     "authority_files": lambda: authorities.read_files(_is_public),
     "unpackaged": read_unpackaged,
@@ -431,7 +434,7 @@ _READERS: dict[str, Callable[[], Any]] = {
 def _within_limit(sections: dict[str, Any]) -> dict[str, Any]:
     """Content is kept in this order until the limit; the rest of /etc and what no package brought lose first."""
     left = CONTENT_LIMIT_BYTES
-    for section in ("own_settings", "authority_files", *FILE_SECTIONS, "unpackaged"):
+    for section in ("own_settings", "agent_settings", "authority_files", *FILE_SECTIONS, "unpackaged"):
         for entry in sections.get(section, {}).values():
             left -= len(entry.get("content", ""))
             if left < 0:

@@ -28,7 +28,7 @@ from portal.services.transitions import WrongState, move
 CLEAN_DEADLINE = timedelta(minutes=20)  # a cleaning that has not moved for longer hangs; one that moves may take hours
 VERIFY_DEADLINE = timedelta(hours=2)  # from when verifying was ordered: waiting for a worker, and the run itself
 GOOD = ("passed", "not_applicable")
-FROM_OUTSIDE = ("ports_from_outside", "login_from_outside")  # roles/verify sees these itself
+FROM_OUTSIDE = ("ports_from_outside", "login_from_outside", "agent_settings")  # roles/verify sees these itself
 OLDER_AGENT = "An older agent does not know them: upgrade it, then reclaim again."
 ROOT_TENANT = "The tenant had root and could deceive every check on the host: install it anew, then say so."
 

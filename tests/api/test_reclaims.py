@@ -291,6 +291,7 @@ def test_what_an_agent_says_of_the_work_of_another_is_nothing(host: Host, ended:
         ({"passed": True, "checks": ["fine"]}, "not described"),
         without("ports_from_outside"),
         without("login_from_outside"),
+        without("agent_settings"),
         without("account"),
         without("listening_ports"),
         ({"passed": True, "checks": "fine"}, "no checks"),

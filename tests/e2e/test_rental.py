@@ -127,6 +127,21 @@ def test_a_port_that_is_open_from_outside_alone_quarantines(rental: Rental, suit
     clean_again(world, host)
 
 
+@on_sqlite
+@pytest.mark.parametrize("suite", ["bookworm"])
+def test_an_agent_that_was_told_to_trust_somebody_else_quarantines(rental: Rental, suite: str) -> None:
+    """The host cannot know whom the portal would have it trust: the run that verifies does."""
+    world, host = rental.world, rental.hosts[suite]
+    world.allocate(host, rental.people["tenant"], lasts_s=HOUR_S)
+    host.run("cp -p /etc/remotegpu/ca.pem /root/ && cat /etc/ssl/certs/ISRG_Root_X1.pem >>/etc/remotegpu/ca.pem")
+    reclaim(world, host)
+    machine = world.wait_for_state(host, "quarantined", timeout_s=RECLAIM_TIMEOUT_S)
+    assert "agent_settings failed: /etc/remotegpu/ca.pem" in machine["state_reason"]
+    nobody_gets_it(rental, host, "quarantined")
+    host.run("cp -p /root/ca.pem /etc/remotegpu/ && rm /root/ca.pem")
+    clean_again(world, host)
+
+
 @on_postgresql
 def test_an_agent_speaks_for_its_own_host_alone(rental: Rental) -> None:
     """Root on one host, with that host's credential, says that the other host's lease is closed: refused, and kept."""

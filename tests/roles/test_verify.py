@@ -6,14 +6,17 @@ What counts as a yes is in tests/unit/test_roles_verify.py; a reclaim of a host 
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.roles.rendering import load_module
-from tests.support.rendering import evaluate
+from tests.roles.rendering import Role, load_module
+from tests.roles.test_dry_runs import dry_run
+from tests.support.rendering import ROLES, evaluate
 
 port_scan = load_module("verify", "port_scan")
 
@@ -116,3 +119,42 @@ def test_an_own_address_to_which_nothing_leads_is_named_and_proves_nothing_again
     answer = ask(monkeypatch, 9, ["2001:db8::7"])
     assert [each["address"] for each in answer["scans"]] == ["127.0.0.1"]
     assert answer["no_way"] == ["2001:db8::7"]
+
+
+PORTALS = "-----BEGIN CERTIFICATE-----\nthe portal's\n-----END CERTIFICATE-----\n"
+SERVED: dict[str, Any] = {
+    "gpu_agent_portal_url": "https://portal.example.org",
+    "gpu_agent_ca_pem": PORTALS,
+    "gpu_agent_config": {"proxy_url": "http://192.0.2.1:3128"},
+}
+
+
+def told(folder: Path, name: str) -> dict[str, Any]:
+    """The check of whom the agent serves, on a host whose settings lie in `folder/etc`."""
+    roles = folder / name / "roles"
+    roles.mkdir(parents=True)
+    (roles / "gpu_agent").symlink_to(ROLES / "gpu_agent")
+    asked: dict[str, Any] = {"baseline": {"sections": {"agent_settings": {}}}}
+    here = {"__gpu_agent_etc": str(folder / "etc"), "verify_request": asked, "ansible_become": False}
+    played = dry_run("verify", "settings", folder / name, {}, __verify_checks=[], **here, **SERVED)
+    (check,) = played["Judge whom it serves"]["ansible_facts"]["__verify_checks"]
+    return dict(check)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="on a host the settings are root's, and who runs this cannot make such")
+def test_whom_the_agent_serves_is_compared_with_what_provisioning_would_write(tmp_path: Path) -> None:
+    """The very template: what passes here is what `gpu_agent` has written, with all that a site sets beside."""
+    settings, trusted = tmp_path / "etc" / "agent.json", tmp_path / "etc" / "ca.pem"
+    settings.parent.mkdir()
+    role = Role("gpu_agent", __gpu_agent_etc=str(tmp_path / "etc"), **SERVED)
+    for path, text, mode in ((settings, role.template("agent.json.j2"), 0o600), (trusted, PORTALS, 0o644)):
+        path.write_text(text)
+        path.chmod(mode)
+    assert told(tmp_path, "as it would be written")["result"] == "passed"
+    settings.write_text(settings.read_text().replace("portal.example.org", "left.example.org"))
+    trusted.write_text(PORTALS + PORTALS.replace("the portal's", "left"))
+    left = told(tmp_path, "another")
+    assert (left["result"], left["evidence"]["strange"]) == (
+        "failed",
+        ["/etc/remotegpu/agent.json", "/etc/remotegpu/ca.pem"],
+    )

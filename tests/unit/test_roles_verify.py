@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +137,92 @@ def test_only_a_real_no_is_a_refused_login(attempt: dict[str, Any], result: str)
     assert judge.login_check(attempt, "lease17")["result"] == result
 
 
+# -- whom the agent serves ---------------------------------------------------------------------------------------------
+
+OLD, NEW, LEFT = (
+    f"-----BEGIN CERTIFICATE-----\n{name}\n-----END CERTIFICATE-----\n" for name in ("old", "new", "left")
+)
+JSON_FILE = {"exists": True, "isreg": True, "mode": "0600", "uid": 0, "gid": 0, "checksum": "a1"}
+CA_FILE = {"exists": True, "isreg": True, "mode": "0644", "uid": 0, "gid": 0, "checksum": "b1"}
+ENTRY = {"type": "file", "mode": 0o600, "uid": 0, "gid": 0, "sha256": "a1"}
+
+
+def told(*, anew: bool, trusts: str, portals: str, json_file: Any = None, ca_file: Any = None) -> dict[str, Any]:
+    """What the tasks registered: whether the settings would be written anew, whom the host trusts, and should."""
+    return {
+        "anew": {"changed": anew},
+        "kept": {"results": [{"stat": JSON_FILE | (json_file or {})}, {"stat": CA_FILE | (ca_file or {})}]},
+        "trusts": {"content": base64.b64encode(trusts.encode()).decode()},
+        "ca_pem": portals,
+    }
+
+
+def question(*, settings: str = "a1", trusts: str = OLD) -> dict[str, Any]:
+    content = base64.b64encode(zlib.compress(trusts.encode())).decode()
+    sections = {judge.AGENT_JSON: ENTRY | {"sha256": settings}, judge.CA_PEM: {"content": content}}
+    return {"baseline": {"sections": {"agent_settings": sections}}}
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        told(anew=False, trusts=OLD, portals=OLD),
+        told(anew=True, trusts=OLD, portals=OLD + NEW),  # of the portal's new authority it was not told yet
+        told(anew=False, trusts=OLD + NEW, portals=OLD + NEW, json_file={"checksum": "a2"}),
+        told(anew=True, trusts=NEW + OLD, portals=NEW),  # the last step of a new authority, before it is told
+        told(anew=False, trusts="", portals="", ca_file={"exists": False}),  # a public authority's
+    ],
+)
+def test_an_agent_serves_whom_the_portal_says_or_said_when_the_baseline_was_taken(seen: dict[str, Any]) -> None:
+    judged = judge.settings_check(seen, question())
+    assert (judged["id"], judged["result"], judged["reason"]) == ("agent_settings", "passed", None)
+
+
+SERVES_ANOTHER = told(anew=True, trusts=OLD, portals=OLD, json_file={"checksum": "a2"})
+
+
+@pytest.mark.parametrize(
+    ("seen", "named"),
+    [
+        (SERVES_ANOTHER, judge.AGENT_JSON),
+        (told(anew=True, trusts=OLD, portals=OLD, json_file={"mode": "0666"}), judge.AGENT_JSON),
+        (told(anew=True, trusts=OLD, portals=OLD, json_file={"uid": 20017}), judge.AGENT_JSON),
+        (told(anew=True, trusts=OLD, portals=OLD, json_file={"isreg": False}), judge.AGENT_JSON),
+        (told(anew=False, trusts=OLD + LEFT, portals=OLD), judge.CA_PEM),
+        (told(anew=False, trusts=LEFT, portals=NEW), judge.CA_PEM),
+        (told(anew=False, trusts=OLD, portals=OLD, ca_file={"mode": "0664"}), judge.CA_PEM),
+        (told(anew=False, trusts=OLD, portals=OLD, ca_file={"uid": 20017}), judge.CA_PEM),
+        (told(anew=False, trusts="", portals=OLD, ca_file={"isreg": False}), judge.CA_PEM),
+    ],
+)
+def test_an_agent_that_serves_or_trusts_somebody_else_fails_by_the_file(seen: dict[str, Any], named: str) -> None:
+    judged = judge.settings_check(seen, question())
+    assert (judged["result"], judged["evidence"]["strange"]) == ("failed", [named])
+    assert judged["reason"] == f"{named}: not what the portal would write, and not what the baseline has"
+
+
+def test_where_the_baseline_is_too_old_to_tell_what_differs_is_said_and_no_failure() -> None:
+    older: dict[str, Any] = {"baseline": {"sections": {}}}
+    judged = judge.settings_check(SERVES_ANOTHER, older)
+    assert (judged["result"], "too old to tell" in judged["reason"]) == ("not_applicable", True)
+    assert judge.settings_check(told(anew=False, trusts=OLD, portals=OLD), older)["result"] == "passed"
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {},
+        {"anew": {"failed": True, "msg": "no python"}},
+        {"anew": {"changed": False, "unreachable": True, "msg": "gone"}},
+        told(anew=False, trusts=OLD, portals=OLD) | {"kept": {"results": [{"unreachable": True}, {}]}},
+        told(anew=False, trusts=OLD, portals=OLD) | {"trusts": {"skipped": True}},
+    ],
+)
+def test_settings_that_could_not_be_seen_are_unknown(seen: dict[str, Any]) -> None:
+    judged = judge.settings_check(seen, question())
+    assert (judged["result"], judged["reason"].startswith("it could not be seen")) == ("unknown", True)
+
+
 # -- the host's own answer ---------------------------------------------------------------------------------------------
 
 
@@ -201,7 +289,11 @@ def test_the_role_requires_what_the_protocol_says() -> None:
 
 
 def test_what_the_role_looks_at_from_outside_is_what_the_portal_wants_to_hear_of() -> None:
-    made = (judge.ports_check({"scans": []}, [22], 22), judge.login_check({}, "lease17"))
+    made = (
+        judge.ports_check({"scans": []}, [22], 22),
+        judge.login_check({}, "lease17"),
+        judge.settings_check({}, {}),
+    )
     assert tuple(each["id"] for each in made) == reclaims.FROM_OUTSIDE
 
 

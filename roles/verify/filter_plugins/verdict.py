@@ -9,15 +9,19 @@ again, and what does not fit is unknown, never passed over.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Check = dict[str, Any]
 GOOD = ("passed", "not_applicable")
 PORTS, LOGIN = "ports_from_outside", "login_from_outside"  # all that is seen from outside
+SETTINGS = "agent_settings"  # seen over SSH: what the agent should have been told, it cannot know itself
+AGENT_JSON, CA_PEM = "/etc/remotegpu/agent.json", "/etc/remotegpu/ca.pem"
 RESULTS = (*GOOD, "failed", "unknown")
 ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 REASON_LIMIT = 2000
@@ -58,6 +62,58 @@ def login_check(attempt: Mapping[str, Any], login: str) -> Check:
         reason, result = f"the login was neither accepted nor refused: {said or 'no message'}", "unknown"
     evidence = {"login": login, "exit": code, "said": said[:REASON_LIMIT]}
     return _check(LOGIN, result, reason, evidence, _duration_s(attempt))
+
+
+def settings_check(told: Mapping[str, Any], question: Mapping[str, Any]) -> Check:
+    """The agent serves and trusts whom the portal would tell it to, or whom it did when the baseline was taken.
+
+    Both, since hosts are told of a new address or authority one after the other, while leases go on. A baseline that
+    is older tells nothing: then what differs is said, and is no failure.
+    """
+    result, reason, evidence = "passed", None, None
+    try:
+        for step in (told.get("anew", {}), told.get("kept", {}), told.get("trusts", {})):
+            if step.get("unreachable") or step.get("failed"):
+                raise ValueError(_message(step))
+        known = question["baseline"]["sections"].get("agent_settings")
+        strange = list(_strange_settings(told, known or {}))
+        evidence = {"strange": strange, "is_in_baseline": known is not None}
+        if strange:
+            result = "not_applicable" if known is None else "failed"
+            reason = f"{' and '.join(strange)}: not what the portal would write, and " + (
+                "the baseline is too old to tell what it was" if known is None else "not what the baseline has"
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        result, reason = "unknown", f"it could not be seen whom the agent serves: {error}"
+    return _check(SETTINGS, result, reason, evidence, 0)
+
+
+def _strange_settings(told: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    settings, authorities = (each["stat"] for each in told["kept"]["results"])
+    if told["anew"]["changed"] and not _is_as_known(settings, known.get(AGENT_JSON)):
+        yield AGENT_JSON
+    if authorities["exists"] and _trusts_others(authorities, told, known.get(CA_PEM)):
+        yield CA_PEM
+
+
+def _is_as_known(now: Mapping[str, Any], known: Mapping[str, Any] | None) -> bool:
+    """Whether the module stat saw the file that the baseline has."""
+    if known is None or not now.get("isreg"):
+        return False
+    seen = (int(now["mode"], 8), now["uid"], now["gid"], now["checksum"])
+    return seen == (known["mode"], known["uid"], known["gid"], known["sha256"])
+
+
+def _trusts_others(now: Mapping[str, Any], told: Mapping[str, Any], known: Mapping[str, Any] | None) -> bool:
+    if not now["isreg"] or now["uid"] != 0 or int(now["mode"], 8) & 0o022:
+        return True
+    before = zlib.decompress(base64.b64decode(known["content"])) if known and "content" in known else b""
+    trusted = _certificates(str(told["ca_pem"]).encode()) | _certificates(before)
+    return not _certificates(base64.b64decode(told["trusts"]["content"])) <= trusted
+
+
+def _certificates(text: bytes) -> set[bytes]:
+    return {b"".join(each.partition(b"-----END")[0].split()) for each in text.split(b"-----BEGIN ")[1:]}
 
 
 def host_checks(
@@ -123,7 +179,7 @@ def conclusion(judged: Mapping[str, Any]) -> str:
     known = {each["id"] for each in judged["checks"]}
     host, count = judged["host"], len(judged["checks"])
     no_login = "" if LOGIN in known else "; no login was tried (verify_probe_login)"
-    if known - {PORTS, LOGIN}:
+    if known - {PORTS, LOGIN, SETTINGS}:
         return f"{host} is clean: {count} checks passed{no_login}"
     return (
         f"nothing was found open on {host} that may not be, and that is all: the host itself was not asked "
@@ -162,6 +218,7 @@ class FilterModule:
         return {
             "verify_ports_check": ports_check,
             "verify_login_check": login_check,
+            "verify_settings_check": settings_check,
             "verify_host_checks": host_checks,
             "verify_verdict": verdict,
             "verify_reasons": reasons,
