@@ -240,7 +240,7 @@ def _use_gpu_memory(host: Host, tenant: Tenant) -> None:
 
 # --- whom the host trusts
 
-_AN_AUTHORITY = (
+AN_AUTHORITY = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout /dev/null -days 3650"
     " -subj /CN=left 2>/dev/null"
 )
@@ -411,11 +411,11 @@ WAYS: tuple[Way, ...] = (
     Way("token for another enrolment", _file("/etc/remotegpu/enroll-token", mode="0600"),
         _exists("/etc/remotegpu/enroll-token"), "etc", _text("/etc/remotegpu/enroll-token")),
     Way("authority of his own",
-        _as_root(f"{_AN_AUTHORITY} >/usr/local/share/ca-certificates/left.crt && update-ca-certificates >/dev/null"),
+        _as_root(f"{AN_AUTHORITY} >/usr/local/share/ca-certificates/left.crt && update-ca-certificates >/dev/null"),
         _exists("/etc/ssl/certs/left.pem"), "etc", _text("/usr/local/share/ca-certificates/left.crt")),
-    Way("authority in the bundle", _as_root(f"(echo '# left'; {_AN_AUTHORITY}) >>{_BUNDLE}"),
+    Way("authority in the bundle", _as_root(f"(echo '# left'; {AN_AUTHORITY}) >>{_BUNDLE}"),
         _holds(_BUNDLE, "# left\n-----BEGIN"), "etc", _text(f"{_BUNDLE} trusts")),
-    Way("authority under a hash", _as_root(f"{_AN_AUTHORITY} >/etc/ssl/certs/0badf00d.0"),
+    Way("authority under a hash", _as_root(f"{AN_AUTHORITY} >/etc/ssl/certs/0badf00d.0"),
         _says("openssl x509 -noout -subject -in /etc/ssl/certs/0badf00d.0", "left"),
         "etc", _text("/etc/ssl/certs/0badf00d.0")),
     Way("OpenSSL's authorities elsewhere", _as_root("ln -sfn /srv /usr/lib/ssl/certs"),

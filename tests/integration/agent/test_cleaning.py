@@ -105,6 +105,47 @@ def test_a_replaced_program_that_verification_looks_with_fails_by_its_name(lease
     assert result_of(leased.verify()["checks"], "packages") == ("passed", "")
 
 
+A_PACKAGE_OF_AUTHORITIES = f"""
+set -e
+mkdir -p /root/site/DEBIAN /root/site/usr/share/ca-certificates/site
+{dirt.AN_AUTHORITY} >/root/site/usr/share/ca-certificates/site/site.crt
+cd /root/site
+printf '%s\\n' 'Package: site-authorities' 'Version: 1' 'Architecture: all' 'Maintainer: ops <ops@example.org>' \
+    'Description: the authority of a site' >DEBIAN/control
+md5sum usr/share/ca-certificates/site/site.crt >DEBIAN/md5sums
+dpkg-deb --root-owner-group --build . /root/site.deb
+dpkg -i /root/site.deb
+echo site/site.crt >>/etc/ca-certificates.conf
+update-ca-certificates
+"""
+
+
+def test_an_authority_that_a_package_has_brought_meanwhile_is_no_tenants(leased: CleanedHost) -> None:
+    """As an upgrade of ca-certificates brings some: no machine of a fleet is quarantined for it, and they stay."""
+    leased.host.run(A_PACKAGE_OF_AUTHORITIES, timeout_s=60)
+    cleaned = leased.clean()
+    assert (findings(cleaned["steps"]), findings(leased.verify()["checks"])) == ([], [])
+    trusted = "openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt /usr/share/ca-certificates/site/site.crt"
+    assert leased.host.run(trusted, check=False).ok
+    leased.host.run("dpkg --purge site-authorities && rm -r /root/site /root/site.deb && update-ca-certificates")
+    assert (leased.clean()["passed"], findings(leased.verify()["checks"])) == (True, [])
+
+
+def test_a_packaged_authority_that_was_replaced_fails_by_its_name_and_is_left_to_an_operator(
+    leased: CleanedHost,
+) -> None:
+    """The baseline has no content of it: it cannot be put back."""
+    path = "/usr/share/ca-certificates/mozilla/ISRG_Root_X1.crt"
+    leased.host.run(f"cp -p {path} /root/kept && {dirt.AN_AUTHORITY} >{path} && update-ca-certificates --fresh")
+    cleaned, checked = leased.clean(), leased.verify()
+    leased.host.run(f"cp -p /root/kept {path} && rm /root/kept && update-ca-certificates --fresh")
+    for items in (cleaned["steps"], checked["checks"]):
+        result, reason = result_of(items, "etc")
+        assert (result, "/etc/ssl/certs/ISRG_Root_X1.pem trusts a certificate" in reason) == ("failed", True)
+    assert path in result_of(checked["checks"], "packages")[1]
+    assert findings(leased.verify()["checks"]) == []
+
+
 def test_a_listener_without_a_process_fails_by_its_port(leased: CleanedHost) -> None:
     with dirt.hidden_listener(leased.host, 31340):
         cleaned, checked = leased.clean(), leased.verify()
