@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import signal
 import ssl
 import sys
 import threading
@@ -167,7 +168,8 @@ class Handler(BaseHTTPRequestHandler):
 
 class ToHttps(Handler):
     def do_GET(self) -> None:
-        self.say(308, {"Location": f"https://{self.headers.get('Host')}{self.path}"}, b"")
+        host = (self.headers.get("Host") or "").partition(":")[0]
+        self.say(308, {"Location": f"https://{host}{self.path}"}, b"")
 
 
 def serve(world: World, port: int, certificate: Path, key: Path, address: str = "127.0.0.1") -> ThreadingHTTPServer:
@@ -188,6 +190,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--key", required=True, type=Path)
     parser.add_argument("--password", required=True, type=Path, help="a file with the admin's, as JSON")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the first process of a container has no other way to end
     world = sample(json.loads(options.password.read_text()))
     front = ThreadingHTTPServer(("0.0.0.0", options.http), ToHttps)  # noqa: S104 - in a container
     threading.Thread(target=front.serve_forever, daemon=True).start()
