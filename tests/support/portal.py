@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from tests.support.waiting import until
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 90.0  # a busy machine has needed more than 30
 STOP_TIMEOUT_S = 20.0
+IDLE_S = 20.0  # less than the 30 s after which the portal closes a connection
 OWN_PASSWORD = "A horse that chose correctly 42"
 
 
@@ -168,6 +170,7 @@ class Client:
         self._session = requests.Session()
         self._session.trust_env = False  # a CA bundle or a proxy of this machine's environment is not ours
         self._session.verify = str(portal.ca_file)
+        self._asked_at = 0.0
 
     def sign_in(self, username: str, password: str) -> None:
         self._take(self.post("auth/login", username=username, password=password))
@@ -201,7 +204,7 @@ class Client:
 
     def page(self, path: str) -> str:
         """A page as a browser would show it, by the token in place of a cookie."""
-        answer = self._session.get(f"{self.portal.url}{path}", timeout=60, allow_redirects=False)
+        answer = self._request("GET", f"{self.portal.url}{path}", allow_redirects=False)
         assert answer.status_code == 200, (path, answer.status_code, answer.text[:500])
         return answer.text
 
@@ -220,12 +223,19 @@ class Client:
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
         """A request, with a new access token if the old one has run out meanwhile."""
         url = f"{self.portal.url}/api/v1/{path}"
-        answer = self._session.request(method, url, timeout=60, **options)
+        answer = self._request(method, url, **options)
         if answer.status_code != 401 or answer.json()["code"] != "token_expired":
             return answer
         bearer = {"Authorization": f"Bearer {self._refresh_token}"}
-        fresh = self._session.post(f"{self.portal.url}/api/v1/auth/refresh", headers=bearer, timeout=60)
+        fresh = self._request("POST", f"{self.portal.url}/api/v1/auth/refresh", headers=bearer)
         self._take(Answer(fresh.status_code, fresh.json()))
+        return self._request(method, url, **options)
+
+    def _request(self, method: str, url: str, **options: Any) -> requests.Response:
+        """On a connection that was used just now, or a new one: the portal may be closing one that was idle."""
+        if time.monotonic() - self._asked_at > IDLE_S:
+            self._session.close()
+        self._asked_at = time.monotonic()
         return self._session.request(method, url, timeout=60, **options)
 
     def _needed(self, method: str, path: str, **options: Any) -> Answer:
