@@ -383,8 +383,7 @@ def _unpackaged(asked: Asked) -> Iterator[str]:
         path: each for path, each in _entries(list(baseline.LOADED_BY_ITSELF)).items() if each["type"] != "directory"
     }
     spelled = {path.removeprefix("/usr"): path for path in found} | {path: path for path in found}
-    patterns = [re.sub(r"[\\*?\[]", r"\\\g<0>", path) for path in spelled]  # dpkg takes a name for one
-    said = run(["dpkg", "-S", *patterns], ok=(0, 1), timeout_s=120).splitlines() if found else []
+    said = run(["dpkg", "-S", *map(_literally, spelled)], ok=(0, 1), timeout_s=120).splitlines() if found else []
     packaged = {spelled.get(line.rpartition(": ")[2]) for line in said if not line.startswith("diversion ")}
     now = {path: entry for path, entry in found.items() if path not in packaged}
     _add_digests(now)
@@ -586,6 +585,7 @@ def _opened(asked: Asked, path: str, mode: int, gid: int) -> Iterator[str]:
 def _programs_that_lend(asked: Asked, lending: set[str], capable: set[str]) -> Iterator[str]:
     known = asked.sections["special_files"]
     digests = dict(_digests(sorted(path for path in lending | capable if known.get(path, {}).get("sha256"))))
+    changed = []
     for path in sorted(lending | capable):
         if path not in known:
             yield f"{path} lends power and is not in the baseline"
@@ -596,7 +596,27 @@ def _programs_that_lend(asked: Asked, lending: set[str], capable: set[str]) -> I
         if not now.items() <= known[path].items():
             yield f"{path} lends other power than in the baseline"
         if not content.items() <= known[path].items():
-            yield f"{path} has another content than in the baseline"
+            changed.append(path)
+    yield from (f"{path} has another content than in the baseline" for path in _not_as_packaged(changed))
+
+
+def _not_as_packaged(paths: list[str]) -> list[str]:
+    """Those whose content is not what a package has brought: an upgrade since the baseline is no tenant's."""
+    if not paths or find_tool("dpkg") is None:
+        return paths
+    spelled = {path.removeprefix("/usr"): path for path in paths} | {path: path for path in paths}
+    said = run(["dpkg", "-S", *map(_literally, spelled)], ok=(0, 1), timeout_s=120).splitlines()
+    owned = [line.rpartition(": ") for line in said if not line.startswith("diversion ")]
+    packages = sorted({name for names, _, path in owned if path in spelled for name in names.split(", ")})
+    told = "\n".join(run(["dpkg-query", "--control-show", each, "md5sums"], ok=(0, 1)) for each in packages)
+    now = {line[34:]: line[:32] for line in run(["md5sum", "-z", "--", *paths]).split("\0")}
+    brought = {(spelled.get("/" + line[34:]), line[:32]) for line in told.splitlines()}
+    return [path for path in paths if (path, now.get(path)) not in brought]
+
+
+def _literally(path: str) -> str:
+    """For dpkg, which takes a name for a pattern."""
+    return re.sub(r"[\\*?\[]", r"\\\g<0>", path)
 
 
 def _capabilities(path: str) -> str | None:

@@ -6,6 +6,7 @@ left out: Docker's layers are full of set-uid programs of other systems.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from remotegpu_agent.observe import docker, files, mounts
 from remotegpu_agent.protocol import UIDS
 
 STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
+DIGESTS = "/var/lib/dpkg/info"
 _PATH_MAX = 4096
+_PIECE_BYTES = 1024 * 1024
 _MEMORY = {os.makedev(1, minor) for minor in (1, 2, 4)}  # mem, kmem, port
 _HARMLESS = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)} | {os.makedev(5, 0), os.makedev(5, 2), 0}
 
@@ -163,9 +166,27 @@ def _capabilities(folder: int, name: str, mode: int) -> str | None:
 def packaged_paths() -> frozenset[str]:
     """Every path that a package of the distribution has installed, in the merged-/usr spelling."""
     found: set[str] = set()
-    for listing in Path("/var/lib/dpkg/info").glob("*.list"):
+    for listing in Path(DIGESTS).glob("*.list"):
         found.update(_merged(line) for line in listing.read_text(errors="surrogateescape").splitlines())
     return frozenset(found)
+
+
+def is_as_packaged(path: str) -> bool:
+    """Whether a file has the content that an installed package says it has brought."""
+    digests = {
+        line[:32]
+        for listing in Path(DIGESTS).glob("*.md5sums")
+        for line in listing.read_text(errors="surrogateescape").splitlines()
+        if _merged("/" + line[34:]) == _merged(path)
+    }
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except OSError:
+        return False
+    return digest.hexdigest() in digests
 
 
 def _merged(path: str) -> str:

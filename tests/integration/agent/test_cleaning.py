@@ -131,6 +131,30 @@ def test_an_authority_that_a_package_has_brought_meanwhile_is_no_tenants(leased:
     assert (leased.clean()["passed"], findings(leased.verify()["checks"])) == (True, [])
 
 
+AN_UPGRADE = r"""
+set -e
+cp -p /usr/bin/newgrp /var/lib/dpkg/info/passwd.md5sums /root/
+printf 'another release' >>/usr/bin/newgrp
+chmod 4755 /usr/bin/newgrp
+digest=$(md5sum </usr/bin/newgrp)
+sed -i "s,^[0-9a-f]*\(  usr/bin/newgrp\)$,${digest%% *}\1," /var/lib/dpkg/info/passwd.md5sums
+"""
+
+
+def test_a_set_uid_program_that_an_upgrade_has_brought_is_no_tenants(leased: CleanedHost) -> None:
+    """Security upgrades go on under a lease. One that its package does not vouch for fails by its name."""
+    leased.host.run(AN_UPGRADE)
+    upgraded, seen = leased.clean(), leased.verify()
+    leased.host.run("cp -p /root/passwd.md5sums /var/lib/dpkg/info/")
+    changed, found = leased.clean(), leased.verify()
+    leased.host.run("cp -p /root/newgrp /usr/bin/ && rm /root/newgrp /root/passwd.md5sums")
+    assert (findings(upgraded["steps"]), findings(seen["checks"])) == ([], [])
+    for items in (changed["steps"], found["checks"]):
+        result, reason = result_of(items, "special_files")
+        assert (result, "/usr/bin/newgrp" in reason) == ("failed", True)
+    assert findings(leased.verify()["checks"]) == []
+
+
 def test_a_packaged_authority_that_was_replaced_fails_by_its_name_and_is_left_to_an_operator(
     leased: CleanedHost,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tracemalloc
@@ -226,6 +227,32 @@ def test_the_content_of_a_tenants_own_set_uid_files_is_never_read(mine: Scope, m
     monkeypatch.setattr(special, "packaged_paths", lambda: frozenset[str]())
     list(restored.disarm_special_files(mine, restored.look_for_special_files(mine)))
     assert not path.exists()
+
+
+def test_a_program_that_an_upgrade_has_brought_is_no_tenants(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content alone, and as the package says: else each upgrade of sudo would quarantine a fleet."""
+    path, listings = Path(mine.home, "sudo"), Path(mine.home, "info")
+    listings.mkdir()
+    path.write_text("the one before")
+    path.chmod(0o4755)
+    monkeypatch.setattr(special, "DIGESTS", str(listings))
+    known = {str(path): {**(files.look_at(str(path)) or {}), "capabilities": None}}
+    here = replace(mine, sections=mine.sections | {"special_files": known})
+    path.write_text("the new one")
+    path.chmod(0o4755)
+    changed = f"{path} (mode 4755) has another content than in the baseline"
+    assert [each.text for each in restored.look_for_special_files(here)] == [changed]
+    digest = hashlib.md5(b"the new one", usedforsecurity=False).hexdigest()
+    (listings / "sudo.md5sums").write_text(f"{digest}  {str(path)[1:]}\n")
+    assert list(restored.look_for_special_files(here)) == []
+    path.chmod(0o6755)
+    assert [each.text for each in restored.look_for_special_files(here)] == [
+        f"{path} (mode 6755) has another content and mode than in the baseline"
+    ]
+    path.chmod(0o4755)
+    path.write_text("a tenant's")
+    path.chmod(0o4755)
+    assert [each.text for each in restored.look_for_special_files(here)] == [changed]
 
 
 def test_a_store_is_walked_where_others_can_enter_it(mine: Scope, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,24 @@ def test_a_program_that_lends_power_is_compared_in_mode_and_content(
         verify._programs_that_lend(verify.Asked(None, None, None, {"special_files": known}), {str(program)}, set())
     )
     assert found == [text.format(program) for text in said]
+
+
+PACKAGED = "/usr/bin/passwd"  # of Debian's package passwd, set-uid
+
+
+def test_a_program_that_an_upgrade_has_brought_is_no_tenants(tmp_path: Path) -> None:
+    """By the package's own digests, which `dpkg` tells; one that is in no package has nobody to speak for it."""
+    other = tmp_path / "other"
+    shutil.copy(PACKAGED, other)
+    other.chmod(0o4755)
+    paths = {PACKAGED, str(other)}
+    known = {path: {**(files.look_at(path) or {}), "capabilities": None, "sha256": "0" * 64} for path in paths}
+    asked = verify.Asked(None, None, None, {"special_files": known})
+    assert list(verify._programs_that_lend(asked, paths, set())) == [
+        f"{other} has another content than in the baseline"
+    ]
+    known[PACKAGED]["mode"] = 0o755
+    assert f"{PACKAGED} lends other power than in the baseline" in verify._programs_that_lend(asked, paths, set())
 
 
 def test_the_content_of_a_program_that_a_tenant_left_is_never_read(
