@@ -26,7 +26,7 @@ class PortalError(Exception):
 
 
 class Refused(PortalError):
-    """The portal does not accept our credential (401 or 403)."""
+    """The portal does not accept our credential, or a token for one (401, 403; 409 where no other try can help)."""
 
 
 class NotYours(PortalError):
@@ -137,7 +137,7 @@ class Portal:
         if status != 200:
             problem = _problem(data)
             said = f"{path}: {status} {str(problem.get('detail') or problem.get('title') or '')[:300]}"
-            if status in (401, 403):
+            if status in (401, 403) or (status == 409 and problem.get("code") in ("already_enrolled", "retired")):
                 raise Refused(said)
             if status == 409 and problem.get("code") == "not_yours":
                 raise NotYours(said, dict(problem["info"]["items"]))

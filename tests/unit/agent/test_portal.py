@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -113,6 +114,19 @@ def test_an_answer_without_end_is_not_read_to_its_end(
         pytest.raises(PortalError, match="not JSON"),
     ):
         call(url)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("already_enrolled", Refused), ("retired", Refused), ("try_again", PortalError)]
+)
+def test_a_token_that_can_never_be_taken_is_refused_like_a_void_one(
+    tmp_path: Path, call: Callable[..., dict[str, object]], code: str, error: type[PortalError]
+) -> None:
+    """An agent that has a credential goes on with that, and is not offline for a token that lies there."""
+    body = json.dumps({"code": code, "detail": "gpu-1 has an agent already."}).encode()
+    with server(tmp_path, status=409, body=body) as (url, _), pytest.raises(PortalError) as raised:
+        call(url)
+    assert type(raised.value) is error
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, Refused), (403, Refused), (500, PortalError)])
