@@ -61,6 +61,7 @@ class Fault:
         for alert in fired.values():
             ended = site.world.admin.get(f"admin/alerts/{alert['id']}")
             assert (ended["state"], ended["resolved_by"]) == ("resolved", None), "it ends by itself"
+            assert f"/alerts/{alert['id']}" not in site.page("/alerts")
         self.over(site, host)
         if self.work_goes_on:
             is_at_work(site, work)
@@ -234,7 +235,9 @@ def exporter_gave_up(site: Site, host: Host) -> None:
     assert told["value"][1] == "1", "the exporter hangs as well"
     machine = site.world.machine(host)
     assert (machine["reachability"], machine["is_healthy"]) == ("online", True)
-    assert [gpu["live"]["temperature_c"] is not None for gpu in machine["gpus"]] == [True, True]
+    temperatures = [gpu["live"]["temperature_c"] for gpu in machine["gpus"]]
+    assert None not in temperatures
+    assert all(f"{each} °C" in site.page(f"/machines/{machine['id']}") for each in temperatures)
     assert site.prometheus(f'nvidia_smi_temperature_gpu{{host="{host.name}"}}') == [], "an old value"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.world import RECLAIM_TIMEOUT_S
+from tests.hosts import Host
 from tests.site.conftest import Rounds
 from tests.site.faults import FAULTS, FREE, Fault
 from tests.site.site import LEASED, Site
@@ -60,9 +61,9 @@ def test_a_neighbour_finds_three_doors_of_the_control_plane_and_no_other(site: S
 
 
 @pytest.fixture
-def published(site: Site, tmp_path: Path) -> Iterator[None]:
-    """A port of a container on the leased host, published on every address of both families; the host is greeted."""
-    host, port = site.hosts[LEASED], 8090
+def published(site: Site, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Host]:
+    """A host with a container's port, published on every address of both families; the host itself is greeted there."""
+    host, port = site.hosts[request.param], 8090
     host.put("/root/listener/listener", build_listener(tmp_path).read_bytes(), mode="0755")
     try:
         host.run("tar -C /root/listener -c listener | docker import - listener", timeout_s=120)
@@ -71,19 +72,21 @@ def published(site: Site, tmp_path: Path) -> Iterator[None]:
         for address in (host.address, host.address_v6):
             greeted = f"timeout 5 bash -c 'cat </dev/tcp/{address}/{port}'"
             until(lambda greeted=greeted: host.run(greeted, check=False).stdout == "here\n", f"{address} to greet")  # type: ignore[misc]
-        yield
+        yield host
     finally:
         host.run("docker rm --force published; docker rmi listener; rm -r /root/listener", check=False, timeout_s=120)
 
 
-@pytest.mark.usefixtures("published")
-def test_a_neighbour_finds_the_door_of_a_leased_host_and_nothing_else(site: Site) -> None:
-    """Every port, over IPv4 and IPv6, while a customer works there and a container's port is published to everybody."""
-    neighbour, host = Scanner.on(site.hosts[FREE]), site.hosts[LEASED]
-    assert site.world.machine(host)["lease"]["state"] == "active"
-    addresses, door = [host.address, host.address_v6], {"tcp/22": "syn-ack"}
+@pytest.mark.parametrize(("published", "lease"), [(LEASED, "active"), (FREE, None)], indirect=["published"])
+def test_a_neighbour_finds_the_door_of_a_host_and_nothing_else(site: Site, published: Host, lease: str | None) -> None:
+    """Every port, over IPv4 and IPv6, while a customer works there and while nobody does."""
+    (neighbour,) = (host for host in site.hosts.values() if host is not published)
+    leased = site.world.machine(published)["lease"]
+    assert (leased and leased["state"]) == lease
+    addresses, door = [published.address, published.address_v6], {"tcp/22": "syn-ack"}
+    scanner = Scanner.on(neighbour)
     with ThreadPoolExecutor(len(addresses)) as pool:
-        heard = pool.map(lambda each: neighbour.hear(str(each), tcp=EVERY_PORT, udp=USUAL_UDP, again=door), addresses)
+        heard = pool.map(lambda each: scanner.hear(str(each), tcp=EVERY_PORT, udp=USUAL_UDP, again=door), addresses)
         assert list(heard) == [door, door]
 
 
