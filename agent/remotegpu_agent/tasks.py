@@ -105,11 +105,16 @@ class Attempt:
         found: dict[str, Any] | None = find_json(self.root / "exit.json")
         return found
 
+    @property
+    def is_launched(self) -> bool:
+        """systemd makes the log when it begins; on a busy host systemd-run may come back a minute later."""
+        return bool(self.record.get("launched")) or self.log_file.exists()
+
     def outcome(self) -> Outcome:
         """How it stands by what lies on disk; an end, once there, stays as it is."""
         if self._outcome is None or not self._outcome.has_ended:
             ended = None if self._is_winding_up() else self.exit_record()
-            self._outcome = read_outcome(self.record, ended, self.stop_order)
+            self._outcome = read_outcome(self.record | {"launched": self.is_launched}, ended, self.stop_order)
         return self._outcome
 
     def _is_winding_up(self) -> bool:
@@ -489,7 +494,7 @@ def _report(attempt: Attempt) -> dict[str, Any]:
         "state": outcome.state,
         "exit_code": outcome.exit_code,
         "signal": outcome.signal,
-        "started_at": attempt.record["started_at"] if attempt.record["launched"] else None,
+        "started_at": attempt.record["started_at"] if attempt.is_launched else None,
         "ended_at": outcome.ended_at,
         "boot_id": attempt.record["boot_id"],
         "log_bytes": logs.size(attempt.log_file, attempt.mark),

@@ -54,6 +54,19 @@ def test_without_an_exit_record_it_starts_or_runs() -> None:
     assert outcome().state == "running"
 
 
+def test_it_runs_from_its_first_moment_however_late_systemd_run_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd, "is_loaded", lambda _unit: True)
+    root = tmp_path / "5" / "root"
+    root.mkdir(parents=True)
+    (root / "attempt.json").write_text(json.dumps(RECORD | {"launched": False}))
+    attempt = Attempt(tmp_path / "5")
+    assert attempt.outcome().state == "starting"
+    (root / "log").touch()
+    assert attempt.outcome().state == "running"
+
+
 @pytest.mark.parametrize(
     ("record", "ended", "state", "exit_code", "signal"),
     [
