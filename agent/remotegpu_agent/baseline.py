@@ -173,7 +173,11 @@ def _is_no_secret(path: str) -> bool:
 
 
 def _is_public(path: str) -> bool:
-    return _is_no_secret(path) and bool(os.lstat(path).st_mode & 0o004)
+    """What is not there (any more) is not."""
+    try:
+        return _is_no_secret(path) and bool(os.lstat(path).st_mode & 0o004)
+    except FileNotFoundError:
+        return False
 
 
 def homes_of(sections: dict[str, Any]) -> list[str]:

@@ -41,6 +41,21 @@ def test_content_is_no_difference_but_every_fact_is(tmp_path: Path) -> None:
     assert files.difference(None, bare) == "is not in the baseline"
 
 
+def test_a_file_that_is_not_there_or_no_longer_is_has_no_entry_and_stops_nothing(tmp_path: Path) -> None:
+    """As of a host without agent.json and ca.pem, and of whatever goes while the folder is walked."""
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    there.write_text("one")
+    gone.write_text("two")
+    there.chmod(0o644)
+
+    def skip(path: str) -> bool:
+        gone.unlink(missing_ok=True)
+        return False
+
+    assert baseline._is_public(str(there))
+    assert list(files.snapshot([str(gone), str(there)], skip=skip, keep=baseline._is_public)) == [str(there)]
+
+
 def test_a_pipe_in_the_place_of_a_file_does_not_make_us_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     entry = files.look_at(str(tmp_path / "pipe"), content=True)
