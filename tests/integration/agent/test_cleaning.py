@@ -133,7 +133,8 @@ def test_an_authority_that_a_package_has_brought_meanwhile_is_no_tenants(leased:
 
 AN_UPGRADE = r"""
 set -e
-cp -p /usr/bin/newgrp /var/lib/dpkg/info/passwd.md5sums /root/
+cp -p /var/lib/dpkg/info/passwd.md5sums /root/
+cat /usr/bin/newgrp >/root/newgrp # a set-uid copy would be a tenant's
 printf 'another release' >>/usr/bin/newgrp
 chmod 4755 /usr/bin/newgrp
 digest=$(md5sum </usr/bin/newgrp)
@@ -147,7 +148,9 @@ def test_a_set_uid_program_that_an_upgrade_has_brought_is_no_tenants(leased: Cle
     upgraded, seen = leased.clean(), leased.verify()
     leased.host.run("cp -p /root/passwd.md5sums /var/lib/dpkg/info/")
     changed, found = leased.clean(), leased.verify()
-    leased.host.run("cp -p /root/newgrp /usr/bin/ && rm /root/newgrp /root/passwd.md5sums")
+    leased.host.run(
+        "cat /root/newgrp >/usr/bin/newgrp && chmod 4755 /usr/bin/newgrp && rm /root/newgrp /root/passwd.md5sums"
+    )
     assert (findings(upgraded["steps"]), findings(seen["checks"])) == ([], [])
     for items in (changed["steps"], found["checks"]):
         result, reason = result_of(items, "special_files")
