@@ -134,11 +134,11 @@ def test_an_authority_that_a_package_has_brought_meanwhile_is_no_tenants(leased:
 AN_UPGRADE = r"""
 set -e
 cp -p /var/lib/dpkg/info/passwd.md5sums /root/
-cat /usr/bin/newgrp >/root/newgrp # a set-uid copy would be a tenant's
-printf 'another release' >>/usr/bin/newgrp
-chmod 4755 /usr/bin/newgrp
-digest=$(md5sum </usr/bin/newgrp)
-sed -i "s,^[0-9a-f]*\(  usr/bin/newgrp\)$,${digest%% *}\1," /var/lib/dpkg/info/passwd.md5sums
+cat /usr/bin/gpasswd >/root/kept # a set-uid copy would be a tenant's
+printf 'another release' >>/usr/bin/gpasswd
+chmod 4755 /usr/bin/gpasswd
+digest=$(md5sum </usr/bin/gpasswd)
+sed -i "s,^[0-9a-f]*\(  usr/bin/gpasswd\)$,${digest%% *}\1," /var/lib/dpkg/info/passwd.md5sums
 """
 
 
@@ -149,12 +149,12 @@ def test_a_set_uid_program_that_an_upgrade_has_brought_is_no_tenants(leased: Cle
     leased.host.run("cp -p /root/passwd.md5sums /var/lib/dpkg/info/")
     changed, found = leased.clean(), leased.verify()
     leased.host.run(
-        "cat /root/newgrp >/usr/bin/newgrp && chmod 4755 /usr/bin/newgrp && rm /root/newgrp /root/passwd.md5sums"
+        "cat /root/kept >/usr/bin/gpasswd && chmod 4755 /usr/bin/gpasswd && rm /root/kept /root/passwd.md5sums"
     )
     assert (findings(upgraded["steps"]), findings(seen["checks"])) == ([], [])
     for items in (changed["steps"], found["checks"]):
         result, reason = result_of(items, "special_files")
-        assert (result, "/usr/bin/newgrp" in reason) == ("failed", True)
+        assert (result, "/usr/bin/gpasswd" in reason) == ("failed", True)
     assert findings(leased.verify()["checks"]) == []
 
 
