@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline, openings
-from remotegpu_agent.observe import accounts, authorities, files, firewall, gpus, mounts, special
+from remotegpu_agent.observe import accounts, authorities, files, firewall, gpus, mounts, packages, special
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
@@ -382,10 +382,8 @@ def _unpackaged(asked: Asked) -> Iterator[str]:
     found = {
         path: each for path, each in _entries(list(baseline.LOADED_BY_ITSELF)).items() if each["type"] != "directory"
     }
-    spelled = {path.removeprefix("/usr"): path for path in found} | {path: path for path in found}
-    said = run(["dpkg", "-S", *map(_literally, spelled)], ok=(0, 1), timeout_s=120).splitlines() if found else []
-    packaged = {spelled.get(line.rpartition(": ")[2]) for line in said if not line.startswith("diversion ")}
-    now = {path: entry for path, entry in found.items() if path not in packaged}
+    packaged = {path for _, path in _who_brought(found)}
+    now = {path: entry for path, entry in found.items() if packages.merged(path) not in packaged}
     _add_digests(now)
     before = asked.sections["unpackaged"]
     yield from _changes(before, now, {*before} - {*found})
@@ -476,15 +474,8 @@ def _regular(paths: Iterable[str]) -> list[str]:
 
 def _offered() -> frozenset[str]:
     """The certificates that packages have brought to be trusted, without those that somebody has changed."""
-    said = run(["dpkg", "-S", f"{authorities.OFFERED}/*"], ok=(0, 1), timeout_s=60).splitlines()
-    owners = (line.partition(": ")[0] for line in said if not line.startswith("diversion "))
-    wanted: dict[str, str] = {}
-    for package in sorted({name for names in owners for name in names.split(", ")}):
-        listing = run(["dpkg-query", "--control-show", package, "md5sums"], ok=(0, 1))
-        wanted |= authorities.digests_of_offered(os.fsencode(listing))
-    there = _regular(wanted)
-    said = run(["md5sum", "-z", "--", *there], timeout_s=60).split("\0")[:-1] if there else []
-    intact = [line[34:] for line in said if wanted[line[34:]] == line[:32]]
+    wanted = authorities.digests_of_offered(_brought_by(_who_has([f"{authorities.OFFERED}/*"])))
+    intact = [path for path, digest in _md5_digests(_regular(wanted)) if digest == wanted[path]]
     return frozenset().union(*_certificates(intact).values())
 
 
@@ -604,19 +595,43 @@ def _not_as_packaged(paths: list[str]) -> list[str]:
     """Those whose content is not what a package has brought: an upgrade since the baseline is no tenant's."""
     if not paths or find_tool("dpkg") is None:
         return paths
-    spelled = {path.removeprefix("/usr"): path for path in paths} | {path: path for path in paths}
-    said = run(["dpkg", "-S", *map(_literally, spelled)], ok=(0, 1), timeout_s=120).splitlines()
-    owned = [line.rpartition(": ") for line in said if not line.startswith("diversion ")]
-    packages = sorted({name for names, _, path in owned if path in spelled for name in names.split(", ")})
-    told = "\n".join(run(["dpkg-query", "--control-show", each, "md5sums"], ok=(0, 1)) for each in packages)
-    now = {line[34:]: line[:32] for line in run(["md5sum", "-z", "--", *paths]).split("\0")}
-    brought = {(spelled.get("/" + line[34:]), line[:32]) for line in told.splitlines()}
-    return [path for path in paths if (path, now.get(path)) not in brought]
+    brought = {(packages.merged(path), digest) for path, digest in _brought_by(_who_brought(paths))}
+    now = dict(_md5_digests(paths))
+    return [path for path in paths if (packages.merged(path), now.get(path)) not in brought]
+
+
+# --- by dpkg's word
+
+
+def _who_brought(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Package and path of those that a package has brought."""
+    return _who_has(_literally(each) for path in paths for each in sorted({path, path.removeprefix("/usr")}))
+
+
+def _who_has(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Package and path, in the merged spelling, of all that fits."""
+    asked = list(patterns)
+    said = run(["dpkg", "-S", *asked], ok=(0, 1), timeout_s=120).splitlines() if asked else []
+    for line in said:
+        names, _, path = line.partition(": ")
+        if not line.startswith("diversion "):
+            yield from ((name, packages.merged(path)) for name in names.split(", "))
 
 
 def _literally(path: str) -> str:
     """For dpkg, which takes a name for a pattern."""
     return re.sub(r"[\\*?\[]", r"\\\g<0>", path)
+
+
+def _brought_by(owned: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Of all files of these packages, each path as they spell it, and the digest of its content."""
+    for package in sorted({package for package, _ in owned}):
+        yield from packages.digests(run(["dpkg-query", "--control-show", package, "md5sums"], ok=(0, 1)))
+
+
+def _md5_digests(paths: list[str]) -> Iterator[tuple[str, str]]:
+    said = run(["md5sum", "-z", "--", *paths], timeout_s=60).split("\0")[:-1] if paths else []
+    return ((line[34:], line[:32]) for line in said)
 
 
 def _capabilities(path: str) -> str | None:

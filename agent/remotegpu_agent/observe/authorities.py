@@ -16,11 +16,10 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from remotegpu_agent.observe import files
+from remotegpu_agent.observe import files, packages
 
 STORE = "/etc/ssl/certs"
 BUNDLE = f"{STORE}/ca-certificates.crt"
@@ -33,7 +32,6 @@ OPENSSL = {
     "/usr/lib/ssl/cert.pem": BUNDLE,
     "/usr/lib/ssl/openssl.cnf": "/etc/ssl/openssl.cnf",
 }
-DIGESTS = "/var/lib/dpkg/info"
 LARGEST_BYTES = 8 * 1024 * 1024
 _TOO_LARGE = frozenset({f"more than {LARGEST_BYTES // 1024**2} MiB"})
 _BY_HASH = re.compile(r"[0-9a-f]{8}\.[0-9]+")
@@ -108,18 +106,17 @@ def named_by_hash(found: Held) -> frozenset[str]:
 def offered() -> frozenset[str]:
     """The certificates that packages have brought to be trusted and that are still as they brought them."""
     found: set[str] = set()
-    for listing in Path(DIGESTS).glob("*.md5sums"):
-        for path, digest in digests_of_offered(listing.read_bytes()).items():
+    for listing in packages.listings("md5sums"):
+        for path, digest in digests_of_offered(packages.digests(listing)).items():
             text = _read(path)
             if text is not None and hashlib.md5(text, usedforsecurity=False).hexdigest() == digest:
                 found |= fingerprints(text)
     return frozenset(found)
 
 
-def digests_of_offered(listing: bytes) -> dict[str, str]:
-    """From a package's list of digests those of its certificates, by path."""
-    ours = re.findall(rb"^([0-9a-f]{32})  (" + re.escape(OFFERED[1:].encode()) + rb"/.+)$", listing, re.MULTILINE)
-    return {os.fsdecode(b"/" + path): digest.decode() for digest, path in ours}
+def digests_of_offered(brought: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of what packages have brought, by path and digest, the certificates."""
+    return {path: digest for path, digest in brought if path.startswith(f"{OFFERED}/")}
 
 
 def selected() -> frozenset[str]:

@@ -11,13 +11,11 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from remotegpu_agent.observe import docker, files, mounts
+from remotegpu_agent.observe import docker, files, mounts, packages
 from remotegpu_agent.protocol import UIDS
 
 STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
-DIGESTS = "/var/lib/dpkg/info"
 _PATH_MAX = 4096
 _PIECE_BYTES = 1024 * 1024
 _MEMORY = {os.makedev(1, minor) for minor in (1, 2, 4)}  # mem, kmem, port
@@ -165,20 +163,16 @@ def _capabilities(folder: int, name: str, mode: int) -> str | None:
 
 def packaged_paths() -> frozenset[str]:
     """Every path that a package of the distribution has installed, in the merged-/usr spelling."""
-    found: set[str] = set()
-    for listing in Path(DIGESTS).glob("*.list"):
-        found.update(_merged(line) for line in listing.read_text(errors="surrogateescape").splitlines())
-    return frozenset(found)
+    return frozenset(
+        packages.merged(path) for listing in packages.listings("list") for path in listing.split("\n") if path
+    )
 
 
 def is_as_packaged(path: str) -> bool:
     """Whether a file has the content that an installed package says it has brought."""
-    digests = {
-        line[:32]
-        for listing in Path(DIGESTS).glob("*.md5sums")
-        for line in listing.read_text(errors="surrogateescape").splitlines()
-        if _merged("/" + line[34:]) == _merged(path)
-    }
+    wanted = packages.merged(path)
+    listed = (each for listing in packages.listings("md5sums") for each in packages.digests(listing))
+    digests = {digest for each, digest in listed if packages.merged(each) == wanted}
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -187,7 +181,3 @@ def is_as_packaged(path: str) -> bool:
     except OSError:
         return False
     return digest.hexdigest() in digests
-
-
-def _merged(path: str) -> str:
-    return "/usr" + path if path.startswith(("/bin/", "/sbin/", "/lib/", "/lib64/")) else path

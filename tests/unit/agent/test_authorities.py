@@ -16,7 +16,7 @@ import pytest
 from remotegpu_agent import baseline, verify
 from remotegpu_agent.cleaning import restored, settings
 from remotegpu_agent.cleaning.step import Step
-from remotegpu_agent.observe import authorities
+from remotegpu_agent.observe import authorities, packages
 from remotegpu_agent.observe.tools import ToolFailed, run
 from tests.unit.agent.test_cleaning import SCOPE, SECTIONS
 
@@ -88,9 +88,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     ways = {str(made.certs_link): str(made.certs), str(made.file_link): str(made.bundle)}
     for name, path in (
         ("STORE", made.certs), ("BUNDLE", made.bundle), ("SELECTION", made.conf), ("OFFERED", made.packaged),
-        ("LOCAL", made.local), ("DIGESTS", made.dpkg),
+        ("LOCAL", made.local),
     ):  # fmt: skip
         monkeypatch.setattr(authorities, name, str(path))
+    monkeypatch.setattr(packages, "INFO", str(made.dpkg))
     monkeypatch.setattr(authorities, "OPENSSL", ways)
     monkeypatch.setattr(baseline, "ENROLL_TOKEN", str(tmp_path / "enroll-token"))
     # Of the whole of /etc somebody else tells.
@@ -333,8 +334,9 @@ def test_a_baseline_that_is_older_tells_of_no_authorities(store: Store) -> None:
 
 
 def test_a_host_without_a_store_differs_in_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("STORE", "LOCAL", "OFFERED", "SELECTION", "DIGESTS"):
+    for name in ("STORE", "LOCAL", "OFFERED", "SELECTION"):
         monkeypatch.setattr(authorities, name, f"{store.certs}/none")
+    monkeypatch.setattr(packages, "INFO", f"{store.certs}/none")
     monkeypatch.setattr(authorities, "OPENSSL", {})
     assert authorities.take() == {"bundle": [], "by_hash": [], "others": [], "offered": []}
     assert Looks().named() == []

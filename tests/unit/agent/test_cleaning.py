@@ -18,7 +18,7 @@ from remotegpu_agent import baseline, cleaning, verify
 from remotegpu_agent.cleaning import data, network, processes, remove, restored, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
-from remotegpu_agent.observe import accounts, files, firewall, mounts, special
+from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, special
 from tests.support.dirt import WAYS
 
 PASSWD = {"root": ["root:x:0:0:root:/root:/bin/bash"], "ops": ["ops:x:1000:1000::/home/ops:/bin/bash"]}
@@ -235,7 +235,7 @@ def test_a_program_that_an_upgrade_has_brought_is_no_tenants(mine: Scope, monkey
     listings.mkdir()
     path.write_text("the one before")
     path.chmod(0o4755)
-    monkeypatch.setattr(special, "DIGESTS", str(listings))
+    monkeypatch.setattr(packages, "INFO", str(listings))
     known = {str(path): {**(files.look_at(str(path)) or {}), "capabilities": None}}
     here = replace(mine, sections=mine.sections | {"special_files": known})
     path.write_text("the new one")
