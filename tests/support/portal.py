@@ -228,6 +228,8 @@ class Client:
             return answer
         bearer = {"Authorization": f"Bearer {self._refresh_token}"}
         fresh = self._request("POST", f"{self.portal.url}/api/v1/auth/refresh", headers=bearer)
+        if fresh.status_code != 200:
+            return fresh  # the sign-in itself has ended meanwhile
         self._take(Answer(fresh.status_code, fresh.json()))
         return self._request(method, url, **options)
 
