@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from io import BytesIO
 
@@ -79,6 +81,21 @@ def test_429_says_when_to_come_back(database, settings):
     assert [answer.status_code for answer in answers] == [401, 401, 429]
     assert_problem(answers[2], 429, "too_many_requests")
     assert 0 < int(answers[2].headers["Retry-After"]) <= 60
+
+
+def test_a_redis_that_dies_refuses_nobody_who_was_asking(database, settings):
+    """Two wait for its answer; it goes from the second when the first has found out and counts in memory."""
+    with socket.create_server(("127.0.0.1", 0)) as dying, ThreadPoolExecutor(2) as pool:
+        port = dying.getsockname()[1]
+        app = create_app(dataclasses.replace(settings, redis_url=f"redis://127.0.0.1:{port}/0"))
+        asking, held = [], []
+        for _ in range(2):
+            asking.append(pool.submit(lambda: app.test_client().get("/api/v1/auth/me")))
+            held.append(dying.accept()[0])
+        dying.close()
+        for connection, answer in zip(held, asking, strict=True):
+            connection.close()
+            assert_problem(answer.result(timeout=60), 401, "not_signed_in")
 
 
 def test_the_limit_holds_while_redis_is_away(database, settings):
