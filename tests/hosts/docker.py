@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hosts.gpu import FakeGpus, Scenario
+from tests.hosts.inside import Inside
 from tests.hosts.owner import CHECKOUT, find_owner, is_gone, user
 
 SUITES = ("bookworm", "trixie")
@@ -165,6 +166,7 @@ class Host:
     address_v6: str | None = None
     port: int = 22
     _work: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="remotegpu-host-")), repr=False)
+    _inside: Inside | None = field(default=None, repr=False, compare=False)
 
     # -- look and touch, past SSH -----------------------------------------------------------------------------------
 
@@ -179,9 +181,14 @@ class Host:
     ) -> Result:
         """Run on the host, past SSH: a string by its shell, a list as it is. Raises HostError unless it exits 0."""
         argv = ["bash", "-c", command] if isinstance(command, str) else list(command)
-        options = ["--interactive"] if stdin is not None else []
         given = stdin.encode() if isinstance(stdin, str) else stdin
-        result = _call(["docker", "exec", *options, "--user", user, self.id, *argv], stdin=given, timeout_s=timeout_s)
+        inside = self._way_inside() if user == "root" else None
+        if inside is not None:
+            result = _ended(argv, lambda: inside.run(argv, stdin=given, timeout_s=timeout_s), timeout_s)
+        else:
+            options = ["--interactive"] if stdin is not None else []
+            engine = ["docker", "exec", *options, "--user", user, self.id, *argv]
+            result = _call(engine, stdin=given, timeout_s=timeout_s)
         if check and not result.ok:
             raise HostError(
                 f"{self.name}: `{shlex.join(argv)}` exited {result.returncode}: {result.stderr}{result.stdout}"
@@ -211,6 +218,11 @@ class Host:
     @property
     def gpu(self) -> FakeGpus:
         return FakeGpus(self)
+
+    def _way_inside(self) -> Inside | None:
+        if self._inside is None or not self._inside.is_there:
+            self._inside = Inside.of(self.id)
+        return self._inside
 
     # -- the front door -----------------------------------------------------------------------------------------------
 
@@ -441,11 +453,20 @@ def _run_here(argv: Sequence[str], *, timeout_s: float = 120.0) -> Result:
 
 def _call(argv: Sequence[str], *, stdin: bytes | None = None, timeout_s: float) -> Result:
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-    try:
+
+    def run() -> tuple[int, bytes, bytes]:
         done = subprocess.run(argv, capture_output=True, timeout=timeout_s, check=False, **given)
+        return done.returncode, done.stdout, done.stderr
+
+    return _ended(argv, run, timeout_s)
+
+
+def _ended(argv: Sequence[str], run: Callable[[], tuple[int, bytes, bytes]], timeout_s: float) -> Result:
+    try:
+        code, stdout, stderr = run()
     except subprocess.TimeoutExpired as error:
         raise HostError(f"`{shlex.join(argv)}` did not end within {timeout_s} s") from error
-    return Result(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+    return Result(code, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
 
 
 def _wait_for(

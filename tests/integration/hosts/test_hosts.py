@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts, unique
-from tests.hosts.docker import LABEL, remove_leftovers
+from tests.hosts.docker import LABEL, Result, remove_leftovers
 from tests.hosts.fixtures import EACH_SUITE, BootHost
 from tests.hosts.owner import find_owner, started_at
 
@@ -34,6 +34,18 @@ def test_only_the_right_key_on_the_right_host_key_signs_in(host: Host, operator_
     wrong.write_text(f"{host.address} {' '.join(other.with_suffix('.pub').read_text().split()[:2])}\n")
     refused = host.ssh("ops", operator_key, "true", options=[f"-oUserKnownHostsFile={wrong}"])
     assert "Host key verification failed" in refused.stderr
+
+
+def test_a_command_runs_as_the_engine_would_run_it(host: Host) -> None:
+    """Where, in which groups, with which rights and words: a short cut that nobody shall notice."""
+    asked = (
+        "cd . && pwd && env | sort && cat /proc/self/cgroup && readlink /proc/self/ns/* && grep Cap /proc/self/status"
+    )
+    by_engine = subprocess.run(["docker", "exec", host.id, "sh", "-c", asked], capture_output=True, text=True)
+    assert host.run(["sh", "-c", asked]).stdout == by_engine.stdout
+    assert "systemd:/\n" in by_engine.stdout or "0::/" in by_engine.stdout
+    assert host.run(["sh", "-c", "cat; kill -KILL $$"], stdin="through", check=False) == Result(137, "through", "")
+    assert host.run("sleep 60 & echo begun", timeout_s=30).stdout == "begun\n", "it waits for what is in the background"
 
 
 @pytest.mark.parametrize("suite", EACH_SUITE)
