@@ -51,7 +51,7 @@ class Fault:
             fired = until(
                 lambda: self._all_open(site, machine),
                 f"{' and '.join(name for name, _ in self.alerts)} of {machine or 'the control plane'}",
-                timeout_s=PATIENCE_S, every_s=0.5, also=site.tell,
+                timeout_s=PATIENCE_S, also=site.tell,
             )  # fmt: skip
             self._are_told(site, fired, host)
             self.seen(site, host)
@@ -68,7 +68,7 @@ class Fault:
 
     def _wait_until_well(self, site: Site, machine: str | None) -> None:
         until(
-            lambda: not self._open(site, machine), f"{self.name} to be over", timeout_s=PATIENCE_S, every_s=0.5,
+            lambda: not self._open(site, machine), f"{self.name} to be over", timeout_s=PATIENCE_S,
             also=site.tell,
         )  # fmt: skip
 
