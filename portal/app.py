@@ -60,7 +60,7 @@ def build(settings: Settings) -> Flask:
         default_limits=[settings.people_limit],
         default_limits_per_method=False,
         storage_uri=settings.redis_url or "memory://",
-        storage_options={"socket_connect_timeout": 0.5, "socket_timeout": 1.0} if settings.redis_url else {},
+        storage_options={"socket_connect_timeout": 1, "socket_timeout": 1} if settings.redis_url else {},
         in_memory_fallback_enabled=True,  # a Redis that is away must not lift the limit
         swallow_errors=True,  # of two requests that see it die, the library counts only the first in memory
         key_prefix="remotegpu",

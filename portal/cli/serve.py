@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import http.client
 import os
 import shutil
@@ -23,6 +24,7 @@ from portal.integrations.processes import LEASH
 from portal.settings import Settings
 
 PARTS = ("web", "worker")
+ENDING_S = 5.0
 STOP_S = 12.0  # gunicorn's grace, and a run that ends its processes
 STEADY_S = 30.0  # a part that lived this long starts again at once
 LONGEST_PAUSE_S = 30.0
@@ -61,25 +63,43 @@ def warn_without_ssh() -> None:
 
 
 def may_listen(settings: Settings) -> bool:
-    """Whether this user may use the port: gunicorn would try in vain for a minute, and not say the ways out."""
+    """Whether this user can use the port: gunicorn would try in vain for a minute, and not say the ways out."""
     bound = _bound(settings)
-    if bound is None:
-        return True
+    give_up_at = time.monotonic() + ENDING_S
+    while bound is not None and (error := _refusal(bound)) is not None:
+        if error.errno == errno.EADDRINUSE and time.monotonic() < give_up_at:
+            time.sleep(0.2)  # a portal that was ended just now may still be closing it
+            continue
+        print(f"serve: {_way_out(error, settings, *bound)}", file=sys.stderr)
+        return False
+    return True
+
+
+def _refusal(bound: tuple[str, int]) -> OSError | None:
+    """What stands against listening there: in use, not of this machine, or not for this user."""
     with socket.socket(socket.AF_INET6 if ":" in bound[0] else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind(bound)
-        except PermissionError:
-            print(
-                f"serve: only root may listen on port {bound[1]}, which {settings.public_url} needs. "
-                "Name a port from 1024 on, such as PUBLIC_URL=https://portal.example.org:8443, or put a proxy in front "
-                "and name it in TRUSTED_PROXIES.",
-                file=sys.stderr,
-            )
-            return False
-        except OSError:
-            pass  # in use, or not of this machine: gunicorn says so
-    return True
+            trial.listen()
+        except (OSError, OverflowError) as error:  # Overflow: no port has that number
+            return error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+    return None
+
+
+def _way_out(error: OSError, settings: Settings, address: str, port: int) -> str:
+    if isinstance(error, PermissionError):
+        return (
+            f"only root may listen on port {port}, which {settings.public_url} needs. "
+            "Name a port from 1024 on, such as PUBLIC_URL=https://portal.example.org:8443, or put a proxy in front "
+            "and name it in TRUSTED_PROXIES."
+        )
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"something listens on port {port} of {address} already, perhaps another portal. End it, or name another "
+            f"port, such as PUBLIC_URL=https://127.0.0.1:{port + 1 if port < 65535 else port - 1}."
+        )
+    return f"nobody can listen on port {port} of {address}: {error.strerror}. BIND says where to listen."
 
 
 def warn_of_another_port(settings: Settings) -> None:

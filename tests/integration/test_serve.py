@@ -147,7 +147,18 @@ def test_a_port_in_use_ends_it_with_a_reason(served: Served, tmp_path: Path) -> 
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "web does not keep running" in done.stderr
+    address, port = served.url.removeprefix("https://").split(":")
+    assert f"something listens on port {port} of {address} already" in done.stderr
+    assert f"PUBLIC_URL=https://127.0.0.1:{int(port) + 1}" in done.stderr
+
+
+def test_a_part_that_ends_again_and_again_ends_the_portal_with_a_reason() -> None:
+    told = "serve.MAX_FAILURES = 2; exit(serve.Supervisor([serve.Part('nonsense')]).run())"
+    program = f"from portal.cli import serve; {told}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert "nonsense ended with code 2; it starts again in 0 s" in done.stderr
+    assert "nonsense does not keep running" in done.stderr
 
 
 def test_a_machine_without_ssh_is_told_at_the_start_and_one_with_it_is_not(
