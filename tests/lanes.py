@@ -91,7 +91,7 @@ LANES = (
     Lane("services", ("tests/integration", "tests/roles"), PLAIN),
     Lane("site", ("tests/site",), "hosts", hosts=True, site=True),
     Lane("rental", ("tests/e2e/test_rental.py",), "hosts and not postgresql", hosts=True),
-    Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True, slow=False),
+    Lane("rental-postgresql", ("tests/e2e/test_rental.py",), "hosts and postgresql", hosts=True),
     Lane("operations", ("tests/e2e/test_operations.py", "tests/e2e/test_demo.py"), "hosts", hosts=True, slow=True),
     Lane("fresh", ("tests/e2e/test_fresh_machine.py",), "hosts", hosts=True),
     Lane("gateway", ("tests/gateway",), "hosts", hosts=True, slow=True),

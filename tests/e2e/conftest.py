@@ -25,16 +25,19 @@ POISON = "{{ lookup('pipe', 'touch %s') }}"
 
 @dataclass
 class House:
-    """A world and its two hosts, by suite."""
+    """A world and its hosts, by suite."""
 
     world: World
     hosts: dict[str, Host]
     poisoned: Path  # the file that exists once anything was taken for a template
 
 
+# Which hosts stand beside a portal of that kind. `make test` has both releases on SQLite, and one on PostgreSQL.
+SUITES_OF = {"sqlite": SUITES, "postgresql": ("trixie",), "postgresql-bookworm": ("bookworm",), "bare": SUITES}
 KINDS = [
     "sqlite",
     pytest.param("postgresql", marks=pytest.mark.postgresql),
+    pytest.param("postgresql-bookworm", marks=[pytest.mark.postgresql, pytest.mark.slow]),
     pytest.param("bare", marks=pytest.mark.slow),
 ]
 
@@ -43,19 +46,20 @@ KINDS = [
 def house(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, operator_key: Path
 ) -> Iterator[House]:
-    """Web and worker as separate processes, and a host of each suite beside them.
+    """Web and worker as separate processes, and hosts beside them.
 
-    It has the packages that the roles install, and nothing is configured: downloads would take most of the time. Of
+    Each has the packages that the roles install, and nothing is configured: downloads would take most of the time. Of
     the kind `bare` (on SQLite) it has nothing but what an installation of Debian leaves, and `at`: no role installs
     that, and a tenant may leave something in it.
     """
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
         environ = {"REPORT_INTERVAL_S": "1", "OFFLINE_AFTER_S": "10"}
-        if request.param == "postgresql":
+        if request.param.startswith("postgresql"):
             environ["DATABASE_URL"] = stack.enter_context(a_database())
             environ["REDIS_URL"] = stack.enter_context(redis.server(folder)).url
-        hosts = {suite: stack.enter_context(booted(suite, request.param, operator_key)) for suite in SUITES}
+        suites = SUITES_OF[request.param]
+        hosts = {suite: stack.enter_context(booted(suite, request.param, operator_key)) for suite in suites}
         portal = Portal(folder / "instance", address=gateway_address(), environ=environ)
         stack.enter_context(running(portal))
         admin = portal.set_up()
