@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.both import leave_to_slow
 from tests.support.trail import Requests, Watch
 
 ON_BOTH = {
@@ -29,10 +30,7 @@ ON_BOTH = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        is_ours = item.path.parent == Path(__file__).parent
-        if is_ours and item.path.stem not in ON_BOTH and item.get_closest_marker("postgresql"):
-            item.add_marker(pytest.mark.slow)
+    leave_to_slow(items, Path(__file__).parent, but=ON_BOTH)
 
 
 @pytest.fixture(autouse=True)
