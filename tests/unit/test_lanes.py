@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tests.lanes import FAST, Result
 
 
 def closing(capsys: pytest.CaptureFixture[str], without_cards: str | None) -> list[str]:
-    code = lanes.report([Result(FAST, 0.1, 0, {"tests": 3})], time.monotonic(), without_cards=without_cards)
+    code = lanes.report([Result(FAST, 0.1, 0, {"tests": 3})], 6.0, without_cards=without_cards)
     assert code == 0
     return capsys.readouterr().out.splitlines()
 
@@ -84,7 +83,7 @@ def test_a_machine_without_pulumis_engine_is_told_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/pulumi" if there else None)
-    lanes.report([Result(FAST, 0.1, 0, {"tests": 3})] * 2, time.monotonic())
+    lanes.report([Result(FAST, 0.1, 0, {"tests": 3})] * 2, 6.0)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("network-engine")]
     assert told == ([] if there else ["network-engine         –  did not run: `pulumi` is not on the PATH"])
     assert (lanes.ENGINE in lanes.lanes_of_this_machine("test")) == there
@@ -114,7 +113,26 @@ def test_what_stood_in_for_the_real_thing_is_told(tmp_path: Path, capsys: pytest
     counts, stand_ins = lanes.told_by(outcome)
     assert (counts["tests"], stand_ins) == (2, ["site: the GPUs are a fake", "grafana: a package"]), "each once"
     assert lanes.told_by(tmp_path / "never-ran.xml") == ({}, [])
-    lanes.report([Result(FAST, 0.1, 0, counts, stand_ins)], time.monotonic())
+    lanes.report([Result(FAST, 0.1, 0, counts, stand_ins)], 6.0)
     assert "site: the GPUs are a fake" in capsys.readouterr().out.splitlines()
-    lanes.report([Result(FAST, 0.1, 0, counts)], time.monotonic())
+    lanes.report([Result(FAST, 0.1, 0, counts)], 6.0)
     assert "stand-ins" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("took_min", "slowness", "code"),
+    [(34, 1.0, 0), (36, 1.0, 1), (60, 1.8, 0), (64, 1.8, 1), (71, 9.0, 1), (600, None, 0)],
+    ids=["in time", "over", "slow, in time", "slow, over", "too slow", "no budget"],
+)
+def test_a_slow_machine_has_as_many_times_the_minutes_and_no_more_than_twice(
+    capsys: pytest.CaptureFixture[str], took_min: float, slowness: float | None, code: int
+) -> None:
+    assert lanes.report([Result(FAST, 0.1, 0, {"tests": 3})], took_min * 60, slowness=slowness) == code
+    told = capsys.readouterr().out
+    assert told.endswith(f"3 passed, {code} failed, 0 skipped\n")
+    assert ("Over the budget" in told) == bool(code)
+    assert ("times as long as the one that the 35 minutes are for" in told) == (slowness not in (None, 1.0))
+
+
+def test_the_machine_is_measured_by_work_that_it_does() -> None:
+    assert 0.01 < lanes.how_slow() < 1000
