@@ -173,6 +173,20 @@ def test_secrets_stay_out_of_output_and_diffs(role: Path) -> None:
             assert task.get("diff") is False, task["name"]
 
 
+def test_no_secret_is_in_a_tasks_environment() -> None:
+    """sudo writes it into the host's journal with the command, whatever no_log says."""
+    plays = [play for path in sorted((ROOT / "playbooks").glob("*.yml")) for play in read(path)]
+    tasks = [task for role in ROLES for task in tasks_of(role)]
+    tasks += [
+        task for play in plays for part in ("pre_tasks", "tasks", "post_tasks") for task in flatten(play.get(part, []))
+    ]
+    told = {each["name"]: str(each["environment"]) for each in (*plays, *tasks) if "environment" in each}
+    assert len(told) > 3
+    assert {
+        name for name, said in told.items() if re.search(r"(?i)password\b|passphrase|secret|token|_key\b", said)
+    } == set()
+
+
 @pytest.mark.parametrize("name", GPU_HOST_ROLES)
 def test_a_file_that_not_everybody_may_read_is_in_no_diff(name: str) -> None:
     """A look for drift shows differences: also of a file whose secret only one site puts there."""
