@@ -119,8 +119,8 @@ class Site:
     def describe(self, archive: Path) -> None:
         """Build a release, write the site's inventory into it and pack it again, as whoever builds their own does."""
         subprocess.run([ROOT / "portal" / "build"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(ROOT / "build" / "remotegpu-portal.tar.gz") as packed:
-            packed.extractall(self.release, filter="tar")
+        self.release.mkdir()
+        subprocess.run(["tar", "-xf", ROOT / "build" / "remotegpu-portal.tar.gz", "-C", self.release], check=True)
         inventory = self.release / "inventory"
         (inventory / "artifacts").mkdir()
         (inventory / "artifacts" / "nvidia_gpu_exporter.tar.gz").write_bytes(archive.read_bytes())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -21,8 +22,7 @@ def up(migrator, db):
 def main(archive: Path, folder: Path) -> None:
     with TemporaryDirectory() as scratch:
         tree = Path(scratch)
-        with tarfile.open(archive) as packed:
-            packed.extractall(tree, filter="data")
+        subprocess.run(["tar", "-xf", archive, "-C", tree], check=True)
         health = tree / "portal" / "api" / "health.py"
         changed = health.read_text().replace('jsonify(status="ok")', 'jsonify(status="ok", release="two")')
         if changed == health.read_text():
