@@ -167,7 +167,7 @@ def test_a_worker_that_hangs_loses_its_run_and_what_it_says_later_is_void(start:
     run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
     with Watch(tmp_path) as watch:
         hung = start(lock_s=SHORT_LOCK_S)
-        held = hold_up(hung)
+        held = hold_up(hung, watch)
         start()
         until(lambda: Run.get().attempt == held.attempt + 1, "another worker to take it up", timeout_s=90)
         hung.send_signal(signal.SIGCONT)
@@ -177,9 +177,10 @@ def test_a_worker_that_hangs_loses_its_run_and_what_it_says_later_is_void(start:
     _assert_output_is_whole(ended)
 
 
-def hold_up(worker: subprocess.Popen[bytes]) -> Run:
+def hold_up(worker: subprocess.Popen[bytes], watch: Watch) -> Run:
     """Let the worker hang while it holds the run, until the executor has ended that; returns the run as it was held."""
-    until(lambda: (Run.get().child or {}).get("pid"), "the run to be under way", timeout_s=90)
+    until(lambda: (Run.get().child or {}).get("pid"), "the run to have an executor", timeout_s=90)
+    until(lambda: watch.seen, "its playbook to begin", timeout_s=90)
     worker.send_signal(signal.SIGSTOP)
     until(lambda: is_stopped(worker), "the worker to hang")
     held: Run = Run.get()
@@ -195,7 +196,7 @@ def test_a_worker_that_was_held_up_gives_its_run_up_and_says_why(start: StartWor
     run = runs.queue("gpu_hosts", [make_machine()], by=SYSTEM)
     with Watch(tmp_path) as watch:
         worker = start(lock_s=SHORT_LOCK_S)
-        held = hold_up(worker)
+        held = hold_up(worker, watch)
         worker.send_signal(signal.SIGCONT)
         until(lambda: Run.get().attempt > held.attempt or _ended(run), "the run to begin anew", timeout_s=90)
     said = [event.stdout for event in RunEvent.select().where(RunEvent.kind == "run.lost")]
