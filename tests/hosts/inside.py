@@ -26,6 +26,8 @@ done
 unset GROUPS_INSIDE PWD
 exec "$@"
 """
+# In there a shell waits for the program: nsenter would stop with it when a host that goes down stops all, for ever.
+WAIT = '"$@"; exit $?'
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Inside:
         It has ended when `command` has, though what that left in the background may still hold its output.
         """
         drop = ["setpriv", f"--bounding-set=-all,{self.capabilities}", "--inh-caps=-all"]
-        cross = ["sh", "-c", CROSS, "sh", *drop, "nsenter", f"--target={self.pid}", "--all", "--wd", "--"]
+        cross = ["sh", "-c", CROSS, "sh", *drop, "nsenter", f"--target={self.pid}", "--all", "--no-fork", "--wd"]
+        cross += ["--", "sh", "-c", WAIT, "sh"]
         environ = {**self.environ, "GROUPS_INSIDE": " ".join(self.groups)}
         given: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host, HostError, attach, boot, gateway_address, list_hosts, unique
-from tests.hosts.docker import LABEL, Result, remove_leftovers
+from tests.hosts.docker import LABEL, remove_leftovers
 from tests.hosts.fixtures import EACH_SUITE, BootHost
 from tests.hosts.owner import find_owner, started_at
 
@@ -44,7 +44,10 @@ def test_a_command_runs_as_the_engine_would_run_it(host: Host) -> None:
     by_engine = subprocess.run(["docker", "exec", host.id, "sh", "-c", asked], capture_output=True, text=True)
     assert host.run(["sh", "-c", asked]).stdout == by_engine.stdout
     assert "systemd:/\n" in by_engine.stdout or "0::/" in by_engine.stdout
-    assert host.run(["sh", "-c", "cat; kill -KILL $$"], stdin="through", check=False) == Result(137, "through", "")
+    killed = host.run(["sh", "-c", "cat; kill -KILL $$"], stdin="through", check=False)
+    assert (killed.returncode, killed.stdout) == (137, "through")
+    stopped = host.run("(sleep 0.2; kill -KILL $$) & kill -STOP $$", check=False, timeout_s=30)
+    assert stopped.returncode == 137, "it stops with what a host that goes down has stopped"
     assert host.run("sleep 60 & echo begun", timeout_s=30).stdout == "begun\n", "it waits for what is in the background"
 
 
