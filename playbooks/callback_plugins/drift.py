@@ -46,10 +46,10 @@ TOO_MUCH = "left out: there is too much of it"
 NOT_SHOWN = (HIDDEN, CENSORED, TOO_MUCH)  # in the place of a difference: the portal's pages have words for each
 MASK = "•••"
 
-# Every repetition is bounded, or meets nothing of its own kind: a host's file may be one line of a megabyte.
+# No two repetitions meet the same characters unbounded: a host's file may be one line of a megabyte.
 _SECRET_LINE = re.compile(
     r"(?i)((?:passw(?:or)?d|passphrase|secret|token|credential|api[_-]?key|private[_-]?key)[\w.-]{0,200}"
-    r"[\"']?\s{0,40}[:=]\s{0,40})(?!\s*$).+"
+    r"[\"']?\s*[:=]\s{0,40})(?!\s*$).+"
 )
 _IN_ADDRESS = re.compile(r"(\b[a-z][a-z0-9+.-]{0,40}://)[^\s/@]*@")
 _BEARER = re.compile(r"(?i)(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}")

@@ -24,7 +24,8 @@ from portal.integrations.processes import LEASH
 from portal.settings import Settings
 
 PARTS = ("web", "worker")
-ENDING_S = 5.0
+ENDING_S = 5.0  # so long a portal that was ended just now may still have the port
+LOOK_S = 0.2
 STOP_S = 12.0  # gunicorn's grace, and a run that ends its processes
 STEADY_S = 30.0  # a part that lived this long starts again at once
 LONGEST_PAUSE_S = 30.0
@@ -65,14 +66,14 @@ def warn_without_ssh() -> None:
 def may_listen(settings: Settings) -> bool:
     """Whether this user can use the port: gunicorn would try in vain for a minute, and not say the ways out."""
     bound = _bound(settings)
+    if bound is None:
+        return True
     give_up_at = time.monotonic() + ENDING_S
-    while bound is not None and (error := _refusal(bound)) is not None:
-        if error.errno == errno.EADDRINUSE and time.monotonic() < give_up_at:
-            time.sleep(0.2)  # a portal that was ended just now may still be closing it
-            continue
+    while (error := _refusal(bound)) and error.errno == errno.EADDRINUSE and time.monotonic() < give_up_at:
+        time.sleep(LOOK_S)
+    if error is not None:
         print(f"serve: {_way_out(error, settings, *bound)}", file=sys.stderr)
-        return False
-    return True
+    return error is None
 
 
 def _refusal(bound: tuple[str, int]) -> OSError | None:
@@ -82,8 +83,8 @@ def _refusal(bound: tuple[str, int]) -> OSError | None:
         try:
             trial.bind(bound)
             trial.listen()
-        except (OSError, OverflowError) as error:  # Overflow: no port has that number
-            return error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+        except OSError as error:
+            return error
     return None
 
 

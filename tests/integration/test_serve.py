@@ -205,6 +205,13 @@ def test_a_port_that_is_called_or_a_proxys_is_no_news(
     assert capsys.readouterr().err == ""
 
 
+def test_an_address_of_another_machine_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not serve.may_listen(settings_of(tmp_path, PUBLIC_URL="https://192.0.2.1:8443", BIND="192.0.2.1:8443"))
+    told = capsys.readouterr().err
+    assert told.startswith("serve: nobody can listen on port 8443 of 192.0.2.1: Cannot assign requested address.")
+    assert "BIND says where" in told
+
+
 def test_a_port_that_this_user_may_not_use_ends_it_at_once_with_the_ways_out(tmp_path: Path) -> None:
     """Asked in a network of its own, where ports below 1024 are root's, by somebody without root's right to them."""
     environment = {**os.environ, "INSTANCE_DIR": str(tmp_path), "PUBLIC_URL": "https://portal.example.org"}

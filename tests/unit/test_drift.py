@@ -123,11 +123,19 @@ def test_a_host_that_differs_in_everything_is_told_in_bounds() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["y" * 1_000_000, "a." * 500_000, "token" * 20_000, "http://" + "u" * 1_000_000, "token=" + " \n" * 500_000],
-    ids=["a word", "a name", "keys", "an address", "nothing"],
+    [
+        "y" * 1_000_000,
+        "a." * 500_000,
+        "token" * 20_000,
+        "http://" + "u" * 1_000_000,
+        "token=" + " \n" * 500_000,
+        "token" + " " * 1_000_000,
+    ],
+    ids=["a word", "a name", "keys", "an address", "nothing", "blanks"],
 )
 def test_a_file_of_one_long_line_holds_nobody_up(text: str) -> None:
     assert plugin.masked(text) == text
+    assert plugin.masked(f"{text}\nmy_api-key.of_mine{' ' * 60}= abc").endswith(f"= {plugin.MASK}")
     assert plugin.masked(f"{text}\nmy_api-key.of_mine = abc").endswith(f"my_api-key.of_mine = {plugin.MASK}")
 
 

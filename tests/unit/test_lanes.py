@@ -134,5 +134,6 @@ def test_a_slow_machine_has_as_many_times_the_minutes_and_no_more_than_twice(
     assert ("times as long as the one that the 35 minutes are for" in told) == (slowness not in (None, 1.0))
 
 
-def test_the_machine_is_measured_by_work_that_it_does() -> None:
+def test_the_machine_is_measured_by_work_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "WORK", lanes.WORK.replace("range(240)", "range(2)"))
     assert 0.01 < lanes.how_slow() < 1000
