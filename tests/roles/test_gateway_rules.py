@@ -5,6 +5,7 @@ The namespaces of tests/roles/network.py: the one in the middle is the gateway, 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,30 @@ def test_who_is_forwarded_gets_in_under_the_own_address_and_nobody_else(net: Net
     assert ask(net, family, port=PUBLIC + 1) == "silence"
     load()
     assert ask(net, family) == f"you are {OUTSIDE[family]}", "and after the rules were loaded again"
+
+
+def test_the_way_back_is_read_where_nft_knows_protocols_by_number_alone(net: Net, load: Any, tmp_path: Path) -> None:
+    """A host without /etc/protocols lists what it cannot read, and nobody would get in again."""
+    script = Path(__file__).parents[2] / "roles/firewall/files/way_back.sh"
+
+    def by_number(command: str) -> str:
+        hidden = f"[ ! -e /etc/protocols ] || mount --bind /dev/null /etc/protocols; cd {tmp_path}; {command}"
+        return net.on(net.host, "unshare", "--mount", "sh", "-euc", hidden)
+
+    def rules() -> str:
+        return re.sub(r" expires \S+", "", by_number("nft list ruleset"))
+
+    load()
+    forward(net, 4, OURS[4])
+    before = rules()
+    assert "\t\tprotocol 6\n" in before, "this nft says it otherwise"
+    for table in ("remotegpu", "remotegpu_gateway"):
+        by_number(f"sh {script} remember {table}")
+    net.on(net.host, "nft", "add chain inet remotegpu locked { type filter hook input priority -50; policy drop; }")
+    assert rules() != before
+    by_number(f"sh {script} our_tables | nft -f -")
+    assert rules() == before
+    assert ask(net, 4) == f"you are {OUTSIDE[4]}", "what was forwarded is so still"
 
 
 def test_a_rule_of_somebody_else_in_our_table_is_found_and_what_is_forwarded_is_none(

@@ -24,6 +24,22 @@ firewalld_is_on() { systemctl --quiet is-active firewalld.service; }
 # Asked only where they may be: iptables makes an empty frame of tables by being asked.
 chains_are_there() { [ -e "$program" ] && iptables -w -S REMOTEGPU-FORWARD >/dev/null 2>&1 && ! firewalld_is_on; }
 
+# Where /etc/protocols is missing, nft tells the protocol of a `ct timeout` by a number, which it does not read.
+remember() {
+    if nft list table inet "$1" >"$1.listed" 2>/dev/null; then
+        sed -e 's/^\([[:blank:]]*protocol\) 6$/\1 tcp/' -e 's/^\([[:blank:]]*protocol\) 17$/\1 udp/' "$1.listed" >"$1.nft"
+    fi
+    rm -f "$1.listed"
+}
+
+# What makes our tables what they were, whatever they are now, in one transaction.
+our_tables() {
+    for table in $tables; do
+        printf 'table inet %s {\n}\ndelete table inet %s\n' $table $table
+        if [ -e $table.nft ]; then cat $table.nft; fi
+    done
+}
+
 keep() {
     set -e
     umask 077
@@ -34,7 +50,9 @@ keep() {
     tar -cpPf files.tar --files-from names
     sums_of_units >units
     for unit in $units; do echo "$unit $(systemctl is-enabled "$unit.service" 2>/dev/null || true)"; done >enabled
-    for table in $tables; do nft list table inet $table >$table.nft 2>/dev/null || rm -f $table.nft; done
+    for table in $tables; do remember $table; done
+    # A way back that nft cannot read is none: then nothing is changed.
+    if command -v nft >/dev/null; then our_tables | nft -c -f -; fi
     for name in $forwarding; do sysctl "$name" 2>/dev/null || true; done >forwarding
     if [ -e /etc/firewalld ]; then
         for family in iptables ip6tables; do "$family-save" >"$family" 2>/dev/null || rm -f "$family"; done
@@ -64,10 +82,7 @@ leave_the_new() {
     if ufw_is_on && ! [ -e ufw ]; then ufw disable; fi
     if chains_are_there && ! [ -e chains ]; then "$program" unload; fi
     command -v nft >/dev/null || return 0
-    for table in $tables; do
-        printf 'table inet %s {\n}\ndelete table inet %s\n' $table $table
-        if [ -e $table.nft ]; then cat $table.nft; fi
-    done | nft -f -
+    our_tables | nft -f -
     for name in $forwarding; do sysctl "$name" 2>/dev/null || true; done | cmp -s - forwarding || sysctl --quiet --load=forwarding
 }
 
