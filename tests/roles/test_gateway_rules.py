@@ -5,13 +5,14 @@ The namespaces of tests/roles/network.py: the one in the middle is the gateway, 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -25,7 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not all(map(shutil.which, ("nft", "ip", "conntrack"))), reason="needs nft and conntrack"),
 ]
 
-GREETER = Path(__file__).parents[2] / "molecule/gateway/files/greeter.py"
+ROOT = Path(__file__).parents[2]
+GREETER = ROOT / "molecule/gateway/files/greeter.py"
 NETWORKS = ["172.30.0.0/24", "2001:db8:2::/64"]
 FAMILIES = (4, 6)
 PUBLIC, SSH, ANOTHER = 20017, 2022, 2023
@@ -102,13 +104,22 @@ def test_who_is_forwarded_gets_in_under_the_own_address_and_nobody_else(net: Net
     assert ask(net, family) == f"you are {OUTSIDE[family]}", "and after the rules were loaded again"
 
 
-def test_the_way_back_is_read_where_nft_knows_protocols_by_number_alone(net: Net, load: Any, tmp_path: Path) -> None:
-    """A host without /etc/protocols lists what it cannot read, and nobody would get in again."""
-    script = Path(__file__).parents[2] / "roles/firewall/files/way_back.sh"
+@pytest.fixture
+def by_number(net: Net, tmp_path: Path) -> Callable[[str], str]:
+    """Run a command on a host without /etc/protocols, where nft lists protocols by numbers that it does not read."""
 
-    def by_number(command: str) -> str:
+    def run(command: str) -> str:
         hidden = f"[ ! -e /etc/protocols ] || mount --bind /dev/null /etc/protocols; cd {tmp_path}; {command}"
         return net.on(net.host, "unshare", "--mount", "sh", "-euc", hidden)
+
+    return run
+
+
+def test_the_way_back_is_read_where_nft_knows_protocols_by_number_alone(
+    net: Net, load: Any, by_number: Callable[[str], str]
+) -> None:
+    """Else nobody would get in again."""
+    script = ROOT / "roles/firewall/files/way_back.sh"
 
     def rules() -> str:
         return re.sub(r" expires \S+", "", by_number("nft list ruleset"))
@@ -124,6 +135,28 @@ def test_the_way_back_is_read_where_nft_knows_protocols_by_number_alone(net: Net
     by_number(f"sh {script} our_tables | nft -f -")
     assert rules() == before
     assert ask(net, 4) == f"you are {OUTSIDE[4]}", "what was forwarded is so still"
+
+
+def test_an_agents_baseline_is_read_where_nft_knows_protocols_by_number_alone(
+    net: Net, load: Any, by_number: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Else a table that a tenant has changed could not be made what it was."""
+    take = "import json; from remotegpu_agent.observe import firewall; print(json.dumps(firewall.look_at()))"
+
+    def tables() -> dict[str, Any]:
+        seen = json.loads(by_number(f"PYTHONPATH={ROOT / 'agent'} {sys.executable} -c '{take}'"))
+        return cast(dict[str, Any], seen["tables"])
+
+    load()
+    short = "{ protocol udp; l3proto ip; policy = { unreplied : 10 }; }"
+    net.on(net.host, "nft", f"add table inet site; add ct timeout inet site short {short}")
+    assert "\t\tprotocol 17\n" in by_number("nft list table inet site"), "this nft says it otherwise"
+    before = tables()
+    for key, table in before.items():
+        (tmp_path / "table.nft").write_text(f"table {key} {{}}\ndelete table {key}\n{table['text']}")
+        by_number("nft -f table.nft")
+    assert len(before) == 3
+    assert tables() == before
 
 
 def test_a_rule_of_somebody_else_in_our_table_is_found_and_what_is_forwarded_is_none(

@@ -18,6 +18,7 @@ OWN_TABLES = ("inet remotegpu", "inet remotegpu_openings")  # with the sets that
 OPENED_BY_FIREWALLD = "filter_IN_remotegpu_post"  # in the table inet firewalld: openings.py gives its rules their place
 _DOCKER_CHAIN = re.compile(r"^DOCKER(-.*)?$")
 _DOCKERS_LINE = re.compile(r"\bDOCKER|\bdocker0\b|\bbr-[0-9a-f]{12}\b|\bdocker_gwbridge\b")
+_BY_NUMBER = re.compile(r"^(\t+protocol )(6|17)$", re.MULTILINE)
 _DOCKER_BRIDGE = re.compile(r"^(docker0|br-[0-9a-f]{12}|docker_gwbridge)$")
 
 
@@ -40,7 +41,8 @@ def look_at() -> dict[str, Any] | None:
         if not is_written_by_iptables(items):
             # Put back, it must not open again what was closed since: no members of our sets, no rule of an opening.
             options = ["-s", "-t"] if key in OWN_TABLES else ["-s"]
-            tables[key]["text"] = without_openings(run(["nft", *options, "list", "table", *key.split(" ", 1)]))
+            text = run(["nft", *options, "list", "table", *key.split(" ", 1)])
+            tables[key]["text"] = readable(without_openings(text))
     return {"tables": tables, "legacy": legacy_tables()}
 
 
@@ -77,6 +79,13 @@ def without_openings(text: str) -> str:
     """A table's listing without the rules by which firewalld lets in for a while."""
     chain = re.compile(rf"(\n\tchain {OPENED_BY_FIREWALLD} {{\n).*?(\t}}\n)", re.DOTALL)
     return chain.sub(r"\1\2", text)
+
+
+def readable(text: str) -> str:
+    """A table's listing as nft reads it back: where /etc/protocols is missing it tells the protocol of a `ct timeout`
+    by a number, which it does not read.
+    """
+    return _BY_NUMBER.sub(lambda found: found[1] + {"6": "tcp", "17": "udp"}[found[2]], text)
 
 
 def opened() -> list[tuple[str, str, tuple[str, ...]]]:
