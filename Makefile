@@ -30,19 +30,19 @@ run: setup ## Set up and start the portal; prints where to sign in (DATABASE_URL
 
 .PHONY: test
 test: real-hosts setup $(DEVELOPMENT) ## Set up what the tests need and pass them all (root or Docker for the real hosts)
-	@exec $(BIN)/python -m tests.lanes test
+	@exec $(BIN)/python -m tests.lanes test $(LANES)
 
 .PHONY: test-fast
 test-fast: $(DEVELOPMENT) $(ASSETS) $(TEXTS) ## Unit and API tests on SQLite; needs nothing else
 	@exec $(BIN)/python -m tests.lanes fast
 
 .PHONY: test-slow
-test-slow: real-hosts setup $(DEVELOPMENT) ## What `make test` leaves out: scenarios of roles, gateways, operations, Debian 12
-	@exec $(BIN)/python -m tests.lanes slow
+test-slow: real-hosts setup $(DEVELOPMENT) ## What `make test` leaves out: scenarios of roles, gateways, operations, Debian 12 (LANES=… for some)
+	@exec $(BIN)/python -m tests.lanes slow $(LANES)
 
 .PHONY: test-all
 test-all: real-hosts setup $(DEVELOPMENT) ## Both of them
-	@exec $(BIN)/python -m tests.lanes all
+	@exec $(BIN)/python -m tests.lanes all $(LANES)
 
 .PHONY: check
 check: $(DEVELOPMENT) ## Lint, types, import direction, dead links

@@ -1,8 +1,9 @@
 """Run the tests in lanes, print the minutes of each, and fail when an area is over its budget.
 
-`python -m tests.lanes fast | test | slow | all`: `slow` is what `test` leaves out, `all` is both; `may` refuses where
-these cannot run. What a lane needs is set up here and ended here: packages (as root), one Docker engine, host images.
-A lane that cannot run is an error, never a skip.
+`python -m tests.lanes test | slow | all [LANE…]`: `slow` is what `test` leaves out, `all` is both; lanes that are named
+run alone, without a budget. `fast` is that lane as it goes, `may` refuses where these cannot run. What a lane needs is
+set up here and ended here: packages (as root), one Docker engine, host images. A lane that cannot run is an error,
+never a skip.
 """
 
 from __future__ import annotations
@@ -124,24 +125,29 @@ BESIDE_EACH_OTHER = 3
 
 
 def main(argv: list[str]) -> int:
-    what = argv[0] if argv else "test"
+    what, *names = argv or ["test"]
     if what == "fast":
         began = time.monotonic()
         with TemporaryDirectory() as scratch:
             result = run(FAST, MARKS["fast"], Path(scratch), shown=True)
         return report([result], time.monotonic() - began)
     if what not in (*MARKS, "may"):
-        print(f"usage: python -m tests.lanes {' | '.join(MARKS)} | may", file=sys.stderr)
+        print(f"usage: python -m tests.lanes {' | '.join(MARKS)} | may [LANE…]", file=sys.stderr)
+        return 2
+    lanes = lanes_of_this_machine("all" if what == "may" else what)
+    if unknown := set(names) - {lane.name for lane in lanes}:
+        known = ", ".join(lane.name for lane in lanes)
+        print(f"{', '.join(sorted(unknown))}: no lane of `{what}` on this machine, which are {known}", file=sys.stderr)
         return 2
     refuse_without_hosts()
     refuse_without_packages()
     if what == "may":
         return 0
     install_packages()
-    before = how_slow() if what == "test" else None
+    before = how_slow() if what == "test" and not names else None
     with docker_engine(), TemporaryDirectory() as scratch:
         began = time.monotonic()
-        results = run_all(what, Path(scratch))
+        results = run_all([lane for lane in lanes if not names or lane.name in names], MARKS[what], Path(scratch))
         took_s = time.monotonic() - began
     slowness = max(1.0, (before + how_slow()) / 2) if before is not None else None
     return report(results, took_s, slowness=slowness, without_cards=why_without_cards())
@@ -159,20 +165,20 @@ def how_slow() -> float:
     return statistics.median(took) / REFERENCE_S
 
 
-def run_all(what: str, scratch: Path) -> list[Result]:
-    """Every lane with tests of this kind, in the order of the table; the images are built meanwhile."""
+def run_all(lanes: list[Lane], also: str, scratch: Path) -> list[Result]:
+    """These lanes, in this order; the images are built meanwhile."""
     with ThreadPoolExecutor(BESIDE_EACH_OTHER + 3) as pool:
         images = pool.submit(build_images)
-        images_of_site = pool.submit(build_images, "site", after=images)
-        sdks = pool.submit(install_sdks)
+        images_of_site = pool.submit(build_images, "site", after=images) if any(lane.site for lane in lanes) else images
+        sdks = pool.submit(install_sdks) if any(lane.sdks for lane in lanes) else images
         places = Semaphore(BESIDE_EACH_OTHER)
         waiting = []
-        for lane in lanes_of_this_machine(what):
+        for lane in lanes:
             places.acquire()
             if lane.hosts:
                 images.result()
             ready = sdks if lane.sdks else images_of_site if lane.site else images
-            running = pool.submit(run, lane, MARKS[what], scratch, ready=ready)
+            running = pool.submit(run, lane, also, scratch, ready=ready)
             running.add_done_callback(lambda _done: places.release())
             waiting.append(running)
         return [running.result() for running in waiting]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,31 @@ def test_what_is_left_out_and_what_is_not_are_all_lanes_together() -> None:
     test, slow, both = (lanes.lanes_of_this_machine(what) for what in ("test", "slow", "all"))
     assert [lane for lane in both if lane in test or lane in slow] == both
     assert {lane.name for lane in both if lane not in test} == {"operations", "gateway"}
+
+
+def test_a_lane_that_is_not_there_is_told_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lanes.main(["slow", "gateway", "browser"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("browser: no lane of `slow` on this machine, which are roles, ")
+    assert "gateway" in told
+
+
+def test_lanes_that_are_named_run_alone_and_without_a_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run(lane: lanes.Lane, also: str, _scratch: Path, *, ready: object) -> Result:
+        ran.append(f"{lane.name}: {also}")
+        return Result(lane, 600.0, 0, {"tests": 1})
+
+    monkeypatch.setattr(lanes, "run", run)
+    for name in ("refuse_without_hosts", "refuse_without_packages", "install_packages", "build_images"):
+        monkeypatch.setattr(lanes, name, lambda *_: None)
+    monkeypatch.setattr(lanes, "docker_engine", nullcontext)
+    assert lanes.main(["test", "desktop", "fresh"]) == 0
+    assert ran == ["fresh: not slow", "desktop: not slow"]
+    assert capsys.readouterr().out.endswith("2 passed, 0 failed, 0 skipped\n")
 
 
 def test_no_other_lane_runs_what_needs_a_card() -> None:
