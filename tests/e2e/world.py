@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -112,15 +113,20 @@ class World:
 
     # -- leases
 
-    def allocate(self, host: Host, tenant_id: int, *, lasts_s: float, retain_s: int = 0) -> Any:
+    def allocate(
+        self, host: Host, tenant_id: int, *, lasts_s: float, retain_s: int = 0, openings: Sequence[dict[str, Any]] = ()
+    ) -> Any:
+        """The lease, once all that it has on the host and its gateway is open."""
         until_at = datetime.now(UTC) + timedelta(seconds=lasts_s)
         lease = self.admin.post(
             f"admin/machines/{self.machines[host.name]}/allocate",
             tenant_id=tenant_id,
             until=until_at.isoformat(),
             retain_s=retain_s,
+            openings=list(openings),
         ).body
-        self.wait_for_grant(lease["id"], "keys", "open")
+        for kind in {grant["kind"] for grant in lease["grants"]} & {"keys", "firewall", "forward"}:
+            self.wait_for_grant(lease["id"], kind, "open")
         return self.lease(lease["id"])
 
     def lease(self, lease_id: int) -> Any:

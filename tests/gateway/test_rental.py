@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -42,11 +41,8 @@ class Rented:
     def allocate(self, tenant_id: int, *, lasts_s: float) -> Any:
         """With the greeter's port open for the customer's own network."""
         opening = {"protocol": "tcp", "first_port": GREETING, "source": THEIRS[self.family]}
-        until_at = datetime.now(UTC) + timedelta(seconds=lasts_s)
-        given = {"tenant_id": tenant_id, "until": until_at.isoformat(), "retain_s": 0, "openings": [opening]}
-        lease = self.world.admin.post(f"admin/machines/{self.world.machines[self.gpu.name]}/allocate", **given).body
-        for kind in ("keys", "firewall", "forward"):
-            self.world.wait_for_grant(lease["id"], kind, "open", timeout_s=60)
+        lease = self.world.allocate(self.gpu, tenant_id, lasts_s=lasts_s, openings=[opening])
+        assert {"keys", "firewall", "forward"} <= {grant["kind"] for grant in lease["grants"]}
         return lease
 
     def port_of(self, target_port: int) -> int:
