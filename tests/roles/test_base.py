@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,12 +16,6 @@ PORTAL = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPortalPortalPortalPortalPortalPor
 FOREIGN = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIForeignForeignForeignForeignForeignFo1"
 
 
-def facts() -> dict[str, str]:
-    """What tasks/keys.yml decides, by name."""
-    tasks = yaml.safe_load((ROLES / "base/tasks/keys.yml").read_text())
-    return {name: text for task in tasks for name, text in task.get("ansible.builtin.set_fact", {}).items()}
-
-
 def base(**said: Any) -> Role:
     (named,) = [
         task
@@ -32,10 +27,29 @@ def base(**said: Any) -> Role:
     return role
 
 
-def gone(role: Role, recorded: list[str]) -> list[list[str]]:
-    wanted = [line for line in role.template("operator_keys.j2").split("\n") if line]
-    said = {"__base_listed": wanted, "__base_look": {"stdout_lines": [f"listed {each}" for each in recorded]}}
-    return list(role.expression(facts()["__base_gone"], **said))
+@dataclass(frozen=True)
+class Decided:
+    """What tasks/keys.yml makes of a list that it finds on the host: which keys go, and what the list says then."""
+
+    gone: list[str]
+    kept: list[str]
+    meanwhile: list[str]  # until they are gone
+
+
+def decide(role: Role, recorded: list[str]) -> Decided:
+    tasks = yaml.safe_load((ROLES / "base/tasks/keys.yml").read_text())
+    said: dict[str, Any] = {"__base_look": {"stdout_lines": [f"listed {each}" for each in recorded]}}
+    said["__base_listed"] = sorted({*role.lines("operator_keys.j2")} - {"None"})  # for nothing at all
+    for task in tasks[1:]:
+        said |= {name: role.expression(text, **said) for name, text in task.get("ansible.builtin.set_fact", {}).items()}
+        if task["name"] == "Ensure our list names every key that we bring":
+            said["__base_going"] = role.expression(task["vars"]["__base_going"], **said)
+            said["__base_lines"] = role.expression(task["vars"]["__base_lines"], **said)
+    return Decided([" ".join(each) for each in said["__base_gone"]], said["__base_kept"], said["__base_lines"])
+
+
+def gone(role: Role, recorded: list[str]) -> list[str]:
+    return decide(role, recorded).gone
 
 
 def test_our_list_names_each_key_by_login_type_and_key_without_the_comment() -> None:
@@ -53,11 +67,41 @@ def test_another_comment_is_the_same_key() -> None:
 def test_a_key_goes_from_the_login_that_lost_it_and_from_no_other() -> None:
     role = base(base_operator_keys=[PORTAL], base_users=[{"name": "bob", "keys": [ADA]}])
     recorded = [f"ops {PORTAL}", f"ops {ADA}", f"ada {ADA}", f"bob {ADA}"]
-    assert gone(role, recorded) == [["ada", *ADA.split()], ["ops", *ADA.split()]]
+    assert gone(role, recorded) == [f"ada {ADA}", f"ops {ADA}"]
+
+
+def test_an_operators_own_run_leaves_the_portal_its_way_in() -> None:
+    recorded = [f"ops {ADA}", f"ops {PORTAL} portal"]
+    assert decide(base(), recorded) == Decided([], recorded, recorded)
+    assert decide(base(base_operator_keys=[ADA]), recorded) == Decided([], recorded, recorded)
+    replaced = [f"ops {FOREIGN}", f"ops {PORTAL} portal"]
+    assert decide(base(base_operator_keys=[FOREIGN]), recorded) == Decided(
+        [f"ops {ADA}"], replaced, sorted([*replaced, f"ops {ADA}"])
+    )
+
+
+def test_the_portals_run_leaves_an_operator_his_and_replaces_its_own() -> None:
+    recorded = [f"ops {ADA}", f"ops {PORTAL} portal"]
+    role = base(remotegpu_operator_keys=[f"{FOREIGN} the portal's next one"])
+    replaced = [f"ops {ADA}", f"ops {FOREIGN} portal"]
+    assert decide(role, recorded) == Decided([f"ops {PORTAL}"], replaced, sorted([*replaced, f"ops {PORTAL} portal"]))
+
+
+def test_a_key_that_both_have_listed_stays_until_neither_does() -> None:
+    both = [f"ops {PORTAL}", f"ops {PORTAL} portal"]
+    role = base(base_operator_keys=[PORTAL], remotegpu_operator_keys=[PORTAL])
+    assert decide(role, []) == Decided([], both, both)
+    assert decide(base(base_operator_keys=[ADA]), both).gone == [], "it is the portal's as well"
+    assert decide(base(base_operator_keys=[ADA]), both).kept == [f"ops {ADA}", f"ops {PORTAL} portal"]
+
+
+def test_a_list_of_before_the_mark_gets_it_from_the_portals_next_run() -> None:
+    marked = [f"ops {PORTAL} portal"]
+    assert decide(base(remotegpu_operator_keys=[PORTAL]), [f"ops {PORTAL}"]) == Decided([], marked, marked)
 
 
 def test_where_nothing_is_recorded_nothing_is_ours_and_nothing_goes() -> None:
-    assert gone(base(base_operator_keys=[]), []) == []
+    assert decide(base(), []) == Decided([], [], [])
 
 
 def test_the_list_is_written_before_a_key_is_placed_and_shortened_after_one_has_gone() -> None:
@@ -78,8 +122,11 @@ def test_keys_of_somebody_else_are_named_and_ours_are_not() -> None:
     (named,) = [task for task in tasks if task["name"] == "Name the keys of somebody else"]
     role = base(base_operator_keys=[PORTAL])
     lines = ["# a comment", "", f"{PORTAL} portal", f'from="*" {FOREIGN} mallory@example.org']
-    look = {"stdout_lines": [f"listed ops {PORTAL}", *(f"opens ops {line}" for line in lines), f"opens ada {ADA}"]}
-    said = {"__base_listed": [f"ops {PORTAL}"], "__base_recorded": [f"ops {PORTAL}"], "__base_look": look}
+    look = {
+        "stdout_lines": [f"listed ops {PORTAL} portal", *(f"opens ops {line}" for line in lines), f"opens ada {ADA}"]
+    }
+    ours = [f"ops {PORTAL} portal"]
+    said = {"__base_listed": ours, "__base_recorded": ours, "__base_look": look}
     known = role.expression(named["vars"]["__base_known"], **said)
     foreign = role.expression(named["vars"]["__base_foreign"], __base_known=known, **said)
     assert foreign == ['from="*" ssh-ed25519 …' + FOREIGN[-8:] + " mallory@example.org"]
