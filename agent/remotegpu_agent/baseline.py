@@ -86,8 +86,8 @@ _NOT_COMPARED = re.compile(
     r"|^/etc/(mtab|adjtime|resolv\.conf|ld\.so\.cache|machine-id|\.pwd\.lock|\.updated|\.testhost-booted)$"
     r"|^/etc/(remotegpu|ssl/certs|cni|NetworkManager/system-connections)(/|$)"
 )
-# What of our own settings leases and an upgrade of the agent change; provisioning writes the rest.
-_OWN_THAT_CHANGE = re.compile(r"^/etc/remotegpu/(authorized_keys|enroll-token|agent\.json|ca\.pem)(/|$)")
+# What of our own settings leases, an upgrade of the agent and a rotation of keys change; provisioning writes the rest.
+_OWN_THAT_CHANGE = re.compile(r"^/etc/remotegpu/(authorized_keys|operator_keys|enroll-token|agent\.json|ca\.pem)(/|$)")
 # Never carried along, not even to be put back.
 _SECRET = re.compile(r"ssh_host_.*_key$|/ssl/private/|/\.ssh/(?!authorized_keys2?$|rc$|environment$|config$)")
 _CHANGES_BY_ITSELF = re.compile(r"/\.ssh/(known_hosts(\.old)?|agent/?.*|cm-.*|control-.*)$|/atjobs/\.SEQ$")
@@ -198,6 +198,12 @@ def read_own_settings() -> Snapshot:
     if not os.path.isdir(OWN_SETTINGS):
         return {}
     return files.snapshot([OWN_SETTINGS], skip=is_own_that_changes, keep=_is_public)
+
+
+def own_settings_of(sections: dict[str, Any]) -> Snapshot | None:
+    """What a baseline holds of them; None where it is too old to. It may hold what is not compared any more."""
+    kept: Snapshot | None = sections.get("own_settings")
+    return None if kept is None else {path: entry for path, entry in kept.items() if not is_own_that_changes(path)}
 
 
 def is_own_that_changes(path: str) -> bool:

@@ -414,7 +414,7 @@ def _settings(asked: Asked) -> Iterator[str]:
 
 def _own_settings(asked: Asked) -> Iterator[str]:
     yield from (f"{path} would enrol the agent anew" for path in _find([baseline.ENROLL_TOKEN], "-prune"))
-    before = asked.sections.get("own_settings")
+    before = baseline.own_settings_of(asked.sections)
     if before is None:
         return  # an older baseline does not tell of our own
     entries = _entries([path for path in [baseline.OWN_SETTINGS] if os.path.isdir(path)])

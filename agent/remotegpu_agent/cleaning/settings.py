@@ -30,7 +30,7 @@ def look_for_settings(scope: Scope) -> Iterator[Finding]:
 def _own_settings(scope: Scope) -> Iterator[Finding]:
     if os.path.lexists(baseline.ENROLL_TOKEN):
         yield Finding((baseline.ENROLL_TOKEN, None), f"{baseline.ENROLL_TOKEN} would enrol the agent anew")
-    before: Snapshot | None = scope.sections.get("own_settings")
+    before = baseline.own_settings_of(scope.sections)
     if before is None:
         return
     now = baseline.read_own_settings()

@@ -380,6 +380,7 @@ def test_a_profile_that_an_older_baseline_did_not_look_for_is_the_operators_own(
     ("path", "changes"),
     [
         ("/etc/remotegpu/authorized_keys", True),
+        ("/etc/remotegpu/operator_keys", True),
         ("/etc/remotegpu/enroll-token", True),
         ("/etc/remotegpu/agent.json", True),
         ("/etc/remotegpu/agent.json.bak", False),
@@ -389,3 +390,5 @@ def test_a_profile_that_an_older_baseline_did_not_look_for_is_the_operators_own(
 )
 def test_of_our_own_settings_what_provisioning_alone_writes_is_compared(path: str, changes: bool) -> None:
     assert baseline.is_own_that_changes(path) is changes
+    kept = baseline.own_settings_of({"own_settings": {path: {"type": "file"}}})
+    assert kept == ({} if changes else {path: {"type": "file"}}), "of an older baseline as well"
