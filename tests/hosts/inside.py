@@ -26,8 +26,9 @@ done
 unset GROUPS_INSIDE PWD
 exec "$@"
 """
-# In there a shell waits for the program: nsenter would stop with it when a host that goes down stops all, for ever.
-WAIT = '"$@"; exit $?'
+# In there a shell waits for the program: nsenter would stop with it when a host that goes down stops all, for ever. By
+# `env`, which starts a program: the shell is not among the host's processes, and its own `kill` would meet ours.
+WAIT = 'env -- "$@"; exit $?'
 
 
 @dataclass(frozen=True)

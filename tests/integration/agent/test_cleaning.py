@@ -194,7 +194,7 @@ def test_a_port_can_be_open_from_outside_while_the_host_itself_sees_nothing(leas
 
 def test_a_stranger_who_holds_a_gpu_is_named_and_not_killed(leased: CleanedHost) -> None:
     leased.host.run("touch /dev/nvidia-test; setsid -f sleep 70001 </dev/nvidia-test >/dev/null 2>&1")
-    pid = leased.host.run("pgrep -n -f '^sleep 70001'").stdout.strip()
+    pid = leased.host.run("pgrep -n -f 'sleep 70001'").stdout.strip()
     cleaned, checked = leased.clean(), leased.verify()
     for result, reason in (result_of(cleaned["steps"], "gpu_holders"), result_of(checked["checks"], "gpu_holders")):
         assert (result, f"process {pid} " in reason) == ("failed", True)

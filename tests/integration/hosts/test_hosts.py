@@ -48,6 +48,9 @@ def test_a_command_runs_as_the_engine_would_run_it(host: Host) -> None:
     assert (killed.returncode, killed.stdout) == (137, "through")
     stopped = host.run("(sleep 0.2; kill -KILL $$) & kill -STOP $$", check=False, timeout_s=30)
     assert stopped.returncode == 137, "it stops with what a host that goes down has stopped"
+    pid = host.run("sleep 70003 >/dev/null & echo $!").stdout.strip()
+    host.run(["kill", pid])
+    assert not host.run(["test", "-d", f"/proc/{pid}"], check=False).ok, "a number of its own, and no other process"
     assert host.run("sleep 60 & echo begun", timeout_s=30).stdout == "begun\n", "it waits for what is in the background"
 
 
