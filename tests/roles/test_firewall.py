@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from remotegpu_agent.openings import PRIORITIES
 from tests.roles.rendering import DISTRIBUTIONS, Role, load_module
 from tests.support.rendering import ROLES
 
@@ -313,6 +315,20 @@ def test_the_zone_drops_and_opens_for_whom_it_is_said() -> None:
     assert rich == [("ipv4", "192.0.2.10", "9100"), ("ipv6", "2001:DB8::/64", "9100")]
     icmp = {each.get("name") for each in root.iter("icmp-type")}
     assert {"neighbour-solicitation", "neighbour-advertisement", "packet-too-big", "echo-request"} <= icmp
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_what_the_agent_has_opened_is_no_change_of_firewalld(priority: int, tmp_path: Path) -> None:
+    """Else the host's program would load all anew, which closes what is open."""
+    port = 'family="ipv4" port port="8100" protocol="tcp" accept'
+    told = f'remotegpu (default, active)\n  rich rules: \n\trule priority="{priority}" {port}\n\trule {port}\n'
+    (tmp_path / "firewall-cmd").write_text(f"#!/bin/sh\ncat <<'EOF'\n{told}EOF\n")
+    (tmp_path / "firewall-cmd").chmod(0o755)
+    program = firewall("firewalld").template("remotegpu-firewall.sh.j2")
+    zone = program[program.index("zone() {") : program.index("direct() {")]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    seen = subprocess.run(["sh", "-c", f"{zone}\nzone"], env=path, check=True, capture_output=True, text=True).stdout
+    assert seen == f"\trule {port}\n  rich rules: \n"
 
 
 def test_one_backend_is_chosen_from_a_closed_list() -> None:
