@@ -62,11 +62,13 @@ CLOSED_OF_THE_LEASE = {"tcp/7000": "syn-ack", "udp/7001": "udp-response", "tcp/7
 USUAL_UDP = f"{scanning.USUAL_UDP},7001,8092-8093,8101-8102"  # and what listens here
 NOBODY = "port-unreach"
 LISTENING = "1-1024,7000-7003,8090-8102,9100,9835"  # what listens here, and where one would look for more
+# systemd starts Docker three times a minute and no more, unless its count begins anew.
+DOCKER_AGAIN = "systemctl reset-failed docker && systemctl restart docker"
 # What a lease opens of that, and how the openings are dropped that its owner's firewall has, by somebody else.
 OPENED = {port: CLOSED[port] for port in ("tcp/8100", "udp/8101", "tcp/8090", "udp/8093", "tcp/8102", "udp/8102")}
 DROP_OPENINGS = {
     "nftables": "nft delete table inet remotegpu",
-    "iptables": "systemctl restart nftables && systemctl restart docker",
+    "iptables": f"systemctl restart nftables && {DOCKER_AGAIN}",
     "firewalld": "nft delete table inet remotegpu_openings && firewall-cmd --reload",
     "ufw": "nft delete table inet remotegpu_openings && ufw reload",
 }
@@ -83,8 +85,8 @@ OFF = {
     "iptables": ("remotegpu-firewall unload", "remotegpu-firewall load"),
     # Docker's own rules go with firewalld, and come back at its start; a reload is what puts them in the way of others.
     "firewalld": (
-        "systemctl stop firewalld && systemctl restart docker",
-        "systemctl start firewalld && systemctl restart docker && firewall-cmd --quiet --reload",
+        f"systemctl stop firewalld && {DOCKER_AGAIN}",
+        f"systemctl start firewalld && {DOCKER_AGAIN} && firewall-cmd --quiet --reload",
     ),
     "ufw": ("ufw disable && remotegpu-firewall unload", "ufw --force enable && remotegpu-firewall load"),
 }
