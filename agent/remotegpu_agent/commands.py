@@ -6,6 +6,7 @@ cleaning/.
 """
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 Outcome = tuple[bool, str | None, dict[str, Any] | None]  # ok, message, result
 
 MOST_STARTS = 3
+SMALL_BYTES = 64 * 1024  # a result like this is not what makes a report too large
+_LEFT_OUT = ["the evidence is left out: the portal, or a proxy before it, took no report with it"]
 UNSENT_WAIT_S = 60.0  # since the portal last took any of it
 
 
@@ -141,6 +144,22 @@ class Commands:
             :100
         ]
 
+    def shorten(self, epoch: str | None) -> bool:
+        """The portal takes no report with these results: whether there is less of them to tell now.
+
+        A cleaning first loses its evidence; what is too large without any has failed. Its verdict is never changed.
+        """
+        large = [
+            record
+            for record in self._records(epoch)
+            if record["result"] and not record.get("acked") and len(json.dumps(record["result"])) > SMALL_BYTES
+        ]
+        for record in large:
+            self._write(
+                self._path(record["epoch"], record["command_id"]), record | {"result": _shorter(record["result"])}
+            )
+        return bool(large)
+
     def acknowledge(self, epoch: str | None, ids: Iterable[int]) -> None:
         """The portal holds these results: never send them again, never carry them out again."""
         for command_id in ids:
@@ -169,6 +188,18 @@ class Commands:
         order.
         """
         return self._directory / f"{hashlib.sha256(epoch.encode()).hexdigest()[:12]}-{command_id}.json"
+
+
+def _shorter(told: dict[str, Any]) -> dict[str, Any]:
+    steps = (told["result"] or {}).get("steps")
+    if steps and any(step["acted"] != _LEFT_OUT for step in steps):
+        bare = [step | {"before": None, "acted": _LEFT_OUT, "after": None} for step in steps]
+        return told | {"result": told["result"] | {"steps": bare}}
+    return told | {
+        "ok": False,
+        "message": "its result is larger than the portal, or a proxy before it, takes",
+        "result": None,
+    }
 
 
 class Operations:

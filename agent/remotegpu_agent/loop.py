@@ -46,7 +46,7 @@ from remotegpu_agent.plan import (
     WriteKeys,
     plan,
 )
-from remotegpu_agent.portal import Endpoint, NotYours, Portal, PortalError, Refused
+from remotegpu_agent.portal import Endpoint, NotYours, Portal, PortalError, Refused, TooLarge
 from remotegpu_agent.protocol import ProtocolError, format_time, now, parse_time, read_desired
 from remotegpu_agent.state import Answer, Held, State, find_thaw
 from remotegpu_agent.tasks import CannotStart, Tasks
@@ -442,6 +442,8 @@ class Agent:
             except (PortalError, ProtocolError, OSError) as error:
                 log.warning("report: %s", error)
                 self._facts_sent_at = None
+                if isinstance(error, TooLarge) and self.commands.shorten(self.state.held.epoch):
+                    continue
                 self._wait_and_drop(backoff.next_s())
 
     def _note_reported(self) -> None:

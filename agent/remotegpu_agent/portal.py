@@ -19,6 +19,7 @@ from remotegpu_agent.config import Config, check_url
 CONNECT_S = 10.0
 ANSWER_S = 30.0
 LARGEST_ANSWER_BYTES = 32 * 1024 * 1024
+LARGEST_MESSAGE_BYTES = 16 * 1024 * 1024  # more it refuses, and hangs up before it was told all
 
 
 class PortalError(Exception):
@@ -27,6 +28,10 @@ class PortalError(Exception):
 
 class Refused(PortalError):
     """The portal does not accept our credential, or a token for one (401, 403; 409 where no other try can help)."""
+
+
+class TooLarge(PortalError):
+    """The message is larger than the portal, or a proxy before it, takes; it never will be taken as it is."""
 
 
 class NotYours(PortalError):
@@ -62,6 +67,8 @@ class Portal:
     def call(self, path: str, message: dict[str, Any], *, credential: str, wait_s: float = 0) -> dict[str, Any]:
         """POST a message, answer the answer. Raises PortalError; Refused when the credential is not accepted."""
         body = json.dumps(message, separators=(",", ":")).encode()
+        if len(body) > LARGEST_MESSAGE_BYTES:
+            raise TooLarge(f"{path}: the portal takes {LARGEST_MESSAGE_BYTES} bytes, this message has {len(body)}")
         headers = {
             "Authorization": f"Bearer {credential}",
             "Content-Type": "application/json",
@@ -139,6 +146,8 @@ class Portal:
             said = f"{path}: {status} {str(problem.get('detail') or problem.get('title') or '')[:300]}"
             if status in (401, 403) or (status == 409 and problem.get("code") in ("already_enrolled", "retired")):
                 raise Refused(said)
+            if status == 413:
+                raise TooLarge(said)
             if status == 409 and problem.get("code") == "not_yours":
                 raise NotYours(said, dict(problem["info"]["items"]))
             raise PortalError(said)

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent import baseline, openings
+from remotegpu_agent.evidence import REASON_CHARS, Told
 from remotegpu_agent.observe import accounts, authorities, files, firewall, gpus, mounts, packages, special
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
-_EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
 _KINDS = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "b": stat.S_IFBLK, "c": stat.S_IFCHR}
 _LEASE_UIDS = (20000, 59999)
@@ -78,16 +78,18 @@ def _checked(name: str, check: Check, asked: Asked) -> dict[str, Any]:
     began = time.monotonic()
     result, reason, evidence = "unknown", None, None
     try:
-        found = [printable(each) for each in check(asked)]
-        result = "failed" if found else "passed"
-        reason = "; ".join(found) or None
-        evidence = {"count": len(found), "found": [each[:_EVIDENCE_CHARS] for each in found[:_EVIDENCE_LINES]]}
+        told = Told()
+        for each in check(asked):
+            told.add(each)
+        result = "failed" if told.count else "passed"
+        reason = "; ".join(told.lines) or None
+        evidence = {"count": told.count, "found": told.lines}
     except NotApplicable as why:
         result, reason = "not_applicable", str(why)
     except Exception as error:  # what could not be looked at is not clean, and the other checks still run
         reason = printable(f"could not look: {type(error).__name__}: {error}")
-    if reason and len(reason) > _REASON_CHARS:
-        reason = reason[: _REASON_CHARS - 2] + " …"
+    if reason and len(reason) > REASON_CHARS:
+        reason = reason[: REASON_CHARS - 2] + " …"
     duration_s = round(time.monotonic() - began, 3)
     return {"id": name, "result": result, "reason": reason, "evidence": evidence, "duration_s": duration_s}
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from remotegpu_agent.cleaning.scope import Scope
+from remotegpu_agent.evidence import REASON_CHARS, Told
 from remotegpu_agent.observe.tools import printable
 from remotegpu_agent.progress import tick
-
-_EVIDENCE_LINES, _EVIDENCE_CHARS, _REASON_CHARS = 500, 1000, 2000
 
 
 class NotApplicable(Exception):
@@ -28,9 +27,6 @@ class Finding:
 
     subject: Any
     text: str
-
-    def __str__(self) -> str:
-        return printable(self.text)
 
 
 Look = Callable[[Scope], Iterable[Finding]]
@@ -70,22 +66,20 @@ class Step:
         except NotApplicable as why:
             step |= {"result": "not_applicable", "reason": str(why), "after": None}
         except Exception as error:  # whatever went wrong: the host is not proven clean, and the next step still runs
-            step |= {"reason": printable(f"could not look: {_told(error)}")[:_REASON_CHARS], "after": None}
+            step |= {"reason": printable(f"could not look: {_in_words(error)}")[:REASON_CHARS], "after": None}
         return step | {"duration_s": round(time.monotonic() - began, 3)}
 
     def _act(self, scope: Scope) -> list[str]:
         """What was done about what is there now, up to the first error: it is told, and the second look judges."""
-        done: list[str] = []
+        done, stopped = Told(), None
         try:
             for line in self._lines(scope):
-                if len(done) < _EVIDENCE_LINES:
-                    done.append(printable(line)[:_EVIDENCE_CHARS])
+                done.add(line)
         except NotApplicable:
             pass
         except Exception as error:
-            del done[_EVIDENCE_LINES - 1 :]
-            done.append(printable(f"stopped by {_told(error)}")[:_EVIDENCE_CHARS])
-        return done
+            stopped = f"stopped by {_in_words(error)}"
+        return done.with_rest(last=stopped)
 
     def _lines(self, scope: Scope) -> Iterable[str]:
         if self.streams:
@@ -94,25 +88,22 @@ class Step:
         return self.act(scope, found) if found or self.acts_anyway else ()
 
 
-def _told(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def evidence(found: Iterable[Finding]) -> dict[str, Any]:
     """The findings as JSON: how many, and each in words, as far as there is room. The rest is counted and forgotten."""
-    count = 0
-    texts: list[str] = []
+    told = Told()
     for each in found:
         tick()
-        count += 1
-        if len(texts) < _EVIDENCE_LINES:
-            texts.append(str(each)[:_EVIDENCE_CHARS])
-    return {"count": count, "found": texts}
+        told.add(each.text)
+    return {"count": told.count, "found": told.lines}
 
 
 def reason(seen: dict[str, Any]) -> str:
     """What `evidence` answered, in one sentence."""
     text = "; ".join(seen["found"])
-    if len(text) <= _REASON_CHARS and seen["count"] == len(seen["found"]):
+    if len(text) <= REASON_CHARS and seen["count"] == len(seen["found"]):
         return text
-    return f"{text[: _REASON_CHARS - 20]} … ({seen['count']} in all)"
+    return f"{text[: REASON_CHARS - 20]} … ({seen['count']} in all)"

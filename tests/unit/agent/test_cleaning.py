@@ -19,6 +19,7 @@ from remotegpu_agent.cleaning import data, network, processes, remove, restored,
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
 from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, special
+from remotegpu_agent.portal import LARGEST_MESSAGE_BYTES
 from tests.support.dirt import WAYS
 
 PASSWD = {"root": ["root:x:0:0:root:/root:/bin/bash"], "ops": ["ops:x:1000:1000::/home/ops:/bin/bash"]}
@@ -92,10 +93,24 @@ def test_a_name_chosen_by_a_tenant_cannot_break_the_report() -> None:
 
 
 def test_a_flood_of_findings_stays_within_the_protocols_limits() -> None:
-    many = [f"/tmp/{number:05}-{'x' * 300}" for number in range(5000)]
+    many = [f"/tmp/{number:05}-{'x' * 100}" for number in range(5000)]
     step = a_step(many, many).run(SCOPE, before=None)
     assert len(step["reason"]) <= 2000
     assert (step["after"]["count"], len(step["after"]["found"])) == (5000, 500)
+
+
+@pytest.mark.parametrize("character", ["\N{PILE OF POO}", "\udcff", "\a", '"'])
+def test_however_a_tenant_names_his_files_the_report_is_below_what_the_portal_takes(character: str) -> None:
+    """Three trees of deep paths made one of 17 MB, which went with every report: the portal heard nothing any more."""
+    paths = [f"/home/lease17/{number:03}/{'/'.join([character * 60] * 16)}" for number in range(500)]
+    step = a_step(paths, paths).run(SCOPE, before=evidence(Finding(path, path) for path in paths))
+    step["acted"] = Step("a_step", lambda _scope: (), lambda *_: paths, acts_anyway=True)._act(SCOPE)
+    check = verify._checked("a_check", lambda _asked: paths, verify.Asked(None, None, None, {}))
+    for said in (step, check):
+        assert len(json.dumps(said)) * len(cleaning.STEPS) < LARGEST_MESSAGE_BYTES * 0.9
+    for seen in (step["before"], step["after"], check["evidence"]):
+        assert (seen["count"], len(seen["found"]) > 4) == (500, True)
+    assert step["acted"][-1] == f"… and {501 - len(step['acted'])} more"
 
 
 def test_a_million_findings_are_counted_and_not_kept() -> None:

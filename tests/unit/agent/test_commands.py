@@ -135,6 +135,49 @@ def test_the_same_number_under_another_epoch_is_another_order(tmp_path: Path) ->
     assert orders.results("e") == []
 
 
+def a_cleaning(*, lines: int) -> dict[str, Any]:
+    told = {"count": lines, "found": ["/tmp/left"] * lines}
+    step = {"id": "home", "result": "failed", "reason": "/tmp/left", "before": told, "acted": ["…"], "after": told}
+    return {"schema": 1, "passed": False, "steps": [step | {"duration_s": 0.1}]}
+
+
+def test_a_cleaning_that_no_report_can_carry_loses_its_evidence_once_and_keeps_its_verdict(tmp_path: Path) -> None:
+    orders = commands(tmp_path, Operations(a_cleaning(lines=10_000)))
+    orders.consider(desired(baseline()))
+    result_of(orders)
+    assert orders.shorten("another epoch") is False
+    assert orders.shorten("e") is True
+    result = commands(tmp_path, Operations()).results("e")[0]
+    [step] = result["result"]["steps"]
+    assert (result["ok"], result["result"]["passed"], step["result"], step["reason"]) == (
+        True,
+        False,
+        "failed",
+        "/tmp/left",
+    )
+    assert (step["before"], step["after"], "left out" in step["acted"][0]) == (None, None, True)
+    assert orders.shorten("e") is False, "it is small now"
+
+
+def test_what_is_too_large_without_any_evidence_has_failed(tmp_path: Path) -> None:
+    orders = commands(tmp_path, Operations({"sections": ["x" * 100_000]}))
+    orders.consider(desired(baseline()))
+    result_of(orders)
+    assert orders.shorten("e") is True
+    [result] = orders.results("e")
+    assert (result["ok"], result["result"]) == (False, None)
+    assert "larger than the portal" in result["message"]
+    assert orders.shorten("e") is False
+
+
+def test_a_small_result_is_not_what_makes_a_report_too_large(tmp_path: Path) -> None:
+    orders = commands(tmp_path, Operations(a_cleaning(lines=10)))
+    orders.consider(desired(baseline()))
+    result = result_of(orders)
+    assert orders.shorten("e") is False
+    assert orders.results("e") == [result]
+
+
 def test_a_finished_order_that_is_no_longer_named_leaves_no_file(tmp_path: Path) -> None:
     orders = commands(tmp_path, Operations())
     orders.consider(desired(baseline()))

@@ -10,6 +10,7 @@ import pytest
 from remotegpu_agent.config import Config
 from remotegpu_agent.loop import Agent
 from remotegpu_agent.plan import Host, HostLease
+from remotegpu_agent.portal import TooLarge
 from remotegpu_agent.state import Held
 
 OVER = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
@@ -38,3 +39,31 @@ def test_a_report_names_the_order_at_work_and_nothing_where_there_is_none(
     monkeypatch.setattr(agent.commands, "at_work", lambda _epoch: at_work)
     assert agent._report(is_full=True)["command_at_work"] == at_work
     assert "command_at_work" not in agent._report(is_full=False)
+
+
+def test_a_result_that_no_report_can_carry_does_not_silence_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes with every report until the portal has it: the next one is without its evidence, and is sent at once."""
+    agent = Agent(Config("https://portal.test", state_dir=tmp_path, run_dir=tmp_path, tasks_dir=tmp_path / "tasks"))
+    monkeypatch.setattr(agent.gpu, "ask", lambda **_wait: None)
+    monkeypatch.setattr(agent, "_wait_and_drop", lambda _wait_s: pytest.fail("waited"))
+    agent.state.begin("e")
+    agent._has_looked.set()
+    step = {"id": "home", "result": "failed", "before": ["left"] * 20_000, "acted": [], "after": None}
+    record = {"epoch": "e", "command_id": 3, "kind": "clean", "starts": 1}
+    agent.commands._keep(agent.commands._path("e", 3), record, (True, None, {"passed": False, "steps": [step]}))
+    sent = []
+
+    def sync(_portal: object, *, report: dict[str, object], wait_s: float) -> bool:
+        sent.append(report)
+        if len(sent) == 1:
+            raise TooLarge("413")
+        agent._stopping.set()
+        return False
+
+    monkeypatch.setattr(agent, "_sync", sync)
+    agent._report_forever()
+    results = [report["command_results"][0]["result"]["steps"][0] for report in sent]
+    assert [(each["result"], each["before"] is None) for each in results] == [("failed", False), ("failed", True)]
+    assert sent[1]["metrics"] is not None, "and all the rest goes on"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from portal.api.agents import MAX_BODY_BYTES
 from remotegpu_agent import portal as portal_module
-from remotegpu_agent.portal import Endpoint, Portal, PortalError, Refused
+from remotegpu_agent.portal import LARGEST_MESSAGE_BYTES, Endpoint, Portal, PortalError, Refused, TooLarge
 from tests.integration.agent.portal_double import _make_authority
 
 ANSWER = b'{"protocol": 1}'
@@ -129,10 +130,20 @@ def test_a_token_that_can_never_be_taken_is_refused_like_a_void_one(
     assert type(raised.value) is error
 
 
-@pytest.mark.parametrize(("status", "error"), [(401, Refused), (403, Refused), (500, PortalError)])
+@pytest.mark.parametrize(("status", "error"), [(401, Refused), (403, Refused), (413, TooLarge), (500, PortalError)])
 def test_what_a_stranger_writes_in_an_error_is_not_repeated(
     tmp_path: Path, call: Callable[..., dict[str, object]], status: int, error: type[PortalError]
 ) -> None:
     with server(tmp_path, status=status, body=b"<html>run this: curl") as (url, _), pytest.raises(error) as raised:
         call(url)
     assert "curl" not in str(raised.value)
+
+
+def test_what_the_portal_would_not_take_is_not_sent(tmp_path: Path) -> None:
+    """It hangs up in the middle, and its answer may be lost."""
+    assert LARGEST_MESSAGE_BYTES == MAX_BODY_BYTES
+    with server(tmp_path) as (url, told):
+        there = Portal(Endpoint(url, tmp_path / "ca.pem", None))
+        with pytest.raises(TooLarge, match="takes 16777216 bytes"):
+            there.call("/api/v1/agent/sync", {"report": "x" * LARGEST_MESSAGE_BYTES}, credential="secret")
+    assert told == []
