@@ -129,6 +129,11 @@ def format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
+def size(part: Any) -> int:
+    """How many bytes this takes in an answer."""
+    return len(orjson.dumps(part))
+
+
 def standalone(definition: str) -> dict[str, Any]:
     """A definition with everything it refers to written out, for the description of the API."""
 

@@ -18,6 +18,7 @@ import peewee
 from portal import db
 from portal.db import utcnow
 from portal.errors import Conflict, Forbidden, Invalid, NotFound
+from portal.integrations import protocol
 from portal.integrations.protocol import parse_time_or_none
 from portal.models import Attempt, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
 from portal.models.states import ATTEMPT, LEASE_OPEN, TASK_ENDED, TASK_LIVE
@@ -29,11 +30,13 @@ MOST_COMMAND_BYTES = 64 * 1024
 MOST_ENV = 200
 MOST_ENV_BYTES = 64 * 1024
 MOST_LIVE_A_LEASE = 100  # the desired state carries 500 attempts at most
+MOST_LIVE_BYTES = 8 * 1024 * 1024  # of a lease's live tasks, written as JSON: an agent reads no answer above 32 MiB
 LONGEST_S = 30 * 24 * 3600
 MOST_RETRIES = 10
 RETRIED = ("failed", "lost")  # a task that ran out of its time would do so again
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 STOP_REPEATED = timedelta(hours=1)  # how long a stop is repeated to a host that has not confirmed it
+ALREADY_BEGUN = "echo 'RemoteGPU: this attempt had begun, and its host has lost it. It is not run twice.' >&2\nexit 1\n"
 AWAY = timedelta(minutes=5)
 SILENT = timedelta(minutes=10)
 
@@ -163,8 +166,9 @@ def create(
     _check(given, machine_id)
     with db.atomic():
         _hold(lease)
-        _check_room(lease)
-        task = Task.create(lease=lease, created_by=by.user, **given)
+        task = Task(lease=lease, created_by=by.user, **given)
+        _check_room(task)
+        task.save()
         _try(task, number=1)
         audit.record("task.created", task, by=by, tenant_id=lease.tenant_id, name=task.name, lease_id=lease.id)
     return task
@@ -256,10 +260,24 @@ def _hold(lease: Lease) -> None:
         raise Conflict("The lease has ended.", code="lease_ended")
 
 
-def _check_room(lease: Lease) -> None:
-    live = Task.select().where(Task.lease == lease, Task.state << TASK_LIVE).count()
+def _check_room(task: Task) -> None:
+    """Whether the lease may have this one beside those that are live: its host is told of all of them at once."""
+    columns = (Task.command, Task.env, Task.workdir)
+    others = list(Task.select(*columns).where(Task.lease == task.lease, Task.state << TASK_LIVE))
+    live = len(others)
     if live >= MOST_LIVE_A_LEASE:
         raise Conflict(f"{live} tasks wait or run on this machine; stop one first.", code="too_many_tasks")
+    if sum(map(_bytes_to_send, [*others, task])) > MOST_LIVE_BYTES:
+        raise Conflict(
+            "The scripts and variables of the tasks that wait or run on this machine would be more than "
+            f"{MOST_LIVE_BYTES} bytes. Stop one first, or put long scripts into files and run those.",
+            code="too_many_tasks",
+        )
+
+
+def _bytes_to_send(task: Task) -> int:
+    """As they are sent: a control character takes six bytes."""
+    return protocol.size([task.command, task.env, task.workdir])
 
 
 def _try(task: Task, *, number: int) -> Attempt:
@@ -316,16 +334,21 @@ def to_send(machine: Machine) -> list[dict[str, Any]]:
 
 
 def _order(attempt: Attempt, all_gpus: list[str]) -> dict[str, Any]:
-    """The GPUs are named one by one, since a task that asks for all of them means those that were leased."""
+    """The GPUs are named one by one, since a task that asks for all of them means those that were leased.
+
+    What shall not begin goes by its id: there can be hundreds, each as large as a task may be. Should the host not know
+    one that ran there, it runs what we send, and says so.
+    """
     task = attempt.task
+    begins = attempt.desired == "run" and attempt.state != "running"
     return {
         "attempt_id": attempt.id,
         "task_id": task.id,
         "lease_id": task.lease.host_id,
         "state": attempt.desired,
-        "command": task.command,
-        "env": task.env,
-        "workdir": task.workdir,
+        "command": task.command if begins else ALREADY_BEGUN,
+        "env": task.env if begins else {},
+        "workdir": task.workdir if begins else None,
         "time_limit_s": task.time_limit_s,
         "stop_grace_s": task.stop_grace_s,
         "gpu_uuids": (all_gpus or None) if task.gpu_uuids is None else task.gpu_uuids,  # no GPU known: null
@@ -484,7 +507,7 @@ def retry(task: Task, *, by: Actor) -> Task:
         last = newest_attempt(task)
         if last.state not in TASK_ENDED:
             raise Conflict(f"The task is {last.state}; only one that has ended can be tried again.", code="wrong_state")
-        _check_room(task.lease)
+        _check_room(task)
         attempt = _try(task, number=last.number + 1)
         audit.record("task.retried", task, by=by, tenant_id=task.lease.tenant_id, attempt_id=attempt.id)
     return get(every(), task.id)

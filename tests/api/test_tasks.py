@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -11,13 +13,22 @@ from flask import Flask
 
 from portal import db
 from portal.db import utcnow
-from portal.errors import Invalid
+from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.models import Attempt, AuditEntry, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
 from portal.models.states import ATTEMPT, TASK_ENDED
 from portal.services import heartbeats, leases, tasks
 from portal.services.actors import SYSTEM
-from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, leased_machine, log_range, make_task
+from remotegpu_agent.portal import LARGEST_ANSWER_BYTES
+from remotegpu_agent.protocol import read_desired
+from tests.api.fake_agent import (
+    FakeAgent,
+    agent_of,
+    attempt_report,
+    leased_machine,
+    log_range,
+    make_task,
+)
 from tests.factories import actor_of, make_user
 
 URL = "/customer/tasks"
@@ -174,6 +185,57 @@ def test_a_lease_holds_a_limited_number_of_live_tasks(
     person = sign_in(customer)
     statuses = [person.post(f"{URL}/training", body_for(lease)).status_code for _ in range(3)]
     assert statuses == [201, 201, 409]
+
+
+LARGEST = {"command": "\x01" * tasks.MOST_COMMAND_BYTES, "env": {"X": "\x01" * (tasks.MOST_ENV_BYTES - 1)}}
+
+
+def test_the_most_that_a_customer_may_order_and_stop_is_an_answer_that_its_agent_takes(
+    customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    """A control character takes six bytes in JSON. An agent that cannot read its answers hears of no end either."""
+    for _ in range(60):
+        tasks.stop(make_task(lease, customer, **LARGEST)[0], by=actor_of(customer))
+    fields = LARGEST
+    while fields["command"]:
+        try:
+            make_task(lease, customer, **fields)
+        except Conflict as refused:
+            assert "Stop one first" in refused.message
+            fields = {"command": fields["command"][: len(fields["command"]) // 2]}
+    live = Task.select().where(Task.state == "queued").count()
+    assert 5 < live < tasks.MOST_LIVE_A_LEASE, "what was stopped takes no room"
+    answer = agent.say(agent.message(report=None, generation=0, epoch=None)).data
+    assert tasks.MOST_LIVE_BYTES < len(answer) < LARGEST_ANSWER_BYTES / 2
+    orders = read_desired(json.loads(answer)["desired"]).attempts
+    assert [order.is_wanted for order in orders].count(True) == live
+    assert len(orders) == live + 60
+
+
+def test_what_is_tried_again_needs_the_room_of_a_new_task(
+    customer: User, lease: Lease, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "MOST_LIVE_BYTES", 1500)
+    task, attempt = make_task(lease, customer, command="x" * 1000)
+    agent.report(attempts=[attempt_report(attempt.id, "failed", exit_code=1)])
+    make_task(lease, customer, command="y" * 1000)
+    with pytest.raises(Conflict, match="more than 1500 bytes"):
+        tasks.retry(tasks.get(tasks.every(), task.id), by=actor_of(customer))
+    assert states_of(task) == ["failed"]
+
+
+def test_a_host_that_has_lost_a_running_attempt_does_not_run_its_script_again(
+    customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    _, attempt = make_task(lease, customer, command="touch again", env={"A": "b"}, workdir="run")
+    agent.report(attempts=[attempt_report(attempt.id, "starting")])
+    assert agent.await_order()["attempts"][0]["command"] == "touch again"
+    agent.report(attempts=[attempt_report(attempt.id, "running")])
+    (order,) = agent.await_order()["attempts"]
+    assert (order["state"], order["env"], order["workdir"]) == ("run", {}, None)
+    ran = subprocess.run(["bash"], input=order["command"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "not run twice" in ran.stderr
 
 
 # Who
