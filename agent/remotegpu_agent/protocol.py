@@ -17,6 +17,7 @@ KEY_LINE = re.compile(r"[a-z0-9@.-]{3,64} [A-Za-z0-9+/]+={0,3}(?: [^\x00-\x1f\x7
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z")
 UIDS = range(20000, 60000)  # of leases, on every host
 PROTOCOLS = ("tcp", "udp")
+MOST_GRACE_S = 300  # a reboot of the host waits that long for a task; older portals took an hour
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -204,7 +205,7 @@ def _read_attempt(value: object, where: str) -> DesiredAttempt:
         env=fields.take("env", dict),
         workdir=fields.take_optional("workdir", str),
         time_limit_s=fields.take_optional("time_limit_s", int),
-        stop_grace_s=fields.take("stop_grace_s", int),
+        stop_grace_s=min(fields.take("stop_grace_s", int), MOST_GRACE_S),
         gpu_uuids=_strings(fields.take_optional("gpu_uuids", list), f"{where}.gpu_uuids"),
     )
     fields.finish()

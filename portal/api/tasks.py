@@ -48,7 +48,9 @@ class TaskIn(Schema):
         metadata={"description": "null: all GPUs of the machine"},
     )
     time_limit_s = ma.fields.Integer(load_default=3600, allow_none=True, strict=True)
-    stop_grace_s = ma.fields.Integer(load_default=30, strict=True)
+    stop_grace_s = ma.fields.Integer(
+        load_default=30, strict=True, metadata={"description": "From TERM to KILL: 0 to 300"}
+    )
     retries = ma.fields.Integer(load_default=0, strict=True)
 
 

@@ -32,6 +32,7 @@ MOST_ENV_BYTES = 64 * 1024
 MOST_LIVE_A_LEASE = 100  # the desired state carries 500 attempts at most
 MOST_LIVE_BYTES = 8 * 1024 * 1024  # of a lease's live tasks, written as JSON: an agent reads no answer above 32 MiB
 LONGEST_S = 30 * 24 * 3600
+MOST_GRACE_S = 300  # a host that reboots waits that long for it
 MOST_RETRIES = 10
 RETRIED = ("failed", "lost")  # a task that ran out of its time would do so again
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -231,8 +232,8 @@ def _number_faults(given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     limit = given["time_limit_s"]
     if limit is not None and not 1 <= limit <= LONGEST_S:
         yield "time_limit_s", f"Use 1 to {LONGEST_S} seconds."
-    if not 0 <= given["stop_grace_s"] <= 3600:
-        yield "stop_grace_s", "Use 0 to 3600 seconds."
+    if not 0 <= given["stop_grace_s"] <= MOST_GRACE_S:
+        yield "stop_grace_s", f"Use 0 to {MOST_GRACE_S} seconds."
     if not 0 <= given["retries"] <= MOST_RETRIES:
         yield "retries", f"Use 0 to {MOST_RETRIES}."
 

@@ -131,7 +131,7 @@ def test_what_is_the_portal_s_is_not_the_caller_s_to_set(
         ({"time_limit_s": 31 * 86400}, "time_limit_s"),
         ({"time_limit_s": "60"}, "time_limit_s"),
         ({"stop_grace_s": -1}, "stop_grace_s"),
-        ({"stop_grace_s": 3601}, "stop_grace_s"),
+        ({"stop_grace_s": 301}, "stop_grace_s"),
         ({"retries": 11}, "retries"),
         ({"retries": True}, "retries"),
     ],

@@ -101,6 +101,13 @@ def test_everything_that_the_schema_allows_is_understood() -> None:
     assert [command.kind for command in desired.commands] == list(protocol.COMMANDS)
 
 
+def test_no_task_holds_up_the_reboot_of_its_host_for_more_than_five_minutes() -> None:
+    desired = copy.deepcopy(DESIRED)
+    desired["attempts"][0]["stop_grace_s"] = 3600
+    conforms("desired", desired)
+    assert read_desired(desired).attempts[0].stop_grace_s == 300
+
+
 def test_the_agent_knows_every_field_and_command_of_the_schema() -> None:
     definitions = SCHEMA["definitions"]
     kinds = {
