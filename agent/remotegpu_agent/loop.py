@@ -257,15 +257,18 @@ class Agent:
             self.journal.record("agent.frozen", detail={"reason": after.frozen})
         thaw = find_thaw(after.desired, done=done) if after.desired and after != before and not after.frozen else None
         if thaw is not None:
-            self.commands.note_thaw(word.epoch, thaw)
             if before.frozen or before.epoch != after.epoch:
                 self._forget_what_the_portal_lost(after, retained=thaw.args["retained"])
+            self.commands.note_thaw(word.epoch, thaw)  # last: once it is told, the portal judges again what is lost
         if after != before:
             self._wanted.set()
         return after != before
 
     def _forget_what_the_portal_lost(self, held: Held, *, retained: Iterable[int]) -> None:
-        """After a thaw an id may come a second time for something else: what is not named now never counts again."""
+        """After a thaw an id may come a second time for something else: what is not named now never counts again.
+
+        What is named and has ended is told again: the portal may have forgotten that, and would have it lost or repeated.
+        """
         named = {lease.lease_id for lease in held.desired.leases} if held.desired else set()
         named |= set(retained)  # ended, and its tenant may still come back to the data
         for entry in self.leases.entries():
@@ -274,6 +277,7 @@ class Agent:
                 self.leases.disown(entry.lease_id, why)
         wanted = {order.attempt_id for order in held.desired.attempts} if held.desired else set()
         self.tasks.disown(set(self.tasks.observe()) - wanted)
+        self.tasks.tell_again(wanted)
         self.journal.record("agent.thawed", detail={"epoch": held.epoch, "generation": held.generation})
 
     def _acknowledge(self, asked: Held, answer: dict[str, Any]) -> None:

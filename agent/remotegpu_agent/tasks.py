@@ -460,6 +460,18 @@ class Tasks:
                     self._attempts[attempt_id].keep(disowned=True)
                     self._talking.pop(attempt_id, None)
 
+    def tell_again(self, attempt_ids: Iterable[int]) -> None:
+        """The portal was restored, and has forgotten what it heard of these: what it acknowledged is void.
+
+        Output that it had is no longer here; it shows that some is missing.
+        """
+        with self._lock:
+            for attempt_id in attempt_ids:
+                attempt = self._attempts.get(attempt_id)
+                if attempt is not None and not attempt.record.get("disowned"):
+                    attempt.keep(acked_state=None)
+                    self._talking[attempt_id] = attempt
+
     def forget_lease(self, lease_id: int) -> list[int]:
         """Remove every attempt of the lease from this host; it must have ended."""
         with self._lock:

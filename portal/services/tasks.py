@@ -540,7 +540,7 @@ def lose_gone(now: datetime | None = None) -> int:
 
     An attempt is lost when its host has booted since it began (the agent's first report after a boot brings what it
     still knows, and is taken before its boot id is written), or when its lease has ended and the host is away or
-    silent.
+    silent. While its machine is frozen none is.
     """
     now = now or utcnow()
     return batch.each(_live_with_report(), lambda attempt: _lose_if_gone(attempt, now))
@@ -564,6 +564,8 @@ def _live_with_report() -> list[Attempt]:
 
 def _loss(attempt: Attempt, now: datetime) -> str | None:
     lease = attempt.task.lease
+    if lease.machine.frozen_reason is not None:
+        return None  # nothing that the host said of its tasks was taken: it may have finished this one
     report = getattr(lease.machine, "last_report", None)
     boot_id = getattr(report, "boot_id", None)
     if attempt.boot_id and boot_id and boot_id != attempt.boot_id:

@@ -17,7 +17,7 @@ from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.models import Attempt, AuditEntry, Gpu, Lease, Machine, MachineReport, Task, Tenant, User
 from portal.models.states import ATTEMPT, TASK_ENDED
-from portal.services import heartbeats, leases, tasks
+from portal.services import frozen, heartbeats, leases, machines, tasks
 from portal.services.actors import SYSTEM
 from remotegpu_agent.portal import LARGEST_ANSWER_BYTES
 from remotegpu_agent.protocol import read_desired
@@ -25,6 +25,7 @@ from tests.api.fake_agent import (
     FakeAgent,
     agent_of,
     attempt_report,
+    command_result,
     leased_machine,
     log_range,
     make_task,
@@ -584,6 +585,26 @@ def test_a_host_that_was_restarted_has_lost_its_tasks_but_not_what_it_knows_of_t
     assert tasks.lose_gone() == 0
     assert [states_of(task) for task in (finished, gone, waiting)] == [["succeeded"], ["lost"], ["queued"]]
     assert "restarted" in newest(gone).reason
+
+
+def test_nothing_is_lost_while_a_host_is_frozen_and_its_word_counts_after_that(
+    customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    task, attempt = make_task(lease, customer, retries=1)
+    agent.report(attempts=[attempt_report(attempt.id, "running")])
+    agent.generation += 5  # the portal was restored from a backup
+    agent.boot_id = "boot-2"
+    ended = attempt_report(attempt.id, "succeeded", exit_code=0)
+    agent.report(frozen=True, attempts=[ended])
+    heartbeats.flush()
+    assert tasks.lose_gone(utcnow() + timedelta(days=1)) == 0
+    frozen.thaw(machines.get(lease.machine_id), by=SYSTEM, reason="compared with the host")
+    assert tasks.lose_gone() == 0, "the host has not spoken yet"
+    (thaw,) = agent.await_order()["commands"]
+    agent.report(attempts=[ended], command_results=[command_result(thaw["command_id"])])
+    assert machines.get(lease.machine_id).frozen_reason is None
+    assert tasks.lose_gone() == 0
+    assert states_of(task) == ["succeeded"], "and it is not run twice"
 
 
 def test_a_host_that_is_away_keeps_its_tasks_while_the_lease_lasts(

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import systemd
+from remotegpu_agent.config import Config
+from remotegpu_agent.journal import Journal
 from remotegpu_agent.protocol import DesiredAttempt
-from remotegpu_agent.tasks import Attempt, CannotStart, Outcome, read_outcome, render_launch, workdir_of
+from remotegpu_agent.tasks import Attempt, CannotStart, Outcome, Tasks, read_outcome, render_launch, workdir_of
 
 HOME = Path("/home/lease17")
 RECORD = {"launched": True, "time_limit_s": None, "workdir": None, "started_at": "2026-01-01T00:00:00Z"}
@@ -159,3 +161,19 @@ def test_an_attempt_has_not_ended_while_its_unit_is_still_there(
     assert attempt.outcome().state == "running"
     unit.unlink()
     assert attempt.outcome().state == "succeeded"
+
+
+def test_a_portal_that_was_restored_hears_again_of_what_it_had_acknowledged(tmp_path: Path) -> None:
+    config = Config("https://portal.example", state_dir=tmp_path / "state", tasks_dir=tmp_path / "tasks")
+    config.state_dir.mkdir()
+    tasks = Tasks(config, Journal(config.state_dir / "journal.jsonl"))
+    for attempt_id in (5, 6):
+        tasks.end_unstarted(order(attempt_id=attempt_id), "failed", "its lease cannot be opened")
+    told = [{"attempt_id": each, "state": "failed", "log_offset": 0, "log_complete": True} for each in (5, 6)]
+    tasks.acknowledge(told)
+    assert (tasks.reports(), tasks.news()) == ([], ())
+    tasks.tell_again([5, 99])
+    assert [(each["attempt_id"], each["state"]) for each in tasks.reports()] == [(5, "failed")]
+    assert tasks.news() != ()
+    tasks.acknowledge(told)
+    assert (tasks.reports(), tasks.news()) == ([], ())
