@@ -80,7 +80,7 @@ def kill_at_once(uid: int) -> None:
         child = os.fork()
         if child == 0:
             _become_and_kill_all(uid)
-        _wait_for(child)
+        wait_for(child)
 
 
 def _become_and_kill_all(uid: int) -> NoReturn:
@@ -96,7 +96,8 @@ def _become_and_kill_all(uid: int) -> NoReturn:
         os._exit(0)
 
 
-def _wait_for(child: int) -> None:
+def wait_for(child: int) -> None:
+    """The end of a child that runs as such a user, who may stop it."""
     deadline = time.monotonic() + _KILLER_DEADLINE_S
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:  # stopped by those that it was to kill

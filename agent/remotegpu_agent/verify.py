@@ -293,6 +293,18 @@ def _posix_queues(asked: Asked) -> Iterator[str]:
     return (f"POSIX queue {path}" for path in _find(["/dev/mqueue"], "-mindepth", "1", "(", *_of_tenants(asked), ")"))
 
 
+def _kernel_keys(asked: Asked) -> Iterator[str]:
+    """As the next tenant would be shown them."""
+    if not os.path.exists("/proc/keys"):
+        raise NotApplicable("this kernel keeps no keys")
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    for line in run([*as_nobody, "cat", "/proc/keys"]).splitlines():
+        key = re.match(r"(\w+) ([^RDi ]+) +\d+ +\S+ \w{8} +(\d+) +\S+ (?!keyring +_(uid|uid_ses|persistent)\.)", line)
+        uid = int(key[3]) if key else 0
+        if uid and (uid == asked.uid or _LEASE_UIDS[0] <= uid <= _LEASE_UIDS[1]):
+            yield f"kernel key {line.split()[0]} of uid {uid} is shown to others"
+
+
 def _owned_files(asked: Asked) -> Iterator[str]:
     return _find_everywhere("(", *_of_tenants(asked), ")")
 
@@ -813,6 +825,7 @@ CHECKS: dict[str, Check] = {
     "records": _records,
     "sysv_ipc": _sysv_ipc,
     "posix_queues": _posix_queues,
+    "kernel_keys": _kernel_keys,
     "owned_files": _owned_files,
     "users": _users,
     "groups": _groups,
