@@ -299,6 +299,15 @@ class ReasonIn(Schema):
     reason = ma.fields.String(required=True, validate=ma.validate.Length(1, 1000))
 
 
+@bp.post("/<int:machine_id>/baseline")
+@requires(*STAFF)
+@bp.arguments(ReasonIn)
+@bp.response(202, MachineOut)
+def take_baseline(body: dict[str, Any], machine_id: int) -> MachineView:
+    """What the free host is now is its measure from now on: somebody has changed it without the portal"""
+    return _shown(provisioning.take_baseline(machines.get(machine_id), by=actor(), **body))
+
+
 @bp.post("/<int:machine_id>/thaw")
 @requires(*STAFF)
 @bp.arguments(ReasonIn)

@@ -1,5 +1,7 @@
 """Provisioning: from a bare machine to one that is ready, told in order: the run, the agent that enrols, the baseline.
 
+A free machine that an operator has changed later goes the last step again: only so is the change there to stay.
+
 Nothing here dials a host: the run is a worker's, and the agent reports by itself. What is written down about a machine
 is in machines.py, how an agent gets its credential in agents.py.
 """
@@ -17,9 +19,9 @@ from portal.errors import Conflict
 from portal.models import Baseline, Command, Gpu, Machine, Run, RunHost
 from portal.services import audit, batch, commands, events, login_keys, machines, reports, runs
 from portal.services.actors import SYSTEM, Actor, of_agent
-from portal.services.transitions import move
+from portal.services.transitions import WrongState, move
 
-READY_DEADLINE = timedelta(minutes=15)  # from a successful run to the baseline; an agent that works needs seconds
+READY_DEADLINE = timedelta(minutes=15)  # without a baseline that comes or moves; on a large disk it may take hours
 
 
 # The run
@@ -39,6 +41,7 @@ def provision(machine: Machine, *, by: Actor) -> Run:
             )
         move(machine, leave=["registered", "failed", "ready", "quarantined"], enter="provisioning")
         playbook = "gateways" if machine.is_gateway else "gpu_hosts"
+        commands.cancel_all(machine, "baseline", by=by, reason="The machine is provisioned anew.")
         run = runs.queue(playbook, [machine], purpose="provision", by=by)
         audit.record("machine.provisioning", machine, by=by, run_id=run.id)
         events.write("machine.provisioning", machine_id=machine.id, run_id=run.id)
@@ -124,12 +127,20 @@ def _fail_if_overdue(machine: Machine, now: datetime) -> bool:
 
 
 def _fail_if_silent(machine: Machine, run: Run, now: datetime) -> bool:
-    if run.ended_at + READY_DEADLINE > now:
+    if _moved_at(machine, run) + READY_DEADLINE > now:
         return False
-    waited = f"within {READY_DEADLINE.total_seconds() / 60:.0f} min of run {run.id}"
-    missing = "no baseline" if machines.is_enrolled(machine) else "no agent enrolled"
+    waited = f"for {READY_DEADLINE.total_seconds() / 60:.0f} min"
+    missing = "neither a baseline nor a word that it moves" if machines.is_enrolled(machine) else "no agent that enrols"
     _fail(machine, f"There came {missing} {waited}. Look at the agent's journal on the host, then provision again.")
     return True
+
+
+def _moved_at(machine: Machine, run: Run) -> datetime:
+    """When the run ended, the machine came here, the baseline was ordered, or was last seen to move."""
+    moments: list[datetime] = [run.ended_at or machine.state_changed_at, machine.state_changed_at]
+    for order in commands.queued(machine, "baseline"):
+        moments += [order.created_at, commands.moved_at(order) or order.created_at]
+    return max(moments)
 
 
 # The agent
@@ -185,6 +196,58 @@ def _refuse_gpus(machine: Machine, uuids: Sequence[str]) -> None:
 
 
 # The baseline
+
+
+@runs.when_played("gpu_hosts")
+@runs.when_played("site")
+def host_changed(run: Run) -> None:
+    """An operator's own run has changed hosts: of those that are free a new baseline is taken, as after provisioning.
+
+    Else the next cleaning would undo the run: open a port that it has closed, take away whom it has let in. A host
+    that is leased must not become its own measure: there the run has to be repeated once it is free.
+    """
+    if run.purpose == "provision" or run.options.get("check"):
+        return
+    for machine in runs.machines_of(run):
+        if runs.went_well_on(machine, run):
+            with atomic():
+                _renew_if_free(machines.lock(machine), run)
+
+
+def _renew_if_free(machine: Machine, run: Run) -> None:
+    """Nobody gets the machine meanwhile; a baseline that is being taken began before the run's end, so it is void."""
+    is_free = machine.state == "ready" and machine.frozen_reason is None and machines.is_proven_clean(machine)
+    if is_free and machines.find_baseline(machine) is not None and not machine.is_gateway:
+        _take_anew(machine, by=SYSTEM, reason=f"Run {run.id} ({run.playbook}) has changed the host.")
+    elif _is_provisioned(machine):
+        commands.cancel_all(machine, "baseline", by=SYSTEM, reason=f"Run {run.id} has changed the host meanwhile.")
+        _ask_for_baseline(machine)
+
+
+def take_baseline(machine: Machine, *, by: Actor, reason: str) -> Machine:
+    """What the free host is now is to be its measure: an operator has changed it without the portal, and says why.
+
+    It is `ready` again once the baseline is there, or `failed`. Raises WrongState unless it is ready, Conflict while
+    it is frozen.
+    """
+    with atomic():
+        machine = machines.lock(machine)
+        if machine.state != "ready":
+            raise WrongState(
+                f"{machine.name} is {machine.state}; a baseline is taken of a machine that is ready.",
+                state=machine.state,
+            )
+        if machine.frozen_reason is not None:
+            raise Conflict(f"{machine.name} is frozen: {machine.frozen_reason} Thaw it first.", code="machine_frozen")
+        _take_anew(machine, by=by, reason=reason)
+    return machine
+
+
+def _take_anew(machine: Machine, *, by: Actor, reason: str) -> None:
+    move(machine, leave="ready", enter="provisioning")
+    audit.record("baseline.renewing", machine, by=by, reason=reason)
+    events.write("machine.provisioning", machine_id=machine.id)
+    _ask_for_baseline(machine)
 
 
 @commands.when_ended("baseline")

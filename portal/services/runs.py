@@ -278,6 +278,14 @@ def machines_by_run(found: Sequence[Run]) -> dict[int, list[Machine]]:
     return machines
 
 
+def went_well_on(machine: Machine, run: Run) -> bool:
+    """Whether all of the ended run was done on this machine, whatever became of its others."""
+    told = (run.stats or {}).get(machine.name)
+    if run.state != "failed" or told is None:
+        return run.state == "succeeded"
+    return not told["failed"] and not told["unreachable"]
+
+
 def find_disrupting(machine: Machine) -> Run | None:
     """The run that works on this machine, or waits to, and may disturb whoever leases it; the oldest if there are many.
 

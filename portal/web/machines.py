@@ -299,6 +299,20 @@ def _start_maintenance(machine: Machine, form: Form) -> None:
     fleet.start_maintenance(machine, reason=form.text("reason"), until=until, by=actor())
 
 
+@bp.post("/machines/<int:machine_id>/baseline")
+@requires(*STAFF)
+def take_baseline(machine_id: int) -> ResponseReturnValue:
+    found, form = fleet.get(machine_id), Form.of_request(keep=("reason",))
+    done = gettext("A new baseline is being taken; the machine is ready again when it is there.")
+    return _done_or_shown_again(
+        "baseline",
+        found,
+        form,
+        done,
+        lambda: provisioning.take_baseline(found, by=actor(), reason=form.needed("reason")),
+    )
+
+
 @bp.post("/machines/<int:machine_id>/thaw")
 @requires(*STAFF)
 def thaw(machine_id: int) -> ResponseReturnValue:

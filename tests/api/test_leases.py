@@ -159,6 +159,7 @@ def test_a_run_that_may_disturb_is_named_until_it_has_ended(host: Host, tenant: 
         allocate(host, tenant)
     assert host.machine.next_uid == 20000, "a refusal leaves nothing behind"
     runs.finish(run, token, Outcome("succeeded", exit_code=0))
+    host.answers("baseline", rental.baseline())
     allocate(host, tenant)
     assert host.state == "leased", "a run that only looks stands in nobody's way"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,8 +13,19 @@ import pytest
 from portal.db import utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import AgentCredential, AuditEntry, Baseline, Command, Lease, Machine, Run, Tenant, User
-from portal.services import frozen, heartbeats, leases, machines, network_machines, provisioning, retirement, runs
-from portal.services.actors import SYSTEM
+from portal.services import (
+    commands,
+    frozen,
+    heartbeats,
+    leases,
+    machines,
+    network_machines,
+    provisioning,
+    retirement,
+    runs,
+)
+from portal.services.actors import SYSTEM, of_user
+from portal.services.availability import CannotAllocate
 from portal.services.heartbeats import Heartbeat
 from portal.services.transitions import WrongState
 from tests.factories import ssh_key_pair
@@ -332,7 +344,7 @@ def test_a_machine_whose_agent_never_comes_is_failed(database: Any) -> None:
     assert provisioning.fail_overdue(run.ended_at + provisioning.READY_DEADLINE) == 1
     failed = machines.get(machine.id)
     assert failed.state == "failed"
-    assert "no agent enrolled" in str(failed.state_reason)
+    assert "no agent that enrols" in str(failed.state_reason)
 
 
 def test_a_machine_whose_run_is_still_going_is_not_overdue(database: Any) -> None:
@@ -388,6 +400,89 @@ def test_a_ready_machine_can_be_provisioned_again_and_gets_a_new_baseline(databa
     rental.finish_run(provisioning.provision(host.machine, by=SYSTEM))
     host.answers("baseline", rental.baseline())
     assert (host.state, Baseline.select().count()) == ("ready", 2)
+
+
+# A host that an operator changes later
+
+
+@pytest.mark.parametrize("playbook", ["gpu_hosts", "site"])
+def test_an_operators_run_on_a_free_machine_ends_with_a_new_baseline(
+    tenant: Tenant, operator: User, playbook: str
+) -> None:
+    host = ready_host()
+    rental.finish_run(runs.queue(playbook, [host.machine], by=of_user(operator), tags=["base"]))
+    assert host.state == "provisioning"
+    with pytest.raises(CannotAllocate, match="is provisioning, not ready"):
+        allocate(host, tenant)
+    new = {**rental.baseline(), "boot_id": str(uuid.uuid4())}
+    host.answers("baseline", new)
+    assert host.state == "ready"
+    kept = machines.find_baseline(host.machine)
+    assert kept is not None
+    assert (kept.content, Baseline.select().count()) == (new, 2)
+    lease = rental.end(host, allocate(host, tenant))
+    assert rental.reclaim(host, lease).state == "passed"
+    report = json.loads(str(rental.reclaim_of(lease).report))
+    assert report["baseline"]["sha256"] == kept.digest
+
+
+def test_a_run_that_only_looks_or_has_failed_there_leaves_the_baseline(database: Any) -> None:
+    good, bad = ready_host(), ready_host()
+    rental.finish_run(runs.queue("gpu_hosts", [good.machine], by=SYSTEM, check=True))
+    rental.finish_run(runs.queue("gpu_hosts", [bad.machine], by=SYSTEM), "failed")
+    rental.finish_run(runs.queue("verify", [bad.machine], by=SYSTEM))
+    assert (good.state, bad.state, Baseline.select().count()) == ("ready", "ready", 2)
+    told = dict.fromkeys(("ok", "changed", "failed", "unreachable", "skipped", "rescued", "ignored"), 0)
+    stats = {good.machine.name: told, bad.machine.name: {**told, "unreachable": 1}}
+    rental.finish_run(runs.queue("gpu_hosts", [good.machine, bad.machine], by=SYSTEM), "failed", stats=stats)
+    assert (good.state, bad.state) == ("provisioning", "ready"), "one host that is away is no other's matter"
+
+
+def test_a_leased_machine_never_becomes_its_own_measure(tenant: Tenant, staff: Any) -> None:
+    host = ready_host()
+    allocate(host, tenant)
+    machines.start_maintenance(host.machine, by=SYSTEM, reason="a port is closed")
+    rental.finish_run(runs.queue("gpu_hosts", [host.machine], by=SYSTEM))
+    answer = staff.post(f"/admin/machines/{host.id}/baseline", {"reason": "it was me"})
+    assert (answer.status_code, answer.json["code"]) == (409, "wrong_state")
+    assert (host.state, Baseline.select().count()) == ("leased", 1)
+    assert not Command.select().where(Command.kind == "baseline", Command.state == "queued").exists()
+
+
+def test_a_baseline_that_was_begun_before_a_runs_end_is_taken_again(database: Any) -> None:
+    host = ready_host()
+    for _ in range(2):
+        rental.finish_run(runs.queue("gpu_hosts", [host.machine], by=SYSTEM))
+    early, late = Command.select().where(Command.kind == "baseline").order_by(Command.id.desc()).limit(2)[::-1]
+    said = {"ok": True, "message": None, "result": rental.baseline()}
+    commands.finished(host.machine, {"command_id": early.id, **said})
+    assert (early.state, host.state, Baseline.select().count()) == ("cancelled", "provisioning", 1)
+    commands.finished(host.machine, {"command_id": late.id, **said})
+    assert (host.state, Baseline.select().count()) == ("ready", 2)
+
+
+def test_an_operator_who_changed_a_host_from_a_shell_has_a_new_baseline_taken_and_says_why(staff: Any) -> None:
+    host = ready_host()
+    path = f"/admin/machines/{host.id}/baseline"
+    assert "reason" in staff.post(path, {}).json["errors"]
+    answer = staff.post(path, {"reason": "ada is an operator now"})
+    assert (answer.status_code, answer.json["state"]) == (202, "provisioning")
+    host.answers("baseline", rental.baseline())
+    assert (host.state, Baseline.select().count()) == ("ready", 2)
+    entry = AuditEntry.get(AuditEntry.action == "baseline.renewing")
+    assert (entry.resource_id, entry.detail["reason"]) == (host.id, "ada is an operator now")
+
+
+def test_a_baseline_may_take_hours_as_long_as_it_moves(database: Any) -> None:
+    host = ready_host()
+    provisioning.take_baseline(host.machine, by=SYSTEM, reason="a large disk")
+    order = host.queued("baseline")
+    assert provisioning.fail_overdue(order.created_at + provisioning.READY_DEADLINE - timedelta(seconds=1)) == 0
+    later = order.created_at + timedelta(hours=3)
+    Command.update(result={"progress": 7, "moved_at": later.isoformat()}).where(Command.id == order.id).execute()
+    assert provisioning.fail_overdue(later + provisioning.READY_DEADLINE - timedelta(seconds=1)) == 0
+    assert provisioning.fail_overdue(later + provisioning.READY_DEADLINE) == 1
+    assert "neither a baseline nor a word that it moves for 15 min" in str(host.machine.state_reason)
 
 
 # GPUs

@@ -159,8 +159,8 @@ def circles(needs: dict[str, set[str]]) -> list[list[str]]:
     [
         ("app", "runs.when_ended", {"provision", "verify"}),
         ("worker.main", "runs.when_ended", {"provision", "verify"}),
-        ("app", "runs.when_played", {"drift", "rotate_credentials"}),
-        ("worker.main", "runs.when_played", {"drift", "rotate_credentials"}),
+        ("app", "runs.when_played", {"drift", "gpu_hosts", "rotate_credentials", "site"}),
+        ("worker.main", "runs.when_played", {"drift", "gpu_hosts", "rotate_credentials", "site"}),
         ("app", "commands.when_ended", {"baseline", "clean", "rotate_credential", "thaw"}),
     ],
 )

@@ -245,7 +245,12 @@ def observed(lease: Lease, state: str = "open", **changes: Any) -> dict[str, Any
 # What a worker says
 
 
-def finish_run(run: Run | int, state: str = "succeeded", verdicts: Mapping[str, Any] | None = None) -> Run:
+def finish_run(
+    run: Run | int,
+    state: str = "succeeded",
+    verdicts: Mapping[str, Any] | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> Run:
     """A worker takes the run and ends it."""
     wanted = run if isinstance(run, int) else run.id
     token = str(uuid.uuid4())
@@ -253,7 +258,8 @@ def finish_run(run: Run | int, state: str = "succeeded", verdicts: Mapping[str, 
     assert taken is not None, "no run is waiting"
     assert taken.id == wanted, f"run {taken.id} is first"
     reason = None if state == "succeeded" else "it went wrong"
-    runs.finish(taken, token, Outcome(state, exit_code=0, reason=reason, verdicts=dict(verdicts or {}) or None))
+    said = {"verdicts": dict(verdicts or {}) or None, "stats": dict(stats or {}) or None}
+    runs.finish(taken, token, Outcome(state, exit_code=0, reason=reason, **said))
     return runs.get_run(wanted)
 
 
