@@ -15,6 +15,7 @@ from tests.support.rendering import DISTRIBUTIONS, FACTS, evaluate, render
 ROLE = Path(__file__).parents[2] / "roles/nvidia_driver"
 FAKE_ROOT = Path(__file__).parents[2] / "molecule/nvidia_driver/files/root"
 H100, H100_HGX, PASCAL, BLACKWELL = "10de:2330", "10de:2330", "10de:1b38", "10de:2901"
+KERNEL, NEXT = "6.8.0-60-generic", "6.8.0-101-generic"
 nvidia_facts = load_module("nvidia_driver", "nvidia_facts")
 
 
@@ -28,9 +29,12 @@ def host(*devices: str, **changes: Any) -> dict[str, Any]:
         "open_required": any(nvidia_facts.generation(gpu) >= nvidia_facts.BLACKWELL for gpu in gpus),
         "loaded": None,
         "on_disk": None,
+        "next_on_disk": changes.get("on_disk"),
+        "has_programs": False,
         "nouveau_loaded": False,
         "secure_boot": None,
-        "kernel": "6.8.0-60-generic",
+        "kernel": KERNEL,
+        "next_kernel": KERNEL,
         "headers": True,
         **changes,
     }
@@ -79,6 +83,48 @@ def test_ubuntu_takes_modules_that_are_signed_and_builds_none(suite: str) -> Non
     assert "nvidia-headless-no-dkms-580-server-open=580.95.05-*" in names
     assert not any("dkms" in name and "no-dkms" not in name for name in names)
     assert says("__nvidia_driver_built_here", suite) is False
+
+
+@pytest.mark.parametrize("suite", ["jammy", "noble"])
+@pytest.mark.parametrize(
+    ("kernels", "named"),
+    [
+        ({"on_disk": "580.95.05"}, []),
+        ({"on_disk": "580.95.05", "next_kernel": NEXT, "next_on_disk": "580.95.05"}, []),
+        ({"on_disk": "580.95.05", "next_kernel": NEXT, "next_on_disk": None}, [NEXT]),
+        ({"next_kernel": NEXT, "next_on_disk": "580.95.05"}, [KERNEL]),
+        ({}, [KERNEL]),
+    ],
+)
+def test_ubuntu_takes_modules_for_the_kernels_that_the_held_package_does_not_know(
+    suite: str, kernels: dict[str, Any], named: list[str]
+) -> None:
+    offered = {
+        "stdout": "\n".join(
+            f" linux-modules-nvidia-580-server-open-{kernel} | {kernel[:-8]}.1 | http://archive restricted"
+            for kernel in (KERNEL, NEXT)
+        )
+    }
+    held = {"stdout": "hi  linux-modules-nvidia-580-server-open-generic 6.8.0-60.63\n"}
+    given = {"__nvidia_driver_madison": offered, "__nvidia_driver_dpkg": held}
+    names = says("__nvidia_driver_apt_names", suite, host(H100, **kernels), **given)
+    modules = [name for name in names if name.startswith("linux-modules")]
+    assert modules == [f"linux-modules-nvidia-580-server-open-{kernel}" for kernel in named]
+    leased = says(
+        "__nvidia_driver_missing", suite, host(H100, **kernels), **given, nvidia_driver_disruption_allowed=False
+    )
+    assert not any(name.startswith("linux-modules") for name in leased), "it can wait for the lease to end"
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+@pytest.mark.parametrize("given", [{}, {"nvidia_driver_prebuilt": False}, {"nvidia_driver_source": "nvidia"}])
+def test_a_kernels_own_modules_are_asked_for_where_ubuntu_has_them_and_taken_where_apt_does(
+    suite: str, given: dict[str, Any]
+) -> None:
+    asked = says("__nvidia_driver_prebuilt_modules", suite, **given)
+    has_them = DISTRIBUTIONS[suite][0] == "Ubuntu" and given == {}
+    assert asked == ([f"linux-modules-nvidia-580-server-open-{KERNEL}"] if has_them else [])
+    assert not set(asked) & set(says("__nvidia_driver_plain", suite, **given)), "apt has none"
 
 
 @pytest.mark.parametrize("suite", ["jammy", "noble"])
@@ -296,10 +342,47 @@ def test_a_modinfo_that_fails_or_hangs_says_nothing(tmp_path: Path, monkeypatch:
         (host(H100, loaded="1", on_disk="2"), ["the kernel runs driver 1 and the disk holds 2"]),
         (host(H100, on_disk="2"), ["driver 2 is installed and not loaded"]),
         (host(H100, nouveau_loaded=True), ["nouveau holds the cards"]),
+        (host(H100, has_programs=True), [f"no driver for kernel {KERNEL}"]),
+        (host(H100, has_programs=True, loaded="1", on_disk="1"), []),
+        (host(has_programs=True), []),
     ],
 )
 def test_a_reboot_has_its_reasons(nvidia: dict[str, Any], reasons: list[str]) -> None:
     assert says("__nvidia_driver_reasons", "noble", nvidia) == reasons
+
+
+@pytest.mark.parametrize(
+    ("nvidia", "lacks_it"),
+    [
+        (host(H100, loaded="1", on_disk="1"), False),
+        (host(H100, loaded="1", on_disk="1", next_kernel=NEXT, next_on_disk=None), True),
+        (host(H100, has_programs=True, next_kernel=NEXT, next_on_disk="1"), False),
+        (host(H100, has_programs=True), True),
+        (host(H100), False),  # nobody has installed a driver there
+        (host(has_programs=True), False),
+    ],
+)
+def test_a_reboot_into_a_kernel_without_the_driver_is_known_beforehand(nvidia: dict[str, Any], lacks_it: bool) -> None:
+    assert says("__nvidia_driver_next_lacks_it", "noble", nvidia) is lacks_it
+
+
+def test_the_next_boot_is_the_newest_kernel_that_is_there_and_has_its_own_module(tmp_path: Path) -> None:
+    put(tmp_path / "usr/sbin/modinfo", f'#!/bin/sh\n[ "$2" = {os.uname().release} ] && echo 1.2\n').chmod(0o755)
+    alone = nvidia_facts.look(tmp_path)
+    assert (alone["next_kernel"], alone["next_on_disk"]) == (os.uname().release, "1.2")
+    for release in ("1.8.0-9-generic", "1.8.0-60-generic", "1.8.0-101-generic"):
+        (tmp_path / "lib/modules" / release).mkdir(parents=True)
+    for release in ("1.8.0-9-generic", "1.8.0-60-generic"):  # of the newest only modules are left
+        put(tmp_path / f"boot/vmlinuz-{release}", "")
+    seen = nvidia_facts.look(tmp_path)
+    assert (seen["on_disk"], seen["next_kernel"], seen["next_on_disk"]) == ("1.2", "1.8.0-60-generic", None)
+
+
+def test_a_driver_that_was_installed_is_known_by_its_programs(tmp_path: Path) -> None:
+    assert nvidia_facts.look(tmp_path)["has_programs"] is False
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/nvidia-smi").symlink_to("/etc/alternatives/of-debian")
+    assert nvidia_facts.look(tmp_path)["has_programs"] is True
 
 
 def put(path: Path, text: str) -> Path:

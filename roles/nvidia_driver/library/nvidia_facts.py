@@ -1,8 +1,9 @@
 #!/usr/bin/python
 """What a host says about NVIDIA hardware and its driver, without asking the driver: a hung one answers nobody.
 
-Read from sysfs, procfs and efivars, and from `modinfo` for the module that the next boot would load. Unknown is None,
-never a guess. What to do about it is decided in tasks/ and vars/; here is only looked.
+Read from sysfs, procfs and efivars, and from `modinfo` for the module of the kernel that runs, and of the one that the
+next boot would start. Unknown is None, never a guess. What to do about it is decided in tasks/ and vars/; here is only
+looked.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ DOCUMENTATION = r"""
 module: nvidia_facts
 short_description: NVIDIA hardware and driver of a host
 description:
-  - Gives the fact C(nvidia) with the GPUs and switches on the PCI bus, the driver that is loaded, the one on disk,
-    and what stands in its way.
+  - Gives the fact C(nvidia) with the GPUs and switches on the PCI bus, the driver that is loaded, the one on disk for
+    this kernel and for the next boot's, and what stands in its way.
 options:
   root:
     description: Folder that stands for C(/); another one in tests, where no driver can be loaded.
@@ -43,7 +44,9 @@ def look(root: Path) -> dict[str, Any]:
     gpus = [device for device in devices if device["class"] in GPU_CLASSES]
     loaded = find_text(root / "proc/driver/nvidia/version")
     modules = (find_text(root / "proc/modules") or "").splitlines()
-    on_disk = modinfo(root, "version")
+    kernel = os.uname().release
+    next_kernel = newest_kernel(root) or kernel
+    on_disk = modinfo(root, kernel, "version")
     return {
         "gpus": gpus,
         "nvswitches": sum(device["class"] == BRIDGE_CLASS for device in devices),
@@ -52,11 +55,14 @@ def look(root: Path) -> dict[str, Any]:
         "loaded": version_in(loaded or ""),
         "loaded_open": None if loaded is None else "Open Kernel Module" in loaded,
         "on_disk": on_disk,
-        "on_disk_signer": modinfo(root, "signer") if on_disk else None,
+        "on_disk_signer": modinfo(root, kernel, "signer") if on_disk else None,
+        "has_programs": os.path.lexists(root / "usr/bin/nvidia-smi"),
         "nouveau_loaded": any(line.split(" ")[0] == "nouveau" for line in modules),
         "secure_boot": secure_boot(root),
-        "kernel": os.uname().release,
-        "headers": (root / "lib/modules" / os.uname().release / "build").exists(),
+        "kernel": kernel,
+        "headers": (root / "lib/modules" / kernel / "build").exists(),
+        "next_kernel": next_kernel,
+        "next_on_disk": on_disk if next_kernel == kernel else modinfo(root, next_kernel, "version"),
     }
 
 
@@ -95,13 +101,31 @@ def secure_boot(root: Path) -> bool | None:
     return bool(value[4]) if len(value) == 5 else None
 
 
-def modinfo(root: Path, field: str) -> str | None:
+def newest_kernel(root: Path) -> str | None:
+    """What the next boot starts, where nobody has told the boot loader otherwise; None where no kernel is there.
+
+    Modules stay behind of kernels that were removed, so the kernel itself has to be there too.
+    """
+    there = [path.name for path in folder(root / "lib/modules") if (root / "boot" / f"vmlinuz-{path.name}").exists()]
+    return max(there, key=by_number, default=None)
+
+
+def by_number(release: str) -> list[tuple[int, str]]:
+    """What sorts releases as the boot loader does.
+
+    >>> max("6.8.0-9-generic", "6.8.0-60-generic", key=by_number)
+    '6.8.0-60-generic'
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", release)]
+
+
+def modinfo(root: Path, kernel: str, field: str) -> str | None:
     """A field of the module that this kernel would load, or None where there is none."""
     own = root / "usr/sbin/modinfo"
     program = str(own) if own.exists() else "modinfo"
     try:
         done = subprocess.run(
-            [program, "-k", os.uname().release, "-F", field, "nvidia"],
+            [program, "-k", kernel, "-F", field, "nvidia"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
