@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
@@ -60,7 +61,18 @@ UPGRADE: Tasks = [
         ],
     }
 ]
-REBOOT: Tasks = [{"name": "Reboot", "ansible.builtin.assert": {"that": "inventory_hostname not in broken"}}]
+REACH: dict[str, Any] = {"name": "Reach it", "ansible.builtin.command": "true", "when": "inventory_hostname in away"}
+# Of the role reboot: what it looks at beforehand and again in a host's turn, what it waits for, and what it does.
+REBOOT: Mapping[str, Tasks] = {
+    "reboot/tasks/look.yml": [
+        {"name": "Look", "ansible.builtin.assert": {"that": "inventory_hostname not in refused"}},
+        {**REACH, "when": "inventory_hostname in away and not is_late"},
+    ],
+    "reboot/tasks/drain.yml": [{"name": "Drain", "ansible.builtin.assert": {"that": "inventory_hostname not in busy"}}],
+    "reboot/tasks/boot.yml": [
+        {"name": "Reboot", "ansible.builtin.assert": {"that": "inventory_hostname not in broken"}}
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,9 @@ class Played:
 
     def batches(self, task: str) -> list[list[str]]:
         """The hosts that had their turn at this task, batch by batch."""
-        turns = ((turn["task"]["name"], sorted(turn["hosts"])) for play in self.plays for turn in play["tasks"])
-        return [hosts for name, hosts in turns if name.endswith(f" : {task}") and hosts]
+        turns = [turn for play in self.plays for turn in play["tasks"] if turn["task"]["name"].endswith(f" : {task}")]
+        hosts = [sorted(name for name, told in turn["hosts"].items() if not told.get("skipped")) for turn in turns]
+        return [each for each in hosts if each]
 
 
 def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int, **given: Any) -> Played:
@@ -89,10 +102,14 @@ def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int,
     shutil.copy(PLAYBOOKS / playbook, folder)
     told = {
         "ansible_become": False,
-        "ansible_connection": "local",
+        "ansible_connection": "{{ 'ssh' if inventory_hostname in away else 'local' }}",
         "ansible_facts_modules": ["no_facts"],  # nobody asks for any, and all of them take a second a host
+        "ansible_host": "127.0.0.1",
+        "ansible_port": 1,  # where nobody answers
         "ansible_python_interpreter": sys.executable,
+        "away": [],
         "broken": [],
+        "busy": [],
         "refused": [],
         **given,
     }
@@ -109,8 +126,16 @@ def upgrade(folder: Path, *, hosts: int, **given: Any) -> Played:
     return play("upgrade_agent.yml", folder, roles, hosts=hosts, **given)
 
 
-def reboot(folder: Path, *, hosts: int, **given: Any) -> Played:
-    return play("reboot.yml", folder, {"reboot/tasks/main.yml": REBOOT}, hosts=hosts, **given)
+def reboot(folder: Path, *, hosts: int, then: Tasks | None = None, **given: Any) -> Played:
+    """Each host needs one, but for those that are `fine`; `then` comes after it."""
+    given = {
+        "__reboot_needed": "{{ inventory_hostname not in fine }}",
+        "fine": [],
+        "is_late": then is not None,
+        **given,
+    }
+    boot = "reboot/tasks/boot.yml"
+    return play("reboot.yml", folder, {**REBOOT, boot: [*REBOOT[boot], *(then or [])]}, hosts=hosts, **given)
 
 
 def test_an_agent_that_is_not_heard_on_the_first_host_comes_to_no_other(tmp_path: Path) -> None:
@@ -150,4 +175,41 @@ def test_a_host_that_is_not_well_ends_the_reboots_where_others_of_its_batch_are(
 def test_all_are_rebooted_where_all_are_well(tmp_path: Path) -> None:
     played = reboot(tmp_path, hosts=2)
     assert played.batches("Reboot") == [["gpu-01"], ["gpu-02"], ["gateway"]]
+    assert played.rc == 0
+
+
+@pytest.mark.parametrize("why", ["refused", "busy"])
+def test_a_host_that_may_not_be_rebooted_keeps_no_other_waiting_and_is_told_at_the_end(
+    tmp_path: Path, why: str
+) -> None:
+    """Leased, or a task that does not end: that host is not unwell, whenever it turns out."""
+    played = reboot(tmp_path, hosts=3, **{why: ["gpu-01"]})
+    assert played.batches("Reboot") == [["gpu-02"], ["gpu-03"], ["gateway"]]
+    assert played.rc != 0
+
+
+def test_a_host_that_was_leased_since_the_first_look_leaves_the_others_of_its_batch_theirs(tmp_path: Path) -> None:
+    played = reboot(tmp_path, hosts=3, busy=["gpu-01"], reboot_serial=2)
+    assert played.batches("Reboot") == [["gpu-02"], ["gateway", "gpu-03"]]
+    assert played.rc != 0
+
+
+def test_a_host_that_cannot_be_reached_keeps_no_other_waiting(tmp_path: Path) -> None:
+    played = reboot(tmp_path, hosts=2, away=["gpu-01"])
+    assert played.batches("Reboot") == [["gpu-02"], ["gateway"]]
+    assert played.rc != 0
+
+
+@pytest.mark.parametrize("serial", [1, 2])
+def test_a_host_that_cannot_be_reached_after_its_reboot_ends_the_reboots(tmp_path: Path, serial: int) -> None:
+    """It came back, and went again: not well, though no task has failed there."""
+    played = reboot(tmp_path, hosts=4, away=["gpu-02"], reboot_serial=serial, then=[REACH])
+    assert played.batches("Reboot") == ([["gpu-01"], ["gpu-02"]] if serial == 1 else [["gpu-01", "gpu-02"]])
+    assert played.rc != 0
+
+
+@pytest.mark.parametrize("fine", [["gpu-01"], ["gpu-01", "gpu-02", "gateway"]])
+def test_who_needs_no_reboot_gets_none(tmp_path: Path, fine: list[str]) -> None:
+    played = reboot(tmp_path, hosts=2, fine=fine)
+    assert played.batches("Reboot") == [[name] for name in ("gpu-02", "gateway") if name not in fine]
     assert played.rc == 0
