@@ -12,6 +12,7 @@ The sections, and what each holds:
   back
 - `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
   loaded by themselves
+- `conffiles`: the settings that packages bring, and whether each is as it was brought
 - `own_settings`: /etc/remotegpu without what the agent changes · `agent_settings`: whom the agent serves and trusts,
   which hosts are told anew while leases go on; `roles/verify` knows what they are told
 - `authorities`: the certificates that this host trusts, and those that packages offer · `authority_files`: what lies
@@ -36,7 +37,18 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from remotegpu_agent.observe import accounts, authorities, docker, files, firewall, mounts, ports, processes, special
+from remotegpu_agent.observe import (
+    accounts,
+    authorities,
+    docker,
+    files,
+    firewall,
+    mounts,
+    packages,
+    ports,
+    processes,
+    special,
+)
 from remotegpu_agent.observe.files import Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, read_text, run
 from remotegpu_agent.protocol import UIDS
@@ -97,6 +109,7 @@ OWN_SETTINGS = "/etc/remotegpu"
 ENROLL_TOKEN = "/etc/remotegpu/enroll-token"  # noqa: S105 - the path of one
 AGENT_SETTINGS = ("/etc/remotegpu/agent.json", "/etc/remotegpu/ca.pem")
 LEASE_GROUP = "remotegpu-leases"
+_FOR_OTHERS = 0o7022  # what no package gives by a setting that is new
 _MOST_OPEN = 300  # in one tree
 _OF_THE_SYSTEM = ("/boot/", "/etc/", "/opt/", "/root/", "/usr/", "/var/", "/dev/")
 _PYTHON = (f"python3.{sys.version_info.minor}", f"libpython3.{sys.version_info.minor}")
@@ -191,6 +204,25 @@ def profiles_of(sections: dict[str, Any]) -> list[str]:
     """What the baseline looked for in homes."""
     names: list[str] = sections.get("home_profiles", list(HOME_PROFILES))
     return names
+
+
+def read_conffiles() -> dict[str, bool]:
+    """The settings that packages bring, and whether each is as its package has brought it."""
+    return {path: special.md5(path) == digest for path, digest in sorted(packages.conffiles().items())}
+
+
+def may_be_brought(sections: dict[str, Any], path: str, before: files.Entry | None, now: files.Entry | None) -> bool:
+    """Whether an upgrade may have made this of a setting: another content, or a new file or folder of root's.
+
+    One that was changed or removed before the baseline no upgrade puts back; a baseline that is older tells of none.
+    """
+    known: dict[str, bool] = sections.get("conffiles", {})
+    if "conffiles" not in sections or now is None or now["type"] not in ("file", "directory"):
+        return False
+    if before is None:
+        return path not in known and now["uid"] == 0 and not now["mode"] & _FOR_OTHERS
+    kept = [{key: each.get(key) for key in ("type", "mode", "uid", "gid")} for each in (before, now)]
+    return known.get(path, False) and kept[0] == kept[1] and before.get("sha256") != now.get("sha256")
 
 
 def read_own_settings() -> Snapshot:
@@ -418,6 +450,7 @@ _READERS: dict[str, Callable[[], Any]] = {
     "account_files": lambda: read_rights(accounts.FILES),
     **{section: _file_reader(section) for section in FILE_SECTIONS},
     "home_profiles": lambda: [*HOME_PROFILES, *_LATER_HOME_PROFILES],
+    "conffiles": read_conffiles,
     "own_settings": read_own_settings,
     "agent_settings": lambda: files.snapshot(AGENT_SETTINGS, keep=_is_public),
     "authorities": authorities.take,

@@ -23,7 +23,18 @@ from typing import Any
 
 from remotegpu_agent import baseline, openings
 from remotegpu_agent.evidence import REASON_CHARS, Told
-from remotegpu_agent.observe import accounts, authorities, files, firewall, gpus, mounts, packages, special
+from remotegpu_agent.observe import (
+    accounts,
+    authorities,
+    files,
+    firewall,
+    gpus,
+    mounts,
+    packages,
+    ports,
+    processes,
+    special,
+)
 from remotegpu_agent.observe.tools import ToolFailed, find_tool, printable, read_text, run
 
 _LOCAL_TYPES = "ext2,ext3,ext4,xfs,btrfs,f2fs,bcachefs,zfs,jfs,reiserfs,vfat,exfat,ntfs3,overlay,tmpfs,ramfs,devtmpfs"
@@ -350,9 +361,23 @@ def _files(section: str) -> Check:
         before = asked.sections[section]
         now = _listed(section, asked.sections)
         gone = set() if section == "at_jobs" else {*before} - {*now}  # a job that has run is gone
-        yield from _changes(before, now, gone)
+        brought = _upgraded(asked, before, now)
+        yield from _changes(before, {path: each for path, each in now.items() if path not in brought}, gone)
 
     return check
+
+
+def _upgraded(asked: Asked, before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """What upgrades have made of settings since the baseline, by the word of dpkg."""
+    changed = [
+        path for path, each in now.items() if baseline.may_be_brought(asked.sections, path, before.get(path), each)
+    ]
+    if not changed:
+        return set()
+    conffiles = packages.conffiles(run(["dpkg-query", "-W", "-f", "Conffiles:\n${Conffiles}\n"]))
+    content = dict(_md5_digests([path for path in changed if now[path]["type"] == "file" and path in conffiles]))
+    packaged = {path for _, path in _who_brought(path for path in changed if now[path]["type"] == "directory")}
+    return packaged.intersection(changed) | {path for path, digest in content.items() if digest == conffiles[path]}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], gone: set[str]) -> Iterator[str]:
@@ -749,16 +774,26 @@ def _opened_by_firewalld(table: str) -> Iterator[str]:
 
 
 def _listening_ports(asked: Asked) -> Iterator[str]:
-    known = {_port_key(each) for each in asked.sections["listening_ports"]}
+    known = {_port_key(each) for each in ports.known(asked.sections["listening_ports"])}
+    now = list(_listeners())
+    deleted = {
+        port["program"].removesuffix(processes.DELETED) for port in now if port["program"].endswith(processes.DELETED)
+    }
+    upgraded = {path + processes.DELETED: path for _, path in _who_brought(deleted)}  # and not started again yet
+    for port in now:
+        program = port["program"]
+        if _port_key(port | {"program": upgraded.get(program, program)}) not in known:
+            program = "no process that can be seen" if program == "?" else program
+            yield f"{port['protocol']} port {port['port']} on {port['address']} is open: {program} listens"
+
+
+def _listeners() -> Iterator[dict[str, Any]]:
     for line in run(["ss", "-Hlntup"]).splitlines():
         protocol, _state, _received, _sent, local, _peer, *users = line.split()
         address, _, number = local.rpartition(":")
         pid = re.search(r"pid=(\d+)", " ".join(users))
         plain = re.sub(r"%.*|[\[\]]", "", address).replace("*", "::")
-        port = {"protocol": protocol, "address": plain, "port": int(number), "program": _program(pid)}
-        if _port_key(port) not in known:
-            program = "no process that can be seen" if port["program"] == "?" else port["program"]
-            yield f"{protocol} port {number} on {port['address']} is open: {program} listens"
+        yield {"protocol": protocol, "address": plain, "port": int(number), "program": _program(pid)}
 
 
 def _program(pid: re.Match[str] | None) -> str:

@@ -118,7 +118,7 @@ def _delete_item(key: str, wanted: str) -> Iterator[str]:
 
 def look_for_ports(scope: Scope) -> Iterator[Finding]:
     """Ports that nobody listened on before; where no process shows, none is named."""
-    known = {_key(each) for each in scope.sections["listening_ports"]}
+    known = {_key(each) for each in ports.known(scope.sections["listening_ports"])}
     for each in ports.listening():
         if _key(each) not in known:
             program = "no process that can be seen" if each["program"] == "?" else each["program"]

@@ -23,7 +23,7 @@ from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Act, Finding, Look
-from remotegpu_agent.observe import accounts, files, special
+from remotegpu_agent.observe import accounts, files, packages, special
 from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.files import Entry, Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, run
@@ -33,9 +33,10 @@ from remotegpu_agent.protocol import UIDS
 
 
 def look_for_changes(section: str) -> Look:
-    """What differs from the baseline in one section of files."""
+    """What differs from the baseline in one section of files, and no upgrade of a package has brought."""
 
     def look(scope: Scope) -> Iterator[Finding]:
+        is_a_packages = _as_dpkg_says()
         before: Snapshot = scope.sections[section]
         profiles = baseline.profiles_of(scope.sections)
         now = baseline.read_files(section, scope.homes, profiles=profiles, keep=_names_keys)
@@ -44,9 +45,23 @@ def look_for_changes(section: str) -> Look:
                 continue  # the lease's own door is another step
             if section == "at_jobs" and path not in now:
                 continue  # it has run; putting it back would run it twice
-            yield from difference(path, before, now)
+            its = before.get(path), now.get(path)
+            if not (baseline.may_be_brought(scope.sections, path, *its) and is_a_packages(path)):
+                yield from difference(path, before, now)
 
     return look
+
+
+def _as_dpkg_says() -> Callable[[str], bool]:
+    """Whether a setting is now as its package has brought it, or a folder is one of a package's."""
+    conffiles, packaged = functools.cache(packages.conffiles), functools.cache(special.packaged_paths)
+
+    def is_a_packages(path: str) -> bool:
+        if os.path.isdir(path):
+            return path in packaged()
+        return path in conffiles() and special.md5(path) == conffiles()[path]
+
+    return is_a_packages
 
 
 def difference(path: str, before: Snapshot, now: Snapshot) -> Iterator[Finding]:

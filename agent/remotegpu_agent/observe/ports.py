@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from remotegpu_agent.observe.processes import program
+from remotegpu_agent.observe.packages import merged
+from remotegpu_agent.observe.processes import DELETED, program
+from remotegpu_agent.observe.special import packaged_paths
 from remotegpu_agent.observe.tools import read_text
 
 _ESTABLISHED, _LISTEN, _UDP_UNCONNECTED = 0x01, 0x0A, 0x07
@@ -70,8 +74,15 @@ def listening(at: Container[tuple[str, int]] | None = None) -> list[dict[str, st
     """
     there = [s for s in sockets() if _listens(s) and (at is None or (s.protocol, s.port) in at)]
     owners = _programs_by_inode() if there else {}
-    found = {(s.protocol, s.address, s.port, owners.get(s.inode, "?")) for s in there}
+    installed = functools.cache(packaged_paths)
+    found = {(s.protocol, s.address, s.port, _name(owners.get(s.inode, "?"), installed)) for s in there}
     return [{"protocol": p, "address": a, "port": n, "program": o} for p, a, n, o in sorted(found)]
+
+
+def _name(program: str, installed: Callable[[], frozenset[str]]) -> str:
+    """A package's program that was upgraded while it runs is the same: the kernel says that its file is deleted."""
+    name = program.removesuffix(DELETED)
+    return name if name == program or merged(name) in installed() else program
 
 
 def _listens(socket: Socket) -> bool:
@@ -91,6 +102,13 @@ def lasting() -> list[dict[str, str | int | None]]:
         for p in listening()
     }
     return [{"protocol": p, "address": a, "port": n, "program": o} for p, a, n, o in sorted(found, key=str)]
+
+
+def known(before: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What listened in a baseline, also as it is called once it was started again after an upgrade."""
+    for each in before:
+        yield each
+        yield each | {"program": each["program"].removesuffix(DELETED)}
 
 
 def _programs_by_inode() -> dict[int, str]:

@@ -11,6 +11,7 @@ from remotegpu_agent.observe.tools import printable, read_text
 
 _NO_LOGIN = 2**32 - 1
 _NVIDIA_MAJOR = 195
+DELETED = " (deleted)"  # behind a program's name: its file has been removed or replaced since
 
 
 @dataclass(frozen=True)

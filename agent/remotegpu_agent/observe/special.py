@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from remotegpu_agent.observe import docker, files, mounts, packages
+from remotegpu_agent.progress import tick
 from remotegpu_agent.protocol import UIDS
 
 STORES = (docker.ROOT, "/var/lib/containerd", "/var/lib/remotegpu-agent")
@@ -126,6 +127,7 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
         try:
             with os.scandir(handle) as entries:
                 for entry in entries:
+                    tick()
                     found = _look_at(os.path.join(folder, entry.name), entry, handle)
                     if found is None:
                         continue
@@ -172,12 +174,16 @@ def is_as_packaged(path: str) -> bool:
     """Whether a file has the content that an installed package says it has brought."""
     wanted = packages.merged(path)
     listed = (each for listing in packages.listings("md5sums") for each in packages.digests(listing))
-    digests = {digest for each, digest in listed if packages.merged(each) == wanted}
+    return md5(path) in {digest for each, digest in listed if packages.merged(each) == wanted}
+
+
+def md5(path: str) -> str | None:
+    """The digest of a file as dpkg writes it; None where there is no file."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             while piece := file.read(_PIECE_BYTES):
                 digest.update(piece)
     except OSError:
-        return False
-    return digest.hexdigest() in digests
+        return None
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline
-from remotegpu_agent.observe import files, mounts, ports, processes, special
+from remotegpu_agent.observe import files, mounts, packages, ports, processes, special
 from remotegpu_agent.observe.tools import ToolFailed, printable, run
 
 
@@ -392,3 +392,42 @@ def test_of_our_own_settings_what_provisioning_alone_writes_is_compared(path: st
     assert baseline.is_own_that_changes(path) is changes
     kept = baseline.own_settings_of({"own_settings": {path: {"type": "file"}}})
     assert kept == ({} if changes else {path: {"type": "file"}}), "of an older baseline as well"
+
+
+# --- upgrades
+
+ROOTS = {"type": "file", "mode": 0o644, "uid": 0, "gid": 0, "sha256": "1"}
+CONFFILES = {"conffiles": {"/etc/brought": True, "/etc/changed": False, "/etc/removed": False}}
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "now", "may_be"),
+    [
+        ("/etc/brought", ROOTS, ROOTS | {"sha256": "2"}, True),
+        ("/etc/brought", ROOTS, ROOTS | {"sha256": "2", "mode": 0o666}, False),
+        ("/etc/brought", ROOTS, ROOTS | {"mode": 0o600}, False),
+        ("/etc/brought", ROOTS, None, False),
+        ("/etc/brought", ROOTS, {"type": "link", "target": "/x", "uid": 0, "gid": 0}, False),
+        ("/etc/changed", ROOTS, ROOTS | {"sha256": "2"}, False),
+        ("/etc/elsewhere", ROOTS, ROOTS | {"sha256": "2"}, False),
+        ("/etc/new", None, ROOTS, True),
+        ("/etc/new", None, ROOTS | {"mode": 0o664}, False),
+        ("/etc/new", None, ROOTS | {"mode": 0o4755}, False),
+        ("/etc/new", None, ROOTS | {"uid": 20017}, False),
+        ("/etc/new.d", None, {"type": "directory", "mode": 0o755, "uid": 0, "gid": 0}, True),
+        ("/etc/removed", None, ROOTS, False),
+    ],
+)
+def test_what_an_upgrade_may_have_made_of_a_setting(
+    path: str, before: dict[str, Any] | None, now: dict[str, Any] | None, may_be: bool
+) -> None:
+    """Not of one that provisioning had changed or removed: an upgrade leaves that, and root among tenants does not."""
+    assert baseline.may_be_brought(CONFFILES, path, before, now) is may_be
+    assert not baseline.may_be_brought({}, path, before, now)
+
+
+def test_the_settings_that_dpkg_lists_are_those_of_its_packages() -> None:
+    digest = "0" * 32
+    status = f"Package: a\nConffiles:\n /etc/a b {digest}\n /etc/old {digest} obsolete\n /etc/n newconffile\n"
+    status += f"Description: of what\n /etc/no {digest}\n"
+    assert packages.conffiles(status) == {"/etc/a b": digest, "/etc/old": digest}

@@ -18,7 +18,7 @@ from remotegpu_agent import baseline, cleaning, verify
 from remotegpu_agent.cleaning import data, network, processes, remove, restored, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
-from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, special
+from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, ports, special
 from remotegpu_agent.portal import LARGEST_MESSAGE_BYTES
 from tests.support.dirt import WAYS
 
@@ -368,6 +368,42 @@ def test_what_was_put_among_a_packages_units_goes_and_what_a_package_took_over_s
     assert list(restored._unpackaged(SCOPE)) == [], "an older baseline does not tell which was there"
 
 
+def test_a_setting_that_an_upgrade_has_brought_stays_and_a_tenants_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else dpkg takes the one of before for an operator's, and asks at every upgrade from then on."""
+    setting, status = tmp_path / "etc" / "service.conf", tmp_path / "status"
+    setting.parent.mkdir()
+    monkeypatch.setitem(baseline.FILE_ROOTS, "hosts", (str(setting.parent),))
+    monkeypatch.setattr(packages, "STATUS", str(status))
+    look = restored.look_for_changes("hosts")
+
+    def release(content: str) -> None:
+        digest = hashlib.md5(content.encode(), usedforsecurity=False).hexdigest()
+        status.write_text(f"Package: service\nConffiles:\n {setting} {digest}\nDescription: serves\n")
+
+    def as_now(content: str) -> Scope:
+        setting.write_text(content)
+        return replace(
+            SCOPE,
+            sections=SECTIONS | {"hosts": baseline.read_files("hosts", []), "conffiles": baseline.read_conffiles()},
+        )
+
+    release("first")
+    before, changed = as_now("first"), as_now("an operator's")
+    release("second")
+    setting.write_text("second")
+    assert list(look(before)) == []
+    put_back = [f"{setting} has another content than in the baseline"]
+    assert [each.text for each in look(changed)] == put_back, "an upgrade leaves what an operator has changed"
+    older = {key: value for key, value in before.sections.items() if key != "conffiles"}
+    assert [each.text for each in look(replace(before, sections=older))] == put_back
+    setting.write_text("a tenant's")
+    assert [each.text for each in look(before)] == put_back
+    list(restored.put_back(before, list(look(before))))
+    assert setting.read_text() == "first"
+
+
 def test_a_rule_for_the_next_boot_goes_from_our_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = tmp_path / "firewall.nft"
     rules.write_text("drop\n")
@@ -528,6 +564,23 @@ def test_a_rule_added_to_iptables_tables_is_deleted_and_a_missing_one_named() ->
     before, now = table({"rule": {"a": 1}}), table({"rule": {"a": 1}}, {"rule": {"a": 1}})
     assert [each.subject[0] for each in network._differences("ip filter", before, now)] == ["item"]
     assert [each.subject[0] for each in network._differences("ip filter", now, before)] == ["gone"]
+
+
+UPGRADED = [
+    ("/usr/sbin/sshd (deleted)", "/usr/sbin/sshd"),
+    ("/tmp/sshd (deleted)", "/tmp/sshd (deleted)"),
+    ("/usr/sbin/sshd", "/usr/sbin/sshd"),
+]
+
+
+@pytest.mark.parametrize(("program", "name"), UPGRADED)
+def test_a_packages_daemon_that_runs_on_after_its_upgrade_is_the_same(program: str, name: str) -> None:
+    assert ports._name(program, lambda: frozenset({"/usr/sbin/sshd"})) == name
+
+
+def test_a_daemon_that_was_upgraded_before_the_baseline_is_the_same_once_it_is_started_again() -> None:
+    before = {"protocol": "tcp", "address": "0.0.0.0", "port": 22, "program": "/usr/sbin/sshd (deleted)"}
+    assert [each["program"] for each in ports.known([before])] == ["/usr/sbin/sshd (deleted)", "/usr/sbin/sshd"]
 
 
 def test_a_service_on_another_free_port_is_the_same_service(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -271,3 +272,49 @@ def test_what_was_put_among_a_packages_units_is_named_whichever_way_the_package_
     ]
     assert cron.replace("\\", "\\\\") in asked_dpkg, "to dpkg a backslash begins a pattern"
     assert list(verify._unpackaged(replace(asked, sections={}))) == [], "an older baseline does not tell"
+
+
+# --- upgrades
+
+
+def test_a_setting_that_an_upgrade_has_brought_is_no_tenants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("upgraded", "his", "new")]
+    for path in paths[:2]:
+        path.write_text("first")
+    before = {str(path): files.look_at(str(path)) for path in paths[:2]}
+    for path in paths:
+        path.write_text("second")
+    digest = hashlib.md5(b"second", usedforsecurity=False).hexdigest()
+    said = "Conffiles:\n" + "".join(f" {path} {digest}\n" for path in paths[:2])
+    monkeypatch.setattr(verify, "run", lambda argv, **how: said if argv[0] == "dpkg-query" else run(argv, **how))
+    monkeypatch.setitem(baseline.FILE_ROOTS, "hosts", tuple(map(str, paths)))
+    sections = {
+        "hosts": before,
+        "conffiles": {str(paths[0]): True, str(paths[1]): False},
+        "accounts": {"/etc/passwd": {}},
+    }
+    check = verify._files("hosts")
+    assert list(check(verify.Asked(None, None, None, sections))) == [
+        f"{paths[1]} has another sha256 than in the baseline",
+        f"{paths[2]} is not in the baseline",
+    ]
+    del sections["conffiles"]
+    assert len(list(check(verify.Asked(None, None, None, sections)))) == 3, "an older baseline tells of no upgrade"
+
+
+def test_a_daemon_that_runs_on_after_its_upgrade_is_no_new_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {"1": "/usr/bin/passwd (deleted)", "2": "/usr/bin/left (deleted)"}
+    lines = [
+        f'tcp LISTEN 0 128 0.0.0.0:{port} 0.0.0.0:* users:(("x",pid={pid},fd=3))' for port, pid in ((22, 1), (23, 2))
+    ]
+    answers = {"ss": lambda _: "\n".join(lines), "readlink": lambda argv: programs[argv[1].split("/")[2]] + "\n"}
+    monkeypatch.setattr(
+        verify, "run", lambda argv, **how: answers[argv[0]](argv) if argv[0] in answers else run(argv, **how)
+    )
+    known = [
+        {"protocol": "tcp", "address": "0.0.0.0", "port": port, "program": program}
+        for port, program in ((22, PACKAGED), (23, "/usr/bin/left"))
+    ]
+    assert list(verify._listening_ports(verify.Asked(None, None, None, {"listening_ports": known}))) == [
+        "tcp port 23 on 0.0.0.0 is open: /usr/bin/left (deleted) listens"
+    ]
