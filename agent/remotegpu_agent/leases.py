@@ -18,7 +18,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from remotegpu_agent import killing, systemd
+from remotegpu_agent import killing, sessions, systemd
 from remotegpu_agent.config import Config
 from remotegpu_agent.files import Reserve, Table, find_text, is_full, write_atomic
 from remotegpu_agent.journal import Journal
@@ -32,6 +32,7 @@ EPOCH_DAY = date(1970, 1, 1)
 ZULU_SINCE = (9, 1)
 GUARD_LINK = Path("/etc/systemd/system/multi-user.target.wants/remotegpu-lease-guard.service")
 KILL_DEADLINE_S = 10.0
+SESSIONS_GO_ON = "# Sessions of a key that was here are being ended.\n"
 
 
 class CannotOpen(Exception):
@@ -223,11 +224,19 @@ class Leases:
         return "".join(f'expiry-time="{stamp}" {key.line}\n' for key in lease.keys)
 
     def write_keys(self, lease: DesiredLease) -> None:
-        self._write_keys_file(lease.login, self.render_keys(lease))
-        fingerprints = [key.fingerprint for key in lease.keys]
+        """Let these keys in. A key that goes takes the sessions along that it had opened, and no others."""
+        text, fingerprints = self.render_keys(lease), [key.fingerprint for key in lease.keys]
+        before = self.find(lease.lease_id)
+        ended = 0
+        if before is not None and set(before.key_fingerprints) - set(fingerprints):
+            # Refused from here on, but not yet the file that is wanted: should we die now, it is done once more.
+            self._write_keys_file(lease.login, text + SESSIONS_GO_ON)
+            ended = sessions.end_all_but(lease.login, fingerprints)
+        self._write_keys_file(lease.login, text)
         with self._register.change() as register:
             register[str(lease.lease_id)]["key_fingerprints"] = fingerprints
-        self._journal.record("lease.keys_written", lease_id=lease.lease_id, detail={"fingerprints": fingerprints})
+        detail = {"fingerprints": fingerprints, "ended_sessions": ended}
+        self._journal.record("lease.keys_written", lease_id=lease.lease_id, detail=detail)
 
     def _write_keys_file(self, login: str, text: str) -> None:
         self._config.keys_dir.mkdir(mode=0o755, parents=True, exist_ok=True)

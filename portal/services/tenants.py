@@ -156,7 +156,7 @@ def set_member_role(tenant: Tenant, user_id: int, role: str, *, by: Actor) -> Me
 
 
 def remove_member(tenant: Tenant, user_id: int, *, by: Actor) -> None:
-    """Take somebody out: the keys leave the tenant's machines at once."""
+    """Take somebody out: the keys leave the tenant's machines at once, and end what they had open there."""
     membership = get_member(tenant, user_id)
     with keys.carrying(of=tenant):
         Membership.delete().where(Membership.id == membership.id).execute()

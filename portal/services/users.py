@@ -182,7 +182,10 @@ def reset_password(user: User, *, by: Actor) -> str:
 
 
 def disable(user: User, *, by: Actor) -> User:
-    """Shut somebody out now: every sign-in ends, the keys leave every host. Raises Conflict."""
+    """Shut somebody out now: every sign-in ends, the keys leave every host, and end what they had open there.
+
+    Raises Conflict.
+    """
     if user.id == by.id:
         raise Conflict("You cannot disable yourself; ask another admin.", code="own_account")
     with keys.carrying(of=user):

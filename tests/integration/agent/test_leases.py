@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 
@@ -36,11 +37,12 @@ def ending_without_the_portal(site: Site, lease: Lease) -> Iterator[None]:
 
 
 @contextmanager
-def open_connection(site: Site, lease: Lease) -> Iterator[subprocess.Popen[bytes]]:
+def open_connection(site: Site, lease: Lease, *, key: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A ControlMaster connection without any session, as `ssh -MN` holds it."""
-    socket = site.directory / f"control-{lease.lease_id}"
+    key = key or lease.key
+    socket = site.directory / f"control-{lease.lease_id}-{key.name}"
     options = ("-MN", f"-oControlPath={socket}", "-oServerAliveInterval=1")
-    master = subprocess.Popen(site.host.ssh_argv(lease.login, lease.key, options=options), stderr=subprocess.DEVNULL)
+    master = subprocess.Popen(site.host.ssh_argv(lease.login, key, options=options), stderr=subprocess.DEVNULL)
     try:
         until(socket.exists, "the master connection")
         yield master
@@ -85,6 +87,42 @@ def test_a_key_that_is_added_opens_and_one_that_is_removed_is_refused(site: Site
     assert time.monotonic() - changed < 2
     assert site.sign_in(lease, key=second).ok
     until(lambda: _fingerprints(site, lease) == [public["fingerprint"]], "the report")
+
+
+def test_a_key_that_is_removed_takes_its_open_sessions_along_and_no_others(site: Site) -> None:
+    lease = site.open_lease()
+    second, public = site.new_key()
+    site.change_lease(lease, keys=[*lease.wanted["keys"], public])
+    until(lambda: site.sign_in(lease, key=second).ok, "the second key to open", timeout_s=5)
+    task = site.run_task(lease, "echo ready; sleep 5000")
+    until(lambda: site.portal.log_of(task) == b"ready\n", "the task to be ready", also=site.agent_log)
+    with open_connection(site, lease) as theirs, open_connection(site, lease, key=second) as ours:
+        socket = f"-oControlPath={site.directory / f'control-{lease.lease_id}-{lease.key.name}'}"
+        assert site.sign_in(lease, "sleep 5001 >/dev/null 2>&1 </dev/null & echo in", options=(socket,)).ok
+        assert any("sleep 5001" in line for line in site.processes(lease))
+        site.change_lease(lease, keys=[public])
+        until(lambda: theirs.poll() is not None, "the connection of the removed key to end", also=site.agent_log)
+        assert ours.poll() is None
+        assert site.sign_in(lease, key=second).ok
+        until(lambda: _fingerprints(site, lease) == [public["fingerprint"]], "the report")
+        keys_file = site.host.read(f"/etc/remotegpu/authorized_keys/{lease.login}")
+        assert len(keys_file.splitlines()) == 1, "nothing is left to do"
+        time.sleep(2)
+        assert ours.poll() is None
+    assert site.portal.states[task]["state"] == "running"
+
+
+def test_where_the_journal_has_forgotten_who_came_in_nobody_stays_once_a_key_is_removed(site: Site) -> None:
+    lease = site.open_lease()
+    second, public = site.new_key()
+    site.change_lease(lease, keys=[*lease.wanted["keys"], public])
+    until(lambda: site.sign_in(lease, key=second).ok, "the second key to open", timeout_s=5)
+    with open_connection(site, lease) as theirs, open_connection(site, lease, key=second) as ours:
+        site.host.run("journalctl --rotate && journalctl --vacuum-time=1us")
+        site.change_lease(lease, keys=[public])
+        for connection in (theirs, ours):
+            until(lambda gone=connection: gone.poll() is not None, "every connection to end", also=site.agent_log)
+    assert site.sign_in(lease, key=second).ok
 
 
 def _fingerprints(site: Site, lease: Lease) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
-from remotegpu_agent import files, killing, leases, systemd
+from remotegpu_agent import files, killing, leases, sessions, systemd
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.config import Config
 from remotegpu_agent.journal import Journal
@@ -82,15 +83,48 @@ def test_the_timer_is_set_in_utc_whatever_the_host_thinks() -> None:
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Leases]:
-    """A host with lease 17 on it, whose tenant has filled the disk; `killed` tells who was killed."""
+def there(tmp_path: Path) -> Leases:
+    """A host with lease 17 on it, which is open."""
     config = Config("https://portal.example", state_dir=tmp_path / "state", keys_dir=tmp_path / "keys")
     for directory in (config.state_dir, config.keys_dir):
         directory.mkdir()
     (config.keys_dir / "lease17").write_text("ssh-ed25519 AAAA a\n")
     openings = Openings(Held, Clock(config.state_dir), tmp_path / "firewall.json")
-    there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings)
-    there._note(DesiredLease(17, "lease17", 20017, True, END, ()), closed_at=None)
+    leases_there = Leases(config, Journal(config.state_dir / "journal.jsonl"), lambda *_: None, openings)
+    leases_there._note(DesiredLease(17, "lease17", 20017, True, END, ()), closed_at=None)
+    return leases_there
+
+
+def test_a_removed_key_is_refused_first_and_its_sessions_are_ended_however_often_that_is_cut_short(
+    there: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = DesiredLease(17, "lease17", 20017, True, END, (Key("SHA256:a", "AAAA a"), Key("SHA256:b", "BBBB b")))
+    left = replace(both, keys=both.keys[1:])
+    seen: list[str] = []
+
+    def end_all_but(login: str, fingerprints: list[str]) -> int:
+        seen.append(there._keys_file(login).read_text())
+        assert fingerprints == ["SHA256:b"]
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return 1
+
+    monkeypatch.setattr(sessions, "end_all_but", end_all_but)
+    there.write_keys(both)
+    assert seen == [], "who adds a key ends nothing"
+    with pytest.raises(KeyboardInterrupt):
+        there.write_keys(left)
+    assert "AAAA" not in seen[0]
+    assert there._keys_file("lease17").read_text() != there.render_keys(left), "so that the plan has it written again"
+    there.write_keys(left)
+    assert len(seen) == 2
+    assert there._keys_file("lease17").read_text() == there.render_keys(left)
+
+
+@pytest.fixture
+def full(there: Leases, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leases]:
+    """Its tenant has filled the disk; `KILLED` tells who was killed."""
+    config = there._config
     there.reserve.keep()
     monkeypatch.setattr(leases, "stop_containers", lambda _lease_id: None)
     monkeypatch.setattr(leases, "_settle_user_manager", lambda _uid: None)
