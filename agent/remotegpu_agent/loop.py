@@ -267,7 +267,7 @@ class Agent:
     def _forget_what_the_portal_lost(self, held: Held, *, retained: Iterable[int]) -> None:
         """After a thaw an id may come a second time for something else: what is not named now never counts again.
 
-        What is named and has ended is told again: the portal may have forgotten that, and would have it lost or repeated.
+        What is named and has ended is told again: the portal may have forgotten that, and would have it run twice.
         """
         named = {lease.lease_id for lease in held.desired.leases} if held.desired else set()
         named |= set(retained)  # ended, and its tenant may still come back to the data

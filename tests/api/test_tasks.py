@@ -201,8 +201,7 @@ def test_the_most_that_a_customer_may_order_and_stop_is_an_answer_that_its_agent
     while fields["command"]:
         try:
             make_task(lease, customer, **fields)
-        except Conflict as refused:
-            assert "Stop one first" in refused.message
+        except Conflict:
             fields = {"command": fields["command"][: len(fields["command"]) // 2]}
     live = Task.select().where(Task.state == "queued").count()
     assert 5 < live < tasks.MOST_LIVE_A_LEASE, "what was stopped takes no room"
