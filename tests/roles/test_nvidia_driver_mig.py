@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,12 @@ import pytest
 import yaml
 
 from tests.hosts.gpu import Scenario
+from tests.roles.rendering import load_file
 from tests.support.rendering import DISTRIBUTIONS, evaluate, render
 
 ROOT = Path(__file__).parents[2]
+# One that hangs is left behind on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 PROGRAM = ROOT / "roles" / "nvidia_driver" / "files" / "mig.py"
 GPU_DIR = ROOT / "molecule" / "image" / "gpu"
 CARDS = Scenario.two_h100(seed="mig")
@@ -27,6 +32,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fake-gpu")
     subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
     return folder / "current"
+
+
+HANGS = """#!/bin/sh
+# As one that is stuck in the driver: it does not end when it is told to.
+trap '' TERM
+echo $$ >>{calls}
+while :; do sleep 0.05; done
+"""
 
 
 class Machine:
@@ -55,7 +68,8 @@ class Machine:
         return subprocess.run([self._smi, *arguments], env=self._environment, capture_output=True, text=True).stdout
 
     def divide(self, *layout: str) -> tuple[int, str, str]:
-        argv = [sys.executable, "-I", str(PROGRAM), f"--nvidia-smi={self._smi}", *layout]
+        asked = self._smi.with_name("asked.json")
+        argv = [sys.executable, "-I", str(PROGRAM), f"--nvidia-smi={self._smi}", f"--asked={asked}", *layout]
         done = subprocess.run(argv, env=self._environment, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout, done.stderr
 
@@ -133,6 +147,33 @@ def test_more_than_a_card_has_is_refused_in_the_drivers_words(machine: Machine) 
     assert "Successfully" not in wrong
 
 
+def test_one_nvidia_smi_that_hangs_is_left_alone_and_no_other_started_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mig = load_file(PROGRAM, "mig")
+    monkeypatch.setattr(mig, "TIMEOUT_S", 1.0)
+    program, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
+    program.write_text(HANGS.format(calls=calls))
+    program.chmod(0o755)
+    argv = [f"--nvidia-smi={program}", f"--asked={tmp_path}/asked.json", *LAYOUT]
+    try:
+        assert mig.main(argv) == 1
+        assert mig.main(argv) == 1
+        (pid,) = calls.read_text().split()
+        os.kill(int(pid), 0)  # it was not killed either
+        first, *others = capfd.readouterr().err.splitlines()
+        assert first.endswith("nvidia-smi did not answer within 1 s: the driver hangs, reboot")
+        assert [line.partition(": ")[2] for line in others] == [
+            f"nvidia-smi (process {pid}) has not answered yet: the driver hangs, reboot"
+        ] * 3
+    finally:
+        for each in calls.read_text().split():
+            os.kill(int(each), signal.SIGKILL)
+    program.write_text(f"#!/bin/sh\necho again >>{calls}\nexit 9\n")
+    mig.main(argv)
+    assert "again" in calls.read_text(), "it is gone: the next may be asked"
+
+
 # -- the unit ----------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +191,11 @@ def test_the_unit_runs_before_whoever_looks_at_the_cards(suite: str) -> None:
     } == set(settings["Before"].split())
     assert {"nvidia-persistenced.service", "nvidia-fabricmanager.service"} == set(settings["After"].split())
     assert f"\n    {FIRST}=7g.80gb\n" in text
+    assert (settings["KillMode"], settings["SendSIGKILL"]) == ("process", "no"), (
+        "what hangs in the driver is not killed"
+    )
+    assert f"--asked=/run/{settings['RuntimeDirectory']}/" in text
+    assert settings["RuntimeDirectoryPreserve"] == "yes"
 
 
 @pytest.mark.parametrize(

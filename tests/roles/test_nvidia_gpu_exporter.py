@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +15,23 @@ import pytest
 from tests.hosts.gpu import Scenario
 from tests.roles.rendering import load_file
 from tests.support.rendering import FACTS, evaluate, render
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 ROLE = "nvidia_gpu_exporter"
 SUITES = ("bookworm", "trixie", "jammy", "noble")
+# One that hangs is left behind on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 CHECKSUM = {"x86_64": "0123456789abcdef" * 4}
 
+
+HANGS = """#!/bin/sh
+# As one that is stuck in the driver: it does not end when it is told to.
+trap '' TERM
+echo $$ >>{calls}
+while :; do sleep 0.05; done
+"""
+FAILING = {"invocation": "a", "driver": "1", "fails": True}
 
 recover = load_file(ROOT / "roles/nvidia_gpu_exporter/files/recover.py", "recover")
 stub = load_file(ROOT / "molecule/nvidia_gpu_exporter/files/nvidia_gpu_exporter.py", "exporter_stub")
@@ -115,10 +129,46 @@ def test_the_exporter_is_restarted_when_the_driver_is_back_or_another(
 
 
 def test_a_program_that_hangs_or_is_missing_does_not_answer(tmp_path: Path) -> None:
-    assert recover.answers([sys.executable, "-c", ""], 10.0)
-    assert not recover.answers([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
-    assert not recover.answers([sys.executable, "-c", "raise SystemExit(9)"], 10.0)
-    assert not recover.answers([str(tmp_path / "missing")], 10.0)
+    asked = recover.Asked(tmp_path / "asked.json")
+    assert asked.answers([sys.executable, "-c", ""], 10.0)
+    assert not asked.answers([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+    assert not asked.answers([sys.executable, "-c", "raise SystemExit(9)"], 10.0)
+    assert not asked.answers([str(tmp_path / "missing")], 10.0)
+
+
+def test_one_that_ends_when_it_is_told_to_keeps_no_other_from_being_asked(tmp_path: Path) -> None:
+    asked = recover.Asked(tmp_path / "asked.json")
+    assert not asked.hangs()
+    assert not asked.answers([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+    until(lambda: not asked.hangs(), "it to end")
+
+
+def test_one_that_hangs_in_the_driver_is_left_alone_and_no_other_started_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ignores TERM stands for one in state D. The timer comes by again and again."""
+    program, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
+    program.write_text(HANGS.format(calls=calls))
+    program.chmod(0o755)
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps(FAILING))
+    monkeypatch.setattr(recover, "look", lambda _: dict(FAILING))
+    argv = ["--url=http://-", "--driver=/-", f"--state={state}", "--timeout=1", "--", str(program)]
+    try:
+        for _ in range(3):
+            assert recover.main(argv) == 0
+        (pid,) = calls.read_text().split()
+        os.kill(int(pid), 0)  # it was not killed either
+    finally:
+        for each in calls.read_text().split():
+            os.kill(int(each), signal.SIGKILL)
+    until(lambda: not recover.Asked(tmp_path / "asked.json").hangs(), "it to be gone")
+
+
+def test_the_unit_leaves_behind_what_hangs_in_the_driver() -> None:
+    settings = unit("nvidia-gpu-exporter-recover.service")
+    assert (settings["KillMode"], settings["SendSIGKILL"]) == (["process"], ["no"])
+    assert settings["RuntimeDirectoryPreserve"] == ["yes"], "what it knows of that process outlives its run"
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[1]"])

@@ -1,19 +1,23 @@
 #!/usr/bin/python3
 """Divides GPUs as they are to be: MIG mode survives a reboot, the instances that it makes do not.
 
-    nvidia-mig --nvidia-smi=/usr/bin/nvidia-smi GPU-8f1b…=3g.40gb,3g.40gb GPU-77c0…=7g.80gb
+    nvidia-mig --asked=/run/remotegpu-mig/asked.json GPU-8f1b…=3g.40gb,3g.40gb GPU-77c0…=7g.80gb
 
 Makes the instances of a GPU that has none. One that is divided otherwise is left as it is, since whoever uses an
 instance would lose it; so is one whose MIG mode is off, since switching it wants a GPU that nobody uses. Each of them
-is named with the way out, after all others were divided, and the exit status is 1.
+is named with the way out, after all others were divided, and the exit status is 1. Where nvidia-smi hangs nothing more
+is asked, now and as long as that process is there: it cannot be ended, and the next would hang beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 TIMEOUT_S = 60.0
 NO_INSTANCES = "No GPU instances found"
@@ -26,7 +30,7 @@ class Trouble(Exception):
 class Gpu:
     """One GPU by its UUID, through nvidia-smi."""
 
-    def __init__(self, uuid: str, nvidia_smi: str) -> None:
+    def __init__(self, uuid: str, nvidia_smi: NvidiaSmi) -> None:
         self.uuid, self._nvidia_smi = uuid, nvidia_smi
 
     def divide(self, wanted: list[str]) -> str:
@@ -65,15 +69,54 @@ class Gpu:
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command, rest = (arguments[:1], arguments[1:]) if arguments[0] == "mig" else ((), arguments)
-        argv = [self._nvidia_smi, *command, "-i", self.uuid, *rest]
+        return self._nvidia_smi.run(*command, "-i", self.uuid, *rest)
+
+
+class NvidiaSmi:
+    """The program, and what is known of the process that was asked last."""
+
+    def __init__(self, program: str, asked: Path) -> None:
+        self._program, self._asked = program, asked
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """One that does not answer is told to end, and not waited for; never killed: a client of the driver that is
+        can leave the GPU unusable. Raises Trouble.
+        """
+        self._refuse_beside_one_that_hangs()
+        argv, pipe = [self._program, *arguments], subprocess.PIPE
         try:
-            return subprocess.run(
-                argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
             )
-        except subprocess.TimeoutExpired:
-            raise Trouble(f"nvidia-smi did not answer within {TIMEOUT_S:.0f} s: the driver hangs, reboot") from None
         except OSError as error:
-            raise Trouble(f"{self._nvidia_smi}: {error.strerror}") from None
+            raise Trouble(f"{self._program}: {error.strerror}") from None
+        self._asked.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid)}))
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            raise Trouble(f"nvidia-smi did not answer within {TIMEOUT_S:.0f} s: the driver hangs, reboot") from None
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def _refuse_beside_one_that_hangs(self) -> None:
+        try:
+            known = json.loads(self._asked.read_text())
+            pid, started = known["pid"], known["started"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return
+        if started is not None and _started(pid) == started:
+            raise Trouble(f"nvidia-smi (process {pid}) has not answered yet: the driver hangs, reboot")
+
+
+def _started(pid: Any) -> str | None:
+    """When the process was started, in the kernel's ticks, since its number may be another's by now; None where it is
+    gone.
+    """
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else rest[18]
 
 
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:
@@ -85,13 +128,16 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nvidia-mig", description="Divide GPUs as they are to be.")
     parser.add_argument("--nvidia-smi", default="/usr/bin/nvidia-smi")
+    parser.add_argument(
+        "--asked", required=True, type=Path, help="the file that remembers which process was asked last"
+    )
     parser.add_argument("layout", nargs="+", metavar="UUID=PROFILE,PROFILE…")
     options = parser.parse_args(argv)
-    status = 0
+    nvidia_smi, status = NvidiaSmi(options.nvidia_smi, options.asked), 0
     for entry in options.layout:
         uuid, _, profiles = entry.partition("=")
         try:
-            sys.stdout.write(f"{uuid} {Gpu(uuid, options.nvidia_smi).divide(profiles.split(','))}\n")
+            sys.stdout.write(f"{uuid} {Gpu(uuid, nvidia_smi).divide(profiles.split(','))}\n")
         except Trouble as trouble:
             sys.stderr.write(f"{uuid} is not divided as it should be: {trouble}\n")
             status = 1

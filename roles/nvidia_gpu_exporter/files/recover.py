@@ -4,7 +4,7 @@
 The exporter asks nvidia-smi for the names of its fields once, when it starts. Started while the driver was broken it
 goes on with names of its own, and with one that the driver does not know every later run fails, for ever. So does one
 that was started under another driver. Looked at here by reading what it exports: nvidia-smi itself is run only after
-the exporter has said twice that it fails.
+the exporter has said twice that it fails, and not while one that was run before still hangs in the driver.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     now = look(options)
     before = read(options.state)
     why = decide(before, now)
-    if why == "changed" or (why == "fails" and answers(options.command, options.timeout)):
+    asked = Asked(options.state.with_name("asked.json"))
+    if why == "changed" or (why == "fails" and not asked.hangs() and asked.answers(options.command, options.timeout)):
         code = subprocess.run(["systemctl", "try-restart", UNIT], check=False).returncode
         reason = "another driver is loaded" if why == "changed" else "nvidia-smi answers again"
         sys.stdout.write(f"{UNIT} was restarted, status {code}: {reason}\n")
@@ -86,16 +87,45 @@ def fails(url: str, timeout_s: float) -> bool:
     return found is not None and float(found.group(1)) == 0
 
 
-def answers(command: list[str], timeout_s: float) -> bool:
-    """Whether nvidia-smi answers what the exporter asks."""
-    quiet = subprocess.DEVNULL
+class Asked:
+    """The nvidia-smi that was asked last, by its process: one that hangs in the driver cannot be ended, and the next
+    would hang beside it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def hangs(self) -> bool:
+        """Whether it is there still."""
+        known = read(self._file)
+        return known.get("started") is not None and started(known.get("pid")) == known["started"]
+
+    def answers(self, command: list[str], timeout_s: float) -> bool:
+        """Whether nvidia-smi answers what the exporter asks. One that does not is told to end, and not waited for;
+        never killed: a client of the driver that is can leave the GPU unusable.
+        """
+        quiet = subprocess.DEVNULL
+        try:
+            process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+        except OSError:
+            return False
+        self._file.write_text(json.dumps({"pid": process.pid, "started": started(process.pid)}))
+        try:
+            return process.wait(timeout_s) == 0
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return False
+
+
+def started(pid: Any) -> str | None:
+    """When the process was started, in the kernel's ticks, since its number may be another's by now; None where it is
+    gone.
+    """
     try:
-        return (
-            subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=timeout_s, check=False).returncode
-            == 0
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else rest[18]
 
 
 def read(path: Path) -> dict[str, Any]:
