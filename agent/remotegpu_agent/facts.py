@@ -10,10 +10,22 @@ from typing import Any
 
 from remotegpu_agent.files import find_text
 
+DRIVER = "/sys/module/nvidia"
+
 
 def boot_id() -> str:
     """The kernel's name for this very boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def driver_load() -> int | None:
+    """The kernel's number for this very loading of the NVIDIA driver, or None where it has no such module: a module's
+    folder gets a new one each time.
+    """
+    try:
+        return os.stat(DRIVER).st_ino
+    except OSError:
+        return None
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 One child (gpu_child.py) speaks with NVML; a thread of its own waits for it. At most one probe is in flight. A probe
 that is overdue leaves the last sample as `stale`; a child that stays away is asked to end (TERM, long grace), and
-only then replaced.
+only then replaced. What a child hears of XIDs it says before it looks at anything that may hang (xids.py keeps it).
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from remotegpu_agent.protocol import format_time, now
+from remotegpu_agent.xids import Xids
 
 PROBE_DEADLINE_S = 10.0
 PATIENCE_S = 60.0  # how long an overdue child may take before it is asked to end
@@ -27,10 +29,13 @@ LARGEST_ANSWER_BYTES = 1024 * 1024
 class GpuProbe:
     """Samples on demand, read at any time."""
 
-    def __init__(self, argv: Sequence[str], *, deadline_s: float = PROBE_DEADLINE_S) -> None:
+    def __init__(
+        self, argv: Sequence[str], *, deadline_s: float = PROBE_DEADLINE_S, xids_file: Path | None = None
+    ) -> None:
         """`argv` starts the child; without one nobody is asked, where no GPU is looked for."""
         self._argv = list(argv)
         self._deadline_s = deadline_s
+        self._xids = Xids(xids_file)
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._fresh = threading.Event()
@@ -63,8 +68,9 @@ class GpuProbe:
             sample, asked_at = self._sample, self._asked_at
         overdue_s = time.monotonic() - asked_at if asked_at is not None else 0.0
         if overdue_s > self._deadline_s:
-            return _stale(sample, f"NVML has not answered for {overdue_s:.0f} s")
-        return sample or _unknown("stale", "no sample yet")
+            sample = _stale(sample, f"NVML has not answered for {overdue_s:.0f} s")
+        sample = sample or _unknown("stale", "no sample yet")
+        return sample | {"gpus": [gpu | {"xids": self._xids.of(gpu["uuid"])} for gpu in sample["gpus"]]}
 
     def stop(self) -> None:
         """Let go of the GPUs: no NVML client of ours is left when this returns, unless the driver hangs."""
@@ -91,18 +97,36 @@ class GpuProbe:
     def _probe(self) -> None:
         """Ask and wait for the answer, however long that takes; nobody else waits with us."""
         try:
-            child = self._running_child()
-            with self._lock:
-                self._asked_at = time.monotonic()
-            os.write(child.stdin.fileno(), b"probe\n")  # type: ignore[union-attr]  # Popen was given PIPE
-            answer = json.loads(self._read_line(child))
+            answer = self._ask_child() or self._ask_child()
+            if answer is None:
+                raise EOFError("the driver is replaced again and again")
             self._terminated_at = None  # it answered after all: a later end is another matter
+            if answer["state"] == "ok":
+                self._xids.settle()
+            elif answer["state"] == "mismatch":
+                self._reap()  # it ends after that
             self._accept(answer | {"sampled_at": format_time(now())})
         except (OSError, ValueError, EOFError) as error:
             has_hung = self._terminated_at is not None
             self._reap()
             if not self._stopping.is_set():
                 self._accept(self._old() if has_hung else _unknown("error", f"the NVML process ended: {error}"))
+
+    def _ask_child(self) -> dict[str, Any] | None:
+        """Its answer; None where it spoke for a driver that is replaced, and left the answer to the next one."""
+        child = self._running_child()
+        with self._lock:
+            self._asked_at = time.monotonic()
+        os.write(child.stdin.fileno(), b"probe\n")  # type: ignore[union-attr]  # Popen was given PIPE
+        while "state" not in (said := json.loads(self._read_line(child))):
+            if "xid" in said:
+                self._xids.hear(said["uuid"], said["xid"])
+            elif "reloaded" in said:
+                self._xids.settle(is_reloaded=True)
+            elif "outdated" in said:
+                self._reap()
+                return None
+        return dict(said)
 
     def _old(self) -> dict[str, Any]:
         """A child that had to be ended took nothing along: which GPUs there are, and when that was seen, holds."""

@@ -3,8 +3,11 @@
 It answers each line on its input with one line of JSON, drops root's rights before it loads the driver's library (in
 the service; verification asks as root), and ends with its parent. Every field is read by itself: an error is that
 field's null and a note, never another field's. Here are the oddities of nvidia-ml-py 13.615 and of old drivers; gpu.py
-keeps the deadline and checks the process ids. An XID is an event, told once: it is remembered until the driver is
-loaded again.
+keeps the deadline and checks the process ids.
+
+Before the answer there may be lines without a "state": an XID, as soon as it is heard; that the driver was loaded again
+below us; that it was replaced, whereupon this process ends without an answer. A library stays in its process for ever:
+after an upgrade by hand it would say that all is well, while everybody who starts is refused.
 """
 
 import contextlib
@@ -13,10 +16,12 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+from remotegpu_agent.facts import driver_load
+
+LIBRARY = "libnvidia-ml.so.1"
 DRIVER_STATES = {9: "driver_not_loaded", 12: "no_library", 18: "mismatch"}
 GPU_IS_LOST = 15
 UNINITIALIZED = 1
@@ -27,10 +32,10 @@ GRAVE = {8, 11, 16}  # too little power, no interrupts, in need of a reset: what
 FABRIC_UNKNOWN, FABRIC_NOT_STARTED, FABRIC_IN_PROGRESS = 0, 1, 2
 INTEGRATED = "(nvgpu)"
 MOST_GPUS = 64  # and LARGEST: as the protocol has it, which refuses a whole report for one number that is larger
-MOST_XIDS = 16
 LARGEST = 2**53 - 1
 HOTTEST_C, MOST_MILLIWATTS = 250, 100_000_000  # what is more is a driver's blank and no value
 _PR_SET_PDEATHSIG = 1
+_RTLD_DI_LINKMAP = 2
 
 
 def main(user: str | None) -> None:
@@ -42,11 +47,18 @@ def main(user: str | None) -> None:
     end_with_parent()
     is_ready = False
     for _ in sys.stdin:
+        if _driver.is_outdated():
+            say({"outdated": True})
+            return
         answer, is_ready = probe(is_ready)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        say(answer)
         if answer["state"] == "mismatch":
-            return  # the old library stays in this process for ever: the next probe needs a new one
+            return  # the next probe needs a process that loads the library anew
+
+
+def say(what: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
 
 
 def drop_privileges(user: str) -> None:
@@ -77,14 +89,70 @@ def probe(is_ready: bool) -> tuple[dict[str, Any], bool]:
         return _nothing("no_library", f"nvidia-ml-py is missing: {error}"), False
     try:
         if not is_ready:
+            _driver.note_library()
             pynvml.nvmlInit()
+            _driver.note_module()
             _xids.start_anew()
         return _read_all(pynvml), True
     except Exception as error:  # the binding raises what is no NVMLError, too
         code = code_of(error)
         if is_ready and code == UNINITIALIZED:
+            say({"reloaded": True})
             return probe(False)
         return _nothing(DRIVER_STATES.get(code, "error"), describe(error)), is_ready and code not in DRIVER_STATES
+
+
+class Driver:
+    """What this process speaks for: the library that it loaded, and the module that the kernel had then."""
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._library: tuple[int, int, int] | None = None
+        self._module: int | None = None
+
+    def note_library(self) -> None:
+        """Just before it is used: it is loaded here, so that what lies there is what was loaded."""
+        if self._path is None:
+            with contextlib.suppress(OSError):
+                self._path = _load_library()
+                self._library = _stamp_of(self._path)
+
+    def note_module(self) -> None:
+        """Once it is spoken with: the library may have had it loaded."""
+        self._module = driver_load()
+
+    def is_outdated(self) -> bool:
+        """Whether a process that starts now would speak for something else. A package puts a new file in the old one's
+        place, and who has the old one keeps it.
+        """
+        if self._path is not None and _stamp_of(self._path) != self._library:
+            return True
+        return self._module is not None and driver_load() != self._module
+
+
+_driver = Driver()
+
+
+class _LinkMap(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+
+def _load_library() -> str:
+    """The loader's own name for the file, mostly a link. (/proc/self/maps has other numbers than stat on some file
+    systems.) Raises OSError where there is none.
+    """
+    library, found = ctypes.CDLL(LIBRARY), ctypes.POINTER(_LinkMap)()
+    if ctypes.CDLL(None).dlinfo(ctypes.c_void_p(library._handle), _RTLD_DI_LINKMAP, ctypes.byref(found)) != 0:
+        raise OSError(f"the loader does not tell where {LIBRARY} is")
+    return os.fsdecode(found.contents.name)
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _nothing(state: str, message: str) -> dict[str, Any]:
@@ -93,14 +161,13 @@ def _nothing(state: str, message: str) -> dict[str, Any]:
 
 def _read_all(nvml: Any) -> dict[str, Any]:
     reader = Reader([])
+    _xids.gather(nvml)  # first: some of them are told of a driver that answers nothing any more
     count = nvml.nvmlDeviceGetCount()
     seen = [_read_gpu(nvml, index) for index in range(min(count, MOST_GPUS))]
     _name_the_silent(seen)
     _xids.gather(nvml)
     gpus = [gpu for gpu in seen if gpu["uuid"] is not None]
     _judge_fabric(gpus)
-    for gpu in gpus:
-        gpu["xids"] = _xids.of(gpu["uuid"])
     unnamed = count - len(gpus)
     return {
         "state": "ok",
@@ -146,16 +213,17 @@ def _read_gpu(nvml: Any, index: int) -> dict[str, Any]:
 
 
 class Xids:
-    """What the driver says of a GPU besides values. A card, or a driver, that tells no events is no error."""
+    """What the driver says of a GPU besides values, said on at once. A card, or a driver, that tells no events is no
+    error.
+    """
 
     def __init__(self) -> None:
         self.start_anew()
 
     def start_anew(self) -> None:
-        """The driver was loaded: what it said before is over."""
+        """With another session nobody listens yet."""
         self._set: Any = None
         self._uuids: dict[int | None, str] = {}  # by what the driver calls the GPU in an event
-        self._last_at: dict[str, dict[int, str]] = {}
 
     def listen(self, nvml: Any, handle: Any, uuid: str) -> None:
         called = _address_of(handle)
@@ -167,7 +235,7 @@ class Xids:
                 nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._set)
 
     def gather(self, nvml: Any) -> None:
-        """Take what waits to be told; never wait for more."""
+        """Say what waits to be told; never wait for more."""
         for _ in range(1000 if self._set is not None else 0):
             try:
                 event = nvml.nvmlEventSetWait(self._set, 0)
@@ -175,13 +243,7 @@ class Xids:
                 return
             uuid, xid = self._uuids.get(_address_of(event.device)), event.eventData
             if uuid is not None and event.eventType == nvml.nvmlEventTypeXidCriticalError and xid < 2**31:
-                told = self._last_at.setdefault(uuid, {})
-                told.pop(xid, None)
-                told[xid] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())  # in the order of their last time
-                self._last_at[uuid] = dict(list(told.items())[-MOST_XIDS:])
-
-    def of(self, uuid: str) -> list[dict[str, Any]]:
-        return [{"xid": xid, "last_at": at} for xid, at in sorted(self._last_at.get(uuid, {}).items())]
+                say({"uuid": uuid, "xid": xid})
 
 
 _xids = Xids()

@@ -100,7 +100,9 @@ class Agent:
         operations = Operations(self.credential, self.state, self.leases, self.tasks, self.journal)
         self.commands = Commands(config.state_dir / "commands", operations, on_result=self._tell)
         self.forwards = Forwards(config.state_dir, self.journal)
-        self.gpu = GpuProbe([] if is_gateway() else [config.program, "nvml-child"])
+        self.gpu = GpuProbe(
+            [] if is_gateway() else [config.program, "nvml-child"], xids_file=config.run_dir / "xids.json"
+        )
         self._stopping = threading.Event()
         self._wanted = threading.Event()  # the reconciler has something to do
         self._has_looked = threading.Event()  # before the first look "nothing is open" would be a guess

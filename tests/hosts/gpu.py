@@ -143,9 +143,11 @@ class FakeGpus:
         """Install the fake driver's user space: `current`, `old-driver`, which lacks the newer functions, or
         `early-535`, which lists processes in wider entries.
 
-        A program that has loaded the library before keeps what it has, as after a real upgrade.
+        A new file in the old one's place, as dpkg does it: a program that has loaded the library keeps what it has.
         """
-        self._host.run(f'install -m 0644 {LIBRARIES}/{driver}/libnvidia-ml.so.1 "$(cat {LIBRARIES}/folder)/"')
+        library = f"$(cat {LIBRARIES}/folder)/libnvidia-ml.so.1"
+        self._host.run(f'install -m 0644 {LIBRARIES}/{driver}/libnvidia-ml.so.1 "{library}.dpkg-new"')
+        self._host.run(f'mv "{library}.dpkg-new" "{library}"')
         self._host.run(f"install -m 0755 {LIBRARIES}/nvidia-smi /usr/local/bin/nvidia-smi")
 
     def unplug(self) -> None:

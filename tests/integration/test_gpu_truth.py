@@ -104,6 +104,12 @@ class Driver:
     def show(self, scenario: Scenario) -> None:
         scenario.write(self._file)
 
+    def upgrade(self, driver: str) -> None:
+        """A new file in the library's place, as packages do it: who has the old one open keeps it."""
+        library = self._libraries / driver / "libnvidia-ml.so.1"
+        shutil.copy(library, library.with_suffix(".new"))
+        library.with_suffix(".new").replace(library)
+
     def _environment(self, driver: str) -> list[str]:
         return ["env", f"LD_LIBRARY_PATH={self._libraries / driver}", f"FAKE_GPU_SCENARIO={self._file}"]
 
@@ -171,6 +177,8 @@ def look_at(driver: Driver, quirk: Quirk, scenario: Scenario) -> dict[str, Any]:
     if not quirk.is_fresh:
         assert look(driver.probe(quirk.driver))["state"] == "ok"
         driver.show(scenario)
+        if quirk.is_upgraded:
+            driver.upgrade(quirk.driver)
         return look(driver.probe(quirk.driver))
     driver.show(scenario)
     probe = driver.new_probe(quirk.driver)

@@ -192,9 +192,11 @@ def one_gpu_is_lost(site: Site, host: Host) -> None:
 
 @contextmanager
 def mismatched(site: Site, host: Host) -> Iterator[None]:
-    """As after an upgrade by hand: who has the library open goes on, everybody new is refused, and so the agent is."""
+    """As after an upgrade by hand: who has the library open goes on, and everybody new is refused. The agent runs on,
+    and all that it can see of that is another file in the library's place.
+    """
     with shows(Scenario.mismatch)(site, host):
-        host.run("systemctl restart remotegpu-agent")
+        host.gpu.plug()
         yield
 
 

@@ -83,9 +83,9 @@ UNHEARD = replace(NOTHING, gap="exporter_failing")
 class Quirk:
     """A sentence, and the driver that does so. `report` is what the agent says of NVML, `code` how nvidia-smi exits.
 
-    `driver` is a build of the library, or none at all. `is_fresh`: the agent has not seen the GPUs before. `fields` are
-    what the exporter asks for besides, `spelt` what it calls otherwise. `spoils`: nvidia-smi exits well and the
-    exporter can make nothing of it.
+    `driver` is a build of the library, or none at all. `is_fresh`: the agent has not seen the GPUs before.
+    `is_upgraded`: a new file lies where the library was. `fields` are what the exporter asks for besides, `spelt` what
+    it calls otherwise. `spoils`: nvidia-smi exits well and the exporter can make nothing of it.
     """
 
     sentence: str
@@ -97,6 +97,7 @@ class Quirk:
     code: int = 0
     driver: str = "current"
     is_fresh: bool = False
+    is_upgraded: bool = False
     spoils: bool = False
     fields: tuple[str, ...] = ()
     spelt: tuple[tuple[str, str], ...] = ()
@@ -457,7 +458,6 @@ def of_the_driver() -> Iterator[Quirk]:
     yield Quirk("A driver that was loaded again is asked again", reloaded())
     for words, error, state, code in (
         ("is not loaded", "DRIVER_NOT_LOADED", "driver_not_loaded", 9),
-        ("is older than its library", "LIB_RM_VERSION_MISMATCH", "mismatch", 18),  # shine-cluster#30
         ("lets nobody in", "NO_PERMISSION", "error", 4),
         ("cannot be spoken with", "UNKNOWN", "error", 255),  # nvidia-container-toolkit#48
         ("fails in a new way", "4242", "error", 255),
@@ -470,6 +470,16 @@ def of_the_driver() -> Iterator[Quirk]:
             report=state,
             code=code,
         )
+    # shine-cluster#30. The agent, which runs on with the library of before, would be told nothing of it.
+    yield Quirk(
+        "A driver that is older than its library hides every GPU, and none is called lost",
+        Scenario.mismatch,
+        UNHEARD,
+        UNHEARD,
+        report="mismatch",
+        code=18,
+        is_upgraded=True,
+    )
     yield Quirk(
         "Without the driver's library every GPU is unknown, and none is called lost",
         lambda scenario: scenario,

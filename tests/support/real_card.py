@@ -52,9 +52,10 @@ class Look:
     processes: Mapping[str, frozenset[int]]
 
 
-def started_probe(*wrapper: str, deadline_s: float) -> GpuProbe:
+def started_probe(*wrapper: str, deadline_s: float, xids_file: Path | None = None) -> GpuProbe:
     """The agent's own watch over its own NVML process. `wrapper` are words before that one's command."""
-    probe = GpuProbe([*wrapper, "env", f"PYTHONPATH={AGENT}", sys.executable, "-c", CHILD], deadline_s=deadline_s)
+    argv = [*wrapper, "env", f"PYTHONPATH={AGENT}", sys.executable, "-c", CHILD]
+    probe = GpuProbe(argv, deadline_s=deadline_s, xids_file=xids_file)
     probe.start()
     return probe
 

@@ -109,7 +109,6 @@ def test_a_process_that_holds_a_gpu_is_told_and_rubbish_is_not(site: Site) -> No
         told = [{"pid": pid, "memory_bytes": None, "uid": uid}]
         until(lambda: _processes(site) == told, "the holder alone", also=lambda: site.portal.gpu)
         site.host.gpu.plug(driver="early-535")
-        site.host.run("pkill -f '[n]vml-child'; true")  # a driver's library is loaded once in a process
         site.host.gpu.show(before.using(0, {pid: 2**20, 1: 2**20, 2: 2**20}))
         told = [{"pid": pid, "memory_bytes": 2**20, "uid": uid}]
         until(lambda: _processes(site) == told, "what is right of the wider entries", also=lambda: site.portal.gpu)
@@ -117,7 +116,6 @@ def test_a_process_that_holds_a_gpu_is_told_and_rubbish_is_not(site: Site) -> No
         site.host.run(["systemctl", "stop", unit], check=False)
         site.host.gpu.plug()
         site.host.gpu.show(before)
-        site.host.run("pkill -f '[n]vml-child'; true")
     until(lambda: _processes(site) == [], "no process any more", also=lambda: site.portal.gpu)
 
 
@@ -187,20 +185,51 @@ def _state_of(site: Site, pid: int) -> str:
     return site.host.run(["ps", "-o", "stat=", "-p", str(pid)], check=False).stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("change", "state"),
-    [(Scenario.mismatch, "mismatch"), (Scenario.without_driver, "driver_not_loaded")],
-    ids=["mismatch", "driver_not_loaded"],
-)
-def test_a_driver_in_trouble_is_called_by_its_name(site: Site, change: Any, state: str) -> None:
-    before = site.host.gpu.scenario
-    site.host.gpu.show(change(before))
-    site.host.run("pkill -f '[n]vml-child'; true")
+def test_a_driver_that_is_upgraded_by_hand_is_told_by_the_agent_that_runs_on(site: Site) -> None:
+    before, agent = site.host.gpu.scenario, site.agent_pid()
+    site.host.gpu.show(before.mismatch())
+    site.host.gpu.plug()
     try:
-        until(lambda: site.portal.gpu and site.portal.gpu["state"] == state, state, also=lambda: site.portal.gpu)
+        _wait_for_state(site, "mismatch")
+        assert site.agent_pid() == agent
     finally:
         site.host.gpu.show(before)
-    until(lambda: site.portal.gpu and site.portal.gpu["state"] == "ok", "recovery", also=lambda: site.portal.gpu)
+    _wait_for_state(site, "ok")
+
+
+def test_a_driver_that_is_not_loaded_is_called_so(site: Site) -> None:
+    before = site.host.gpu.scenario
+    site.host.gpu.show(before.without_driver())
+    site.host.run("pkill -f '[n]vml-child'; true")
+    try:
+        _wait_for_state(site, "driver_not_loaded")
+    finally:
+        site.host.gpu.show(before)
+    _wait_for_state(site, "ok")
+
+
+def _wait_for_state(site: Site, state: str) -> None:
+    until(lambda: site.portal.gpu and site.portal.gpu["state"] == state, state, also=lambda: site.portal.gpu)
+
+
+def test_an_xid_outlives_the_agent_that_heard_it(site: Site) -> None:
+    before = site.host.gpu.scenario
+    site.host.gpu.show(before.xid(1, 48))
+    try:
+        until(lambda: _xids(site) == [[], [48]], "the XID", also=lambda: site.portal.gpu)
+        site.host.run("systemctl restart remotegpu-agent")
+        site.portal.gpu = None
+        until(lambda: _xids(site) is not None, "the next agent's word", also=lambda: site.portal.gpu)
+        assert _xids(site) == [[], [48]]
+    finally:
+        site.host.gpu.show(before.having("system", loaded="2"))
+    until(lambda: _xids(site) == [[], []], "the driver that was loaded again", also=lambda: site.portal.gpu)
+    site.host.gpu.show(before)
+
+
+def _xids(site: Site) -> list[list[int]] | None:
+    gpu = site.portal.gpu
+    return [[each["xid"] for each in card["xids"]] for card in gpu["gpus"]] if gpu and gpu["state"] == "ok" else None
 
 
 def test_a_rotated_credential_replaces_the_old_one(site: Site) -> None:

@@ -1,13 +1,16 @@
-"""The watch over NVML: children that hang, die and talk nonsense; and the oddities of the binding."""
+"""The watch over NVML: children that hang, die, talk nonsense and grow old; and the oddities of the binding."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +19,16 @@ from typing import Any
 import psutil
 import pytest
 
+from remotegpu_agent import facts, gpu_child, xids
 from remotegpu_agent import gpu as gpu_module
-from remotegpu_agent import gpu_child
 from remotegpu_agent.gpu import GpuProbe, holds_gpu
+from remotegpu_agent.xids import Xids
+from tests.hosts.gpu import Scenario
+from tests.support.real_card import started_probe
 from tests.support.waiting import until
 from tests.unit.agent.test_protocol import conforms
 
+FAKE_GPU = Path(__file__).parents[3] / "molecule" / "image" / "gpu"
 ANSWER = '{"state": "ok", "message": null, "driver_version": "535", "nvml_version": "12", "gpus": []}'
 GPU = {"index": 0, "uuid": "GPU-1", "errors": [], "state": "ok"} | dict.fromkeys(gpu_child.FIELDS)
 
@@ -156,6 +163,215 @@ def test_a_child_that_dies_or_talks_nonsense_is_an_error_and_is_replaced(
     conforms("gpu_report", probe.report())
     probe.ask(wait_s=5)
     assert probe.report()["state"] == "ok"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fake-gpu")
+    subprocess.run([FAKE_GPU / "build", folder], check=True, capture_output=True)
+    return folder / "current" / "libnvidia-ml.so.1"
+
+
+@dataclass
+class Card:
+    """Two GPUs of a fake driver, and the agent's own watch over them; each start of it is one of the agent."""
+
+    folder: Path
+    built: Path
+    probes: list[GpuProbe] = field(default_factory=list)
+    well: Scenario = field(default_factory=Scenario.two_h100)
+
+    @property
+    def xids_file(self) -> Path:
+        return self.folder / "xids.json"
+
+    def upgrade(self) -> None:
+        """A new file in the old one's place, as packages do it."""
+        shutil.copy(self.built, self.folder / "new")
+        (self.folder / "new").rename(self.folder / "libnvidia-ml.so.1")
+
+    def show(self, scenario: Scenario) -> None:
+        scenario.write(self.folder / "scenario.ini")
+
+    def restart_agent(self) -> None:
+        for probe in self.probes:
+            probe.stop()
+        environment = [f"LD_LIBRARY_PATH={self.folder}", f"FAKE_GPU_SCENARIO={self.folder / 'scenario.ini'}"]
+        self.probes.append(started_probe("env", *environment, deadline_s=10, xids_file=self.xids_file))
+
+    def child(self) -> subprocess.Popen[bytes]:
+        child = self.probes[-1]._child
+        assert child is not None
+        return child
+
+    def report(self) -> dict[str, Any]:
+        report = self.probes[-1].report()
+        conforms("gpu_report", report)
+        return report
+
+    def look(self) -> dict[str, Any]:
+        self.probes[-1].ask(wait_s=20)
+        return self.report()
+
+    def xids(self) -> list[list[int]]:
+        """What is told of each GPU at the next look."""
+        return xids_in(self.look())
+
+
+def xids_in(report: dict[str, Any]) -> list[list[int]]:
+    return [[each["xid"] for each in gpu["xids"]] for gpu in report["gpus"]]
+
+
+@pytest.fixture
+def card(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    monkeypatch.setattr(facts, "DRIVER", "/nonexistent")  # what this machine has besides is not asked
+    made = Card(tmp_path, built)
+    made.upgrade()
+    made.show(made.well)
+    made.restart_agent()
+    assert made.look()["state"] == "ok"
+    yield made
+    made.probes[-1].stop()
+
+
+def test_a_driver_that_is_upgraded_under_a_running_agent_is_told_at_the_next_look(card: Card) -> None:
+    card.show(card.well.mismatch())
+    assert card.look()["state"] == "ok", "who has the old library open goes on"
+    card.upgrade()
+    for _ in range(2):
+        report = card.look()
+        assert (report["state"], report["gpus"]) == ("mismatch", []), "everybody new is refused"
+    card.show(card.well)
+    assert card.look()["state"] == "ok"
+
+
+def test_a_library_that_was_installed_again_is_loaded_again_and_costs_no_sample(card: Card) -> None:
+    card.look()
+    first = card.child()
+    card.look()
+    assert card.child() is first
+    card.upgrade()
+    assert card.look()["state"] == "ok"
+    second = card.child()
+    assert first.wait(5) is not None
+    card.look()
+    assert card.child() is second
+
+
+def test_a_library_that_is_taken_away_is_missed(card: Card) -> None:
+    (card.folder / "libnvidia-ml.so.1").unlink()
+    (card.folder / "libnvidia-ml.so.1").touch()  # none, also where this machine has one
+    assert card.look()["state"] == "no_library"
+    card.upgrade()
+    assert card.look()["state"] == "ok"
+
+
+def test_a_process_speaks_for_the_module_that_it_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = load_driver(tmp_path, monkeypatch)
+    spoken_for = gpu_child.Driver()
+    assert not spoken_for.is_outdated(), "of nothing yet"
+    spoken_for.note_module()
+    assert not spoken_for.is_outdated()
+    load_driver(tmp_path, monkeypatch)
+    assert spoken_for.is_outdated()
+    spoken_for.note_module()
+    driver.rename(tmp_path / "unloaded")
+    assert spoken_for.is_outdated()
+
+
+def load_driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's folder of the driver, another one at each loading."""
+    driver = folder / "nvidia"
+    if driver.exists():
+        driver.rename(folder / f"nvidia-{len(list(folder.iterdir()))}")
+    driver.mkdir()
+    monkeypatch.setattr(facts, "DRIVER", str(driver))
+    return driver
+
+
+def test_an_xid_is_remembered_whoever_has_heard_it(card: Card) -> None:
+    card.show(card.well.xid(1, 48))
+    assert card.xids() == [[], [48]]
+    told = card.report()["gpus"][1]["xids"]
+    card.child().terminate()
+    until(lambda: card.child().poll() is not None, "the process that heard it to be gone")
+    assert card.xids() == [[], [48]], "the driver tells the next one nothing of it"
+    card.restart_agent()
+    assert card.xids() == [[], [48]]
+    assert card.report()["gpus"][1]["xids"] == told, "with its time"
+    card.show(card.well.xid(1, 48).xid(1, 79))
+    assert card.xids() == [[], [48, 79]]
+    card.show(card.well.having("system", loaded="2"))
+    assert card.xids() == [[], []], "the driver was loaded again"
+    card.restart_agent()
+    assert card.xids() == [[], []]
+
+
+def test_an_xid_of_a_driver_that_then_hangs_is_told(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_module, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(gpu_module, "GRACE_S", 0.2)
+    card.show(card.well.xid(0, 119).hang(0))
+    stale = card.look()
+    assert "its process was ended" in stale["message"]
+    assert (stale["state"], xids_in(stale)) == ("stale", [[119], []])
+    card.show(card.well)
+    assert card.look()["state"] == "ok"
+    assert xids_in(card.report()) == [[119], []], "nobody has reset the card"
+
+
+def test_an_xid_is_forgotten_at_a_boot_and_when_the_driver_is_loaded_while_nobody_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "xids.json"
+    load_driver(tmp_path, monkeypatch)
+    Xids(file).hear("GPU-1", 79)
+    kept = Xids(file)
+    kept.settle(is_reloaded=True)
+    assert [each["xid"] for each in kept.of("GPU-1")] == [79], "the kernel knows better than the library"
+    load_driver(tmp_path, monkeypatch)
+    kept = Xids(file)
+    kept.settle()
+    assert kept.of("GPU-1") == Xids(file).of("GPU-1") == []
+    kept.hear("GPU-1", 79)
+    monkeypatch.setattr(xids, "boot_id", lambda: "another")
+    assert Xids(file).of("GPU-1") == []
+
+
+def test_a_driver_that_is_not_there_now_has_not_been_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_driver(tmp_path, monkeypatch)
+    kept = Xids(tmp_path / "xids.json")
+    kept.hear("GPU-1", 79)
+    monkeypatch.setattr(facts, "DRIVER", "/nonexistent")
+    kept.settle()
+    assert kept.of("GPU-1")
+    load_driver(tmp_path, monkeypatch)
+    kept.settle()
+    assert kept.of("GPU-1") == []
+
+
+def test_of_many_xids_the_newest_are_told() -> None:
+    kept = Xids()
+    for xid in (79, *range(100, 120), 79):
+        kept.hear("GPU-1", xid)
+    assert [each["xid"] for each in kept.of("GPU-1")] == [79, *range(105, 120)]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"boot_id": BOOT, "driver": 1, "gpus": {"GPU-1": {"79": "now"}}}'])
+def test_what_cannot_be_read_of_them_is_none(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "xids.json"
+    file.write_text(text.replace("BOOT", f'"{facts.boot_id()}"'))
+    kept = Xids(file)
+    assert kept.of("GPU-1") == []
+    kept.hear("GPU-1", 48)
+    assert [each["xid"] for each in Xids(file).of("GPU-1")] == [48]
+
+
+def test_where_they_cannot_be_written_they_are_told_all_the_same(tmp_path: Path) -> None:
+    kept = Xids(tmp_path / "nowhere" / "xids.json")
+    kept.hear("GPU-1", 48)
+    assert [each["xid"] for each in kept.of("GPU-1")] == [48]
 
 
 def test_a_pid_counts_only_if_it_holds_a_gpu_open(tmp_path: Path) -> None:
@@ -335,32 +551,12 @@ def test_a_gpu_that_is_alone_needs_no_fabric(count: int, state: str) -> None:
     assert {error["field"] for gpu in gpus for error in gpu["errors"]} == {"fabric"}
 
 
-def test_an_xid_is_remembered_until_the_driver_is_loaded_again_and_the_newest_of_many() -> None:
-    waiting = [79, *range(100, 120), 79]
-
-    def event(_set: Any, _timeout_ms: int) -> Any:
-        return SimpleNamespace(device=1, eventType=8, eventData=waiting.pop(0)) if waiting else NvmlError(10)
-
-    answers = {
-        "nvmlDeviceGetHandleByIndex": 1,
-        "nvmlEventSetCreate": "set",
-        "nvmlDeviceRegisterEvents": None,
-        "nvmlEventSetWait": event,
-    }
-    gpu_child._xids.start_anew()
-    for _ in range(2):  # the driver told of each once
-        told = [each["xid"] for each in read(**answers)["gpus"][0]["xids"]]
-        assert told == [79, *range(105, 120)]
-    gpu_child._xids.start_anew()
-    assert read(**answers)["gpus"][0]["xids"] == []
-
-
 @pytest.mark.parametrize("refused", ["nvmlEventSetCreate", "nvmlDeviceRegisterEvents", "nvmlEventSetWait"])
 def test_a_card_that_tells_no_events_is_well(refused: str) -> None:
     gpu_child._xids.start_anew()
     answers = {"nvmlDeviceGetHandleByIndex": 1, "nvmlEventSetCreate": "set", "nvmlDeviceRegisterEvents": None}
     gpu = read(**answers | {refused: NvmlError(3)})["gpus"][0]
-    assert (gpu["xids"], gpu["errors"], gpu["state"]) == ([], [], "ok")
+    assert (gpu["errors"], gpu["state"]) == ([], "ok")
 
 
 def test_what_the_binding_raises_besides_its_own_errors_is_told() -> None:
