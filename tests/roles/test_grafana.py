@@ -99,3 +99,15 @@ def test_every_panel_says_its_unit_or_counts() -> None:
                 for unit, ending in ends.items():
                     bare = query.split("{")[0].endswith(ending)
                     assert not bare or panel.get("unit") == unit, f"{path.stem}: {panel['title']}"
+
+
+def test_no_panel_draws_a_zero_where_nothing_is_known() -> None:
+    """Green zeros while the portal is not heard would say that all is well."""
+    drawn = {
+        f"{path.stem}: {panel['title']}"
+        for path in (ROLES / "grafana" / "files" / "dashboards").glob("*.yml")
+        for panel in yaml.safe_load(path.read_text())["panels"]
+        for query in panel["queries"].values()
+        if "vector(" in query
+    }
+    assert drawn == set()
