@@ -124,7 +124,7 @@ SENTENCES = (
     ),
     pgettext("refusal", "The portal does not answer Prometheus."),
     pgettext("refusal", "Look at the portal's units and their log. Leases end on their hosts all the same."),
-    pgettext("refusal", "%(value)s %% of the portal's answers are errors of its own."),
+    pgettext("refusal", "%(value)s %% of the portal's answers (%(area)s) are errors of its own."),
     pgettext(
         "refusal",
         "The portal's log has each with an incident number. Look first whether the database and Redis answer.",
