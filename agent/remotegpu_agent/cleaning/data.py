@@ -13,10 +13,10 @@ from remotegpu_agent.baseline import TEMPORARY_FOLDERS, is_told_of
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
-from remotegpu_agent.observe import mounts, special
+from remotegpu_agent.observe import files, mounts, special
 from remotegpu_agent.observe.tools import ToolFailed, run
 
-_NO_FOLLOW = 8  # UMOUNT_NOFOLLOW
+_DETACH, _NO_FOLLOW = 2, 8  # MNT_DETACH, UMOUNT_NOFOLLOW
 
 
 def look_for_mounts(scope: Scope) -> Iterator[Finding]:
@@ -32,13 +32,33 @@ def look_for_mounts(scope: Scope) -> Iterator[Finding]:
 
 
 def unmount(_scope: Scope, found: list[Finding]) -> Iterator[str]:
-    """Unmount each for good, not lazily: a busy mount is one that somebody still uses."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    """Unmount each for good, not lazily: a busy mount is one that somebody still uses.
+
+    But for FUSE: whoever served it is dead, and what is mounted in it cannot be reached by its name. It goes with it.
+    """
+    served = {mount.target for mount in mounts.listed() if mount.fstype.startswith("fuse")}
     for finding in found:
-        if libc.umount2(os.fsencode(finding.subject), _NO_FOLLOW) == 0:
-            yield f"unmounted {finding.subject}"
-        else:
-            yield f"could not unmount {finding.subject}: {os.strerror(ctypes.get_errno())}"
+        yield _unmount(finding.subject, finding.subject, _NO_FOLLOW | (_DETACH if finding.subject in served else 0))
+
+
+def detach_below(folder: str) -> Iterator[str]:
+    """Let go what a tenant who still runs has mounted at the folder or below it, wherever he moves it meanwhile."""
+    for mount in reversed(mounts.listed()):
+        if f"{mount.target}/".startswith(f"{folder}/"):
+            with contextlib.suppress(OSError):  # it lies in another one, and goes with that
+                parent = files.enter(os.path.dirname(mount.target))
+                try:
+                    name = f"/proc/self/fd/{parent}/{os.path.basename(mount.target)}"
+                    yield _unmount(name, mount.target, _NO_FOLLOW | _DETACH)
+                finally:
+                    os.close(parent)
+
+
+def _unmount(path: str, target: str, flags: int) -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), flags) == 0:
+        return f"unmounted {target}"
+    return f"could not unmount {target}: {os.strerror(ctypes.get_errno())}"
 
 
 def look_for_swap(scope: Scope) -> Iterator[Finding]:

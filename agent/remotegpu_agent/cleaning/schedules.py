@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from remotegpu_agent.cleaning import remove
+from remotegpu_agent.cleaning import data, remove
 from remotegpu_agent.cleaning.processes import stop_unit, wait_until
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding
@@ -62,5 +62,6 @@ def end_user_units(scope: Scope, found: list[Finding]) -> Iterator[str]:
         for unit in (f"user-{uid}.slice", f"user@{uid}.service", f"user-runtime-dir@{uid}.service"):
             yield from stop_unit(unit)
     for folder in sorted({finding.subject for finding in found if isinstance(finding.subject, str)}):
+        yield from data.detach_below(folder)
         yield from remove.remove(folder)
     wait_until(lambda: not list(look_for_user_units(scope)))

@@ -7,6 +7,7 @@ for a file its `sha256` and, where it may have to be put back, its `content` (zl
 from __future__ import annotations
 
 import base64
+import contextlib
 import glob
 import hashlib
 import os
@@ -73,7 +74,10 @@ def enter(path: str) -> int:
 
 
 def below(top: str) -> Iterator[str]:
-    """Every path at or below the top, as long as no link leads to it; nothing where it is not there."""
+    """Every path at or below the top, as long as no link leads to it; nothing where it is not there.
+
+    Of a folder that cannot be entered (a file system of the tenant's that answers nobody) the folder itself is told.
+    """
     try:
         parent = enter(os.path.dirname(top))
     except OSError:  # not there, or a link: then what it leads to is not here
@@ -81,6 +85,9 @@ def below(top: str) -> Iterator[str]:
     try:
         facts = os.stat(os.path.basename(top), dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
+        return
+    except OSError:
+        yield top
         return
     finally:
         os.close(parent)
@@ -90,16 +97,21 @@ def below(top: str) -> Iterator[str]:
     pending = [top]
     while pending:
         folder = pending.pop()
-        handle = enter(folder)
-        try:
-            with os.scandir(handle) as entries:
-                for entry in entries:
-                    tick()
-                    yield f"{folder}/{entry.name}"
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(f"{folder}/{entry.name}")
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):  # it has been told already
+            yield from _in(folder, pending)
+
+
+def _in(folder: str, inner: list[str]) -> Iterator[str]:
+    handle = enter(folder)
+    try:
+        with os.scandir(handle) as entries:
+            for entry in entries:
+                tick()
+                yield f"{folder}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append(f"{folder}/{entry.name}")
+    finally:
+        os.close(handle)
 
 
 def look_at(path: str, *, content: bool = False) -> Entry | None:

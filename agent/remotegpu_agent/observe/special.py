@@ -128,7 +128,7 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
             with os.scandir(handle) as entries:
                 for entry in entries:
                     tick()
-                    found = _look_at(os.path.join(folder, entry.name), entry, handle)
+                    found = _look_at(os.path.join(folder, entry.name), entry, handle, points)
                     if found is None:
                         continue
                     if found.path not in STORES:  # a store stays, whosesoever it has become
@@ -141,11 +141,15 @@ def _below(top: str, points: frozenset[str]) -> Iterator[Found]:
             os.close(handle)
 
 
-def _look_at(path: str, entry: os.DirEntry[str], folder: int) -> Found | None:
+def _look_at(path: str, entry: os.DirEntry[str], folder: int, points: frozenset[str]) -> Found | None:
     try:
         facts = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
+    except OSError:
+        if path not in points:
+            raise
+        return None  # a file system of a tenant's that answers nobody; it is told of among the mounts
     capabilities = _capabilities(folder, entry.name, facts.st_mode)
     is_folder = stat.S_ISDIR(facts.st_mode)
     is_too_deep = is_folder and len(os.fsencode(path)) >= _PATH_MAX
