@@ -29,7 +29,7 @@ from portal.services.transitions import WrongState, move
 
 LOG = logging.getLogger(__name__)
 
-WATCHDOG = "Watchdog"  # always fires: that it arrives proves the whole way from Prometheus to here
+WATCHDOG = "Watchdog"  # that it arrives proves the whole way, from here to Prometheus and back
 LATE = timedelta(minutes=2)  # a delivery of before the end may still be on its way for so long
 TRIES = 5  # somebody else was first: look again
 KEEP = timedelta(days=400)
@@ -263,7 +263,7 @@ def prune(now: datetime | None = None) -> int:
 
 
 def note_watchdog(now: datetime) -> None:
-    """The alert that always fires has arrived. How long after the time before it is kept: it may come seldom."""
+    """What fires while all is well has arrived. How long after the time before it is kept: it may come seldom."""
     before = watchdog_heard_at()
     gap_s = None if before is None else max(0.0, (now - before).total_seconds())
     with atomic():

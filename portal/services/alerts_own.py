@@ -177,8 +177,9 @@ def _monitoring(now: datetime, since: datetime) -> Iterator[Condition]:
     if patience is not None and now - max(alerts.watchdog_heard_at() or since, since) >= patience:
         yield Condition(
             "MonitoringSilent",
-            "No alert arrives from Prometheus and Alertmanager.",
-            "Look whether both run and reach the portal. Until then the portal raises what it knows by itself.",
+            "No Watchdog arrives from Prometheus and Alertmanager.",
+            "Look whether both run and reach the portal, and whether Prometheus may read it. "
+            "Until then the portal raises what it knows by itself.",
         )
 
 

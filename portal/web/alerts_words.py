@@ -13,7 +13,10 @@ def pgettext(_context: str, sentence: str) -> str:
 
 
 SENTENCES = (
-    pgettext("refusal", "This always fires. Where it does not arrive, no other alert does."),
+    pgettext(
+        "refusal",
+        "This fires while Prometheus hears the portal. Where it does not arrive, the portal raises what it knows by itself.",  # noqa: E501 - one sentence, as it stands in the rules
+    ),
     pgettext("refusal", "None is needed."),
     pgettext("refusal", "%(host)s does not answer: neither node_exporter nor its agent was heard for two minutes."),
     pgettext(

@@ -126,6 +126,19 @@ def test_a_label_that_alerts_need_is_refused(labels: dict[str, str], is_taken: b
     assert all(held) is is_taken
 
 
+@pytest.mark.parametrize(("interval_s", "is_taken"), [(15, True), (60, True), (61, False)])
+def test_a_scrape_of_which_the_rules_would_see_only_one_is_refused(interval_s: int, is_taken: bool) -> None:
+    """They look back for two minutes: past one scrape that failed there is another in them."""
+    tasks = yaml.safe_load((ROLES / "prometheus" / "tasks" / "assert.yml").read_text())
+    (task,) = [task for task in tasks if "times" in task["name"]]
+    held = [
+        evaluate("{{ " + each + " }}", "prometheus", "trixie", prometheus_scrape_interval_s=interval_s)
+        for each in task["ansible.builtin.assert"]["that"]
+        if "scrape" in each
+    ]
+    assert all(held) is is_taken
+
+
 def test_every_rule_file_of_the_role_is_installed() -> None:
     there = sorted(path.name for path in (ROLES / "prometheus" / "files").glob("*.rules.yml"))
     taken = [Path(path).name for path in evaluate("{{ __prometheus_rules }}", "prometheus", "trixie")]

@@ -22,7 +22,7 @@ from tests.site.site import LEASED, Site
 from tests.support.portal import OWN_PASSWORD, Client
 from tests.support.waiting import until
 
-PATIENCE_S = 450.0  # the longest of them needs 50 s on a quiet machine
+PATIENCE_S = 450.0  # the longest needs 50 s on a quiet machine; what was told as a problem is over two minutes later
 FREE = "bookworm"
 OWN_RULE = "DoesSomething"
 
@@ -137,7 +137,7 @@ def of_host(site: Site, name: str, host: Host) -> list[dict[str, Any]]:
 
 
 def open_alert(site: Site, name: str, host: Host) -> dict[str, Any]:
-    """The one of that name about this host. Where a scrape came late it is over, and open again with the next."""
+    """The one of that name about this host, as soon as it is there."""
     (alert,) = until(
         lambda: of_host(site, name, host), f"{name} of {host.name} to be open", timeout_s=PATIENCE_S, also=site.tell
     )
