@@ -30,11 +30,12 @@ from portal.models import AlertRule
 from portal.models.states import ALERT_SEVERITIES
 from portal.services import alerts_own, audit, config
 from portal.services.actors import Actor
-from portal.services.monitoring_measures import NO_DISK
+from portal.services.monitoring_measures import MEASURES, NO_DISK, OF_FLEET
 
 NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,63}")
 CONDITIONS = (">", ">=", "<", "<=")
 LONGEST_S = 7 * 86400
+LOOKS_BACK_S = 120  # as far as the delivered rules do, for the same reason
 MOST_HOURS = 30 * 24
 MOST_TIMES = 200  # that a trial names
 POINTS = 1500  # of a trial's series, at most
@@ -50,30 +51,41 @@ class Metric:
     expression: str
 
 
-DISKS = f'job="node", fstype!~"{NO_DISK}"'
+def _last(series: str) -> str:
+    """Its last sample: a scrape that fails is no news, here as in the delivered rules."""
+    return f"last_over_time({series}[{LOOKS_BACK_S}s])"
+
+
+def _measured(name: str, window_s: int = LOOKS_BACK_S) -> str:
+    """As charts have it: from the exporter, or else from the agent, whose word there is on every host."""
+    return MEASURES[name].raw({}, window_s)
+
+
+def _by_mountpoint(disks: str) -> str:
+    return f'max by (host, mountpoint) (label_replace({disks}, "mountpoint", "$1", "mount", "(.*)"))'
+
+
+_FREE = _last(f'node_filesystem_avail_bytes{{{OF_FLEET}, fstype!~"{NO_DISK}"}}')
+_USED_BY_GPUS, _OF_GPUS = _last("remotegpu_gpu_memory_used_bytes"), _last("remotegpu_gpu_memory_total_bytes")
 METRICS: Mapping[str, Metric] = {
-    "cpu_percent": Metric("%", '100 * (1 - avg by (host) (rate(node_cpu_seconds_total{job="node", mode="idle"}[5m])))'),
-    "memory_percent": Metric(
-        "%",
-        "100 * (1 - min by (host) "
-        '(node_memory_MemAvailable_bytes{job="node"} / node_memory_MemTotal_bytes{job="node"}))',
+    "cpu_percent": Metric("%", _measured("cpu", 300)),
+    "memory_percent": Metric("%", _measured("host_memory")),
+    "disk_percent": Metric("%", _by_mountpoint(_measured("disk"))),
+    "disk_free_gib": Metric(
+        "GiB",
+        f"(min by (host, mountpoint) ({_FREE}) or {_by_mountpoint(_last('remotegpu_host_disk_free_bytes'))}) / 2^30",
     ),
-    "disk_percent": Metric(
-        "%",
-        "100 * (1 - min by (host, mountpoint) "
-        f"(node_filesystem_avail_bytes{{{DISKS}}} / node_filesystem_size_bytes{{{DISKS}}}))",
+    "load1": Metric(
+        "",
+        f"max by (host) ({_last(f'node_load1{{{OF_FLEET}}}')}) or max by (host) ({_last('remotegpu_host_load1')})",
     ),
-    "disk_free_gib": Metric("GiB", f"min by (host, mountpoint) (node_filesystem_avail_bytes{{{DISKS}}}) / 2^30"),
-    "load1": Metric("", 'max by (host) (node_load1{job="node"})'),
-    "gpu_utilization_percent": Metric("%", "100 * max by (host, uuid) (remotegpu_gpu_utilization_ratio)"),
-    "gpu_memory_percent": Metric(
-        "%", "100 * max by (host, uuid) (remotegpu_gpu_memory_used_bytes / remotegpu_gpu_memory_total_bytes)"
-    ),
-    "gpu_temperature_c": Metric("°C", "max by (host, uuid) (remotegpu_gpu_temperature_celsius)"),
-    "gpu_power_w": Metric("W", "max by (host, uuid) (remotegpu_gpu_power_watts)"),
-    "gpu_ecc_errors": Metric("", "max by (host, uuid) (remotegpu_gpu_ecc_uncorrected_errors)"),
-    "clock_offset_s": Metric("s", "max by (host) (abs(remotegpu_agent_clock_offset_seconds))"),
-    "agent_silence_s": Metric("s", "max by (host) (remotegpu_agent_report_age_seconds)"),
+    "gpu_utilization_percent": Metric("%", f"100 * max by (host, uuid) ({_last('remotegpu_gpu_utilization_ratio')})"),
+    "gpu_memory_percent": Metric("%", f"100 * max by (host, uuid) ({_USED_BY_GPUS} / {_OF_GPUS})"),
+    "gpu_temperature_c": Metric("°C", f"max by (host, uuid) ({_last('remotegpu_gpu_temperature_celsius')})"),
+    "gpu_power_w": Metric("W", f"max by (host, uuid) ({_last('remotegpu_gpu_power_watts')})"),
+    "gpu_ecc_errors": Metric("", f"max by (host, uuid) ({_last('remotegpu_gpu_ecc_uncorrected_errors')})"),
+    "clock_offset_s": Metric("s", f"max by (host) (abs({_last('remotegpu_agent_clock_offset_seconds')}))"),
+    "agent_silence_s": Metric("s", f"max by (host) ({_last('remotegpu_agent_report_age_seconds')})"),
 }
 
 
@@ -250,8 +262,8 @@ def expression(rule: AlertRule) -> str:
     scope = _scope(rule.scope)
     return (
         compared
-        + (f" and on (host) remotegpu_machine_info{{{scope}}}" if scope else "")
-        + " unless on (host) remotegpu_machine_maintenance == 1"
+        + (f" and on (host) {_last(f'remotegpu_machine_info{{{scope}}}')}" if scope else "")
+        + " unless on (host) last_over_time(remotegpu_machine_maintenance[1h]) == 1"
     )
 
 
