@@ -44,6 +44,7 @@ from remotegpu_agent.observe import (
     files,
     firewall,
     mounts,
+    operators,
     packages,
     ports,
     processes,
@@ -204,6 +205,36 @@ def profiles_of(sections: dict[str, Any]) -> list[str]:
     """What the baseline looked for in homes."""
     names: list[str] = sections.get("home_profiles", list(HOME_PROFILES))
     return names
+
+
+def without_revoked(before: Snapshot) -> Snapshot:
+    """A section of the baseline without what an operator has taken away since: keys, and sudo.
+
+    A key that is gone comes back only if the list of our own still names it, a line of operators' sudo not at all: who
+    takes one away gives nobody anything. What was added is nobody's business here, and differs as before.
+    """
+    listed = operators.find_keys()
+    if listed is None:
+        return before
+    today = {path: _without_revoked(path, entry, listed) for path, entry in before.items()}
+    return {path: entry for path, entry in today.items() if entry is not None}
+
+
+def _without_revoked(path: str, before: files.Entry, listed: dict[str, set[str]]) -> files.Entry | None:
+    is_for_operators = path == operators.SUDO or path.endswith("/.ssh/authorized_keys")
+    content = files.content_of(before) if is_for_operators else None
+    if content is None:
+        return before
+    lines, keys = content.splitlines(), operators.keys_of_file(path, listed)
+    now = files.look_at(path, content=True)
+    there = (files.content_of(now) if now else None) or b""
+    left = there.splitlines()
+    kept = [line for line in lines if line in left or keys.intersection(line.decode(errors="replace").split())]
+    if kept == lines:
+        return before
+    if now is None and not kept:
+        return None
+    return before | files.holding(there if left == kept else b"".join(line + b"\n" for line in kept))
 
 
 def read_conffiles() -> dict[str, bool]:

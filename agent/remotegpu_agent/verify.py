@@ -358,7 +358,7 @@ def _docker(asked: Asked, kind: str, command: str, action: str, columns: str) ->
 
 def _files(section: str) -> Check:
     def check(asked: Asked) -> Iterator[str]:
-        before = asked.sections[section]
+        before = baseline.without_revoked(asked.sections[section])
         now = _listed(section, asked.sections)
         gone = set() if section == "at_jobs" else {*before} - {*now}  # a job that has run is gone
         brought = _upgraded(asked, before, now)

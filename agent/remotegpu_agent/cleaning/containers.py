@@ -13,6 +13,11 @@ from remotegpu_agent.cleaning.step import Finding, Look, NotApplicable
 from remotegpu_agent.observe import docker
 from remotegpu_agent.observe.docker import Thing
 
+STRANGE = (
+    "is not in the baseline and has no label of this lease: remove it if it may go; one of an operator's own is made "
+    "again when the machine is ready, and a new baseline taken"
+)
+
 
 def look_for(kind: str, listed: Callable[[], list[Thing]]) -> Look:
     """The look for one kind of thing; `kind` is its name in the baseline."""
@@ -27,7 +32,7 @@ def look_for(kind: str, listed: Callable[[], list[Thing]]) -> Look:
             if thing.lease == str(scope.lease_id):
                 yield Finding(thing, str(thing))
             elif thing.id not in (known or {}).get(kind, []):
-                yield Finding(None, f"{thing} is not in the baseline: an operator has to say whose it is")
+                yield Finding(None, f"{thing} {STRANGE}")
 
     return look
 

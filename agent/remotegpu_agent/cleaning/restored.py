@@ -23,7 +23,7 @@ from remotegpu_agent.cleaning import remove
 from remotegpu_agent.cleaning.processes import stop_unit
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Act, Finding, Look
-from remotegpu_agent.observe import accounts, files, packages, special
+from remotegpu_agent.observe import accounts, files, operators, packages, special
 from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.files import Entry, Snapshot
 from remotegpu_agent.observe.tools import ToolFailed, run
@@ -37,7 +37,7 @@ def look_for_changes(section: str) -> Look:
 
     def look(scope: Scope) -> Iterator[Finding]:
         is_a_packages = _as_dpkg_says()
-        before: Snapshot = scope.sections[section]
+        before: Snapshot = baseline.without_revoked(scope.sections[section])
         profiles = baseline.profiles_of(scope.sections)
         now = baseline.read_files(section, scope.homes, profiles=profiles, keep=_names_keys)
         for path in sorted({*before, *now}):
@@ -194,6 +194,7 @@ def put_back_units(scope: Scope, found: list[Finding]) -> Iterator[str]:
 _USER_FILES = ("/etc/passwd", "/etc/shadow", "/etc/subuid", "/etc/subgid")
 _GROUP_FILES = ("/etc/group", "/etc/gshadow")
 _RIGHTS = ""  # in a finding's place for a name: it is about the file
+OPERATORS = ": an operator's by the list of their keys; remove the login, and let it in again when the machine is ready"
 
 
 def look_for_users(scope: Scope) -> Iterator[Finding]:
@@ -218,7 +219,8 @@ def _changed_lines(scope: Scope, path: str) -> Iterator[Finding]:
     for name in sorted({*known, *now} - {scope.login}):
         if known.get(name) != now.get(name):
             how = "is not in the baseline" if name not in known else "is missing" if name not in now else "has changed"
-            yield Finding((path, name), f"{path}: the entry of {name} {how}")
+            whose = OPERATORS if name not in known and name in operators.names() else ""
+            yield Finding((path, name), f"{path}: the entry of {name} {how}{whose}")
 
 
 def _changed_rights(scope: Scope, path: str) -> Iterator[Finding]:
@@ -256,7 +258,7 @@ def put_back_accounts(scope: Scope, found: list[Finding]) -> Iterator[str]:
 def _good_lines(path: str, name: str, known: dict[str, list[str]], now: list[str]) -> list[str] | None:
     """The lines that the file should have for one name; None where that is not ours to say, or a password is lost."""
     if name not in known:
-        return None if _may_be_a_packages(name) else []
+        return None if _may_be_a_packages(name) or name in operators.names() else []
     if path not in accounts.SECRET:
         return known[name]
     lines = [accounts.unmasked(line, now) for line in known[name]]

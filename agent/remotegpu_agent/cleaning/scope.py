@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from remotegpu_agent.baseline import homes_of
-from remotegpu_agent.observe import accounts
+from remotegpu_agent.observe import accounts, operators
 from remotegpu_agent.observe.accounts import FIRST_PERSON
 from remotegpu_agent.observe.tools import read_text
 from remotegpu_agent.protocol import UIDS
@@ -46,10 +46,12 @@ class Scope:
     def uids(self) -> frozenset[int]:
         """The lease's uid, and those of people's accounts added since the baseline (as they were when cleaning began).
 
-        Not those of the system's own range: a package that was installed meanwhile brings its user along.
+        Not those of the system's own range: a package that was installed meanwhile brings its user along. Nor an
+        operator's: he is named, and the host not proven clean, but his work goes on.
         """
-        added = {user.uid for user in accounts.users() if user.uid >= FIRST_PERSON} - self.known_uids
-        return frozenset({self.uid, *added})
+        ours = operators.names()
+        added = {user.uid for user in accounts.users() if user.uid >= FIRST_PERSON and user.name not in ours}
+        return frozenset({self.uid, *(added - self.known_uids)})
 
     @cached_property
     def subordinate_uids(self) -> tuple[range, ...]:

@@ -150,9 +150,14 @@ def _content(path: str, size: int, wanted: bool) -> Entry:
     if size > _DIGEST_LIMIT_BYTES:
         return {"sha256": None, "size": size}
     data = read_no_follow(path)
-    digest = hashlib.sha256(data).hexdigest()
     if not wanted or len(data) > _READ_LIMIT_BYTES:
-        return {"sha256": digest}
+        return {"sha256": hashlib.sha256(data).hexdigest()}
+    return holding(data)
+
+
+def holding(data: bytes) -> Entry:
+    """What an entry says of a file's content, with the content itself."""
+    digest = hashlib.sha256(data).hexdigest()
     return {"sha256": digest, "content": base64.b64encode(zlib.compress(data, 9)).decode()}
 
 
