@@ -15,9 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from portal.integrations import protocol
 from portal.services import reclaims
+from portal.settings import Settings
 from tests.support import rendering
 
 ROLE = Path(__file__).parents[2] / "roles/verify"
@@ -268,6 +270,14 @@ def test_an_answer_that_is_none_is_never_a_yes(answer: dict[str, Any]) -> None:
     assert judged
     assert not judge.verdict(judged, "gpu-1", "", "")["passed"]
     assert "unknown" in [each["result"] for each in judged]
+
+
+def test_a_check_that_ran_out_of_time_names_the_variable_that_gives_it_more() -> None:
+    [each] = judge.host_checks({"rc": 124, "stdout": "", "stderr": ""}, [])
+    assert (each["id"], each["result"]) == ("host", "unknown")
+    assert "no answer within verify_host_timeout" in each["reason"]
+    limit = yaml.safe_load((ROLE / "defaults/main.yml").read_text())["verify_host_timeout"]
+    assert 1800 <= limit < Settings.run_timeout_s, "the run of the portal must not be the first to end"
 
 
 def test_a_check_that_the_host_does_not_speak_of_is_unknown() -> None:

@@ -26,6 +26,8 @@ RESULTS = (*GOOD, "failed", "unknown")
 ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 REASON_LIMIT = 2000
 OLDER_AGENT = "the host's answer says nothing of it; an older agent does not know it: upgrade it, then try again"
+TIMED_OUT = 124  # what timeout(1) says
+MORE_TIME = "its disks are large, or hang; say more seconds in inventory/group_vars/gpu_hosts.yml, fewer than RUN_TIMEOUT_S"
 REFUSED = re.compile(r"Permission denied \(publickey")
 
 
@@ -127,6 +129,8 @@ def host_checks(
     for step in (room or {}, answer):
         if step.get("unreachable"):
             return [_silent(f"the host cannot be reached over SSH: {_message(step)}", step)]
+    if answer.get("rc") == TIMED_OUT:
+        return [_silent(f"the host gave no answer within verify_host_timeout: {MORE_TIME}", answer)]
     if answer.get("rc") not in (0, 1):
         return [_silent(f"the host gave no answer: {_message(answer)}", answer)]
     try:
