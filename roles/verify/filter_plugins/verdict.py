@@ -27,7 +27,9 @@ ID = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 REASON_LIMIT = 2000
 OLDER_AGENT = "the host's answer says nothing of it; an older agent does not know it: upgrade it, then try again"
 TIMED_OUT = 124  # what timeout(1) says
-MORE_TIME = "its disks are large, or hang; say more seconds in inventory/group_vars/gpu_hosts.yml, fewer than RUN_TIMEOUT_S"
+MORE_TIME = (
+    "its disks are large, or hang; say more seconds in inventory/group_vars/gpu_hosts.yml, fewer than RUN_TIMEOUT_S"
+)
 REFUSED = re.compile(r"Permission denied \(publickey")
 
 
