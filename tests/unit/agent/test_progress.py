@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from remotegpu_agent import progress
+from remotegpu_agent import baseline, progress
 from remotegpu_agent.cleaning import remove
 from remotegpu_agent.commands import Commands
-from remotegpu_agent.observe import files
+from remotegpu_agent.observe import files, mounts
 from remotegpu_agent.progress import Progress
 from remotegpu_agent.protocol import Command
 from tests.support.waiting import until
@@ -31,6 +31,15 @@ def test_looking_and_removing_move_and_nothing_else_does(tmp_path: Path) -> None
     list(remove.remove(str(tmp_path / "left")))
     assert work.value() == looked + 21
     assert work.value() == looked + 21
+
+
+def test_a_baseline_moves_as_it_walks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        (tmp_path / str(number)).touch()
+    monkeypatch.setattr(mounts, "local", lambda: [str(tmp_path)])
+    work = Progress(places=())
+    baseline.read_special()
+    assert work.value() == 20
 
 
 def test_room_that_another_program_makes_is_progress_and_what_comes_and_goes_is_not(
