@@ -59,3 +59,38 @@ def test_apt_reads_the_policy_as_it_is_meant(tmp_path: Path) -> None:
 def test_an_expression_cannot_leave_its_quotes(expression: str, taken: bool) -> None:
     plain = evaluate("{{ __unattended_upgrades_plain }}", "unattended_upgrades", "noble")
     assert bool(re.match(plain, expression)) is taken
+
+
+@pytest.mark.parametrize(
+    ("unit", "left_alone"),
+    [
+        ("remotegpu-agent.service", True),
+        ("remotegpu-task-5.service", True),
+        ("docker.service", True),
+        ("containerd.service", True),
+        ("xrdp.service", True),
+        ("xrdp-sesman.service", True),
+        ("nvidia-fabricmanager.service", True),
+        ("ssh.service", False),
+        ("cron.service", False),
+    ],
+)
+def test_needrestart_leaves_alone_what_a_lease_stands_on(tmp_path: Path, unit: str, left_alone: bool) -> None:
+    """As needrestart reads it: Perl, and a unit that some expression matches has the number of that one."""
+    file = tmp_path / "remotegpu.conf"
+    file.write_text(render("unattended_upgrades", "needrestart.conf.j2", "noble", ansible_managed="managed"))
+    ask = (
+        "our %nrconf; do $ARGV[0]; die $@ if $@;"
+        "print grep { $ARGV[1] =~ /$_/ and not $nrconf{override_rc}{$_} } keys %{$nrconf{override_rc}}"
+    )
+    asked = subprocess.run(["perl", "-we", ask, str(file), unit], check=True, capture_output=True, text=True)
+    assert bool(asked.stdout) is left_alone
+    assert asked.stderr == ""
+
+
+@pytest.mark.parametrize("role", ["desktop_xrdp", "desktop_vnc"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_nothing_that_a_desktop_runs_by_is_upgraded_by_itself(suite: str, role: str) -> None:
+    packages = evaluate("{{ __" + role + "_packages }}", role, suite, desktop_vnc_screen=False)
+    moving = [name for name in packages if not any(re.match(expression, name) for expression in never(suite))]
+    assert set(moving) <= {"openssl"}, "what has to move: it is everybody's"
