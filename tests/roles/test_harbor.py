@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.rendering import DISTRIBUTIONS, ROLES, render
+from tests.support.rendering import DISTRIBUTIONS, ROLES, evaluate, render
 
 STAND_IN = ROLES.parent / "molecule" / "harbor" / "files" / "harbor.yml.tmpl"
 # Every key that the sample of Harbor 2.14.0 sets, read off make/harbor.yml.tmpl of github.com/goharbor/harbor and the
@@ -77,3 +77,26 @@ def test_it_asks_nobody_outside_unless_told_to() -> None:
 
 def test_hosts_are_told_the_address_with_its_port() -> None:
     assert settings(harbor_https_port=8555)["external_url"] == "https://registry.example.org:8555"
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("dpkg", "source", "package", "program"),
+    [
+        ("", "distribution", "docker-compose", "/usr/bin/docker-compose"),
+        ("rc ", "distribution", "docker-compose", "/usr/bin/docker-compose"),  # it was there once
+        ("ii ", "distribution", "docker-compose-plugin", "/usr/bin/docker compose"),  # and stays, says the role docker
+        ("hi ", "docker", "docker-compose-plugin", "/usr/bin/docker compose"),
+        ("", "docker", "docker-compose-plugin", "/usr/bin/docker compose"),  # a dry run only announces it
+    ],
+)
+def test_it_is_started_by_the_compose_that_can_be_beside_the_engine(
+    suite: str, dpkg: str, source: str, package: str, program: str
+) -> None:
+    given: dict[str, Any] = {"__harbor_engine": {"stdout": dpkg}, "docker_source": source, **GIVEN}
+    packages = evaluate("{{ __harbor_packages }}", "harbor", suite, **given)
+    assert packages == [package, "openssl"]
+    replaced = evaluate("{{ __docker_replaced }}", "docker", suite)
+    assert source != "docker" or not set(packages) & set(replaced), "the role docker would remove it again"
+    unit = render("harbor", "remotegpu-harbor.service.j2", suite, ansible_managed="managed", **given)
+    assert f"\nExecStart={program} up --detach --remove-orphans\nExecStop={program} stop\n" in unit
