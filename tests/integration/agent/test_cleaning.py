@@ -158,6 +158,43 @@ def test_a_set_uid_program_that_an_upgrade_has_brought_is_no_tenants(leased: Cle
     assert findings(leased.verify()["checks"]) == []
 
 
+A_RELEASE = r"""
+set -e
+mkdir -p /root/site/DEBIAN /root/site/etc/site.d
+cd /root/site
+printf '# new\n' >etc/site.d/site.conf
+echo /etc/site.d/site.conf >DEBIAN/conffiles
+printf '%s\n' 'Package: site' 'Version: 1' 'Architecture: all' 'Maintainer: ops <ops@example.org>' \
+    'Description: settings of a site' >DEBIAN/control
+dpkg-deb --root-owner-group --build . /root/site.deb
+dpkg -i /root/site.deb
+cp -p /etc/adduser.conf /var/lib/dpkg/status /root/
+printf '# another release\n' >>/etc/adduser.conf
+digest=$(md5sum </etc/adduser.conf)
+sed -i "s,^\( /etc/adduser.conf\) .*,\1 ${digest%% *}," /var/lib/dpkg/status
+cp -p /usr/sbin/sshd /usr/sbin/sshd.new && mv /usr/sbin/sshd.new /usr/sbin/sshd
+"""
+
+
+def test_what_an_upgrade_has_brought_is_no_tenants_and_stays(leased: CleanedHost) -> None:
+    """Settings that its package vouches for, in folders of its own, and a daemon that was not started again."""
+    host = leased.host
+    host.run(A_RELEASE, timeout_s=60)
+    assert "sshd (deleted)" in host.run("readlink /proc/[0-9]*/exe", check=False).stdout
+    cleaned, seen = leased.clean(), leased.verify()
+    assert (findings(cleaned["steps"]), findings(seen["checks"])) == ([], [])
+    assert (host.read("/etc/site.d/site.conf"), "another release" in host.read("/etc/adduser.conf")) == (
+        "# new\n",
+        True,
+    )
+    host.run("cp -p /root/status /var/lib/dpkg/status && rm /root/status && printf '# left\n' >/etc/site.d/site.conf")
+    assert findings(leased.clean()["steps"]) == []
+    assert host.run("cmp /etc/adduser.conf /root/adduser.conf", check=False).ok
+    assert not host.run("test -e /etc/site.d/site.conf", check=False).ok
+    host.run("dpkg --purge site; rm -rf /root/site /root/site.deb /root/adduser.conf; systemctl restart ssh")
+    assert findings(leased.verify()["checks"]) == []
+
+
 def test_a_packaged_authority_that_was_replaced_fails_by_its_name_and_is_left_to_an_operator(
     leased: CleanedHost,
 ) -> None:
