@@ -11,7 +11,8 @@ The sections, and what each holds:
   `ssh_keys`, `etc` (the rest of /etc): files with mode, owner and digest, and the content of what may have to be put
   back
 - `home_profiles`: the names that `shell_profiles` looks for in homes · `unpackaged`: files of no package where they are
-  loaded by themselves
+  loaded by themselves · `loaded_by_itself`: the places where it looks for them
+- `kernel_programs`: what the kernel starts by itself
 - `conffiles`: the settings that packages bring, and whether each is as it was brought
 - `own_settings`: /etc/remotegpu without what the agent changes · `agent_settings`: whom the agent serves and trusts,
   which hosts are told anew while leases go on; `roles/verify` knows what they are told
@@ -92,6 +93,21 @@ LOADED_BY_ITSELF = (
     "/usr/lib/systemd", "/usr/lib/udev/rules.d", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/usr/lib/modprobe.d",
     "/usr/lib/modules-load.d", "/usr/lib/environment.d", "/usr/share/dbus-1/system-services",
 )  # fmt: skip
+
+# The same of programs that read them by themselves; a baseline without `loaded_by_itself` did not look there.
+_LATER_LOADED = (
+    "/usr/lib/sysctl.d", "/usr/lib/binfmt.d", "/usr/lib/python3*/dist-packages/*.pth",
+    "/usr/lib/python3*/dist-packages/*customize.py", "/usr/lib/python3.*/*customize.py",
+    "/root/.local/lib/python3*/site-packages/*.pth", "/root/.local/lib/python3*/site-packages/*customize.py",
+)  # fmt: skip
+# What the kernel starts by itself, as root: for a core, a module or a device, and for a program of another machine.
+_STARTED_BY_THE_KERNEL = ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/sys/kernel/uevent_helper")
+BINARY_FORMATS = "/proc/sys/fs/binfmt_misc"
+
+# Units that only the agent and our roles make: tasks, ends of leases, and the way back of what a playbook changes.
+_OWN_TRANSIENT = re.compile(
+    r"remotegpu-(task-\d+\.service|(lease-end-\d+|(ssh|keys|firewall)-rollback)\.(timer|service))"
+)
 
 # The rest of /etc without what the system rewrites by itself, what other sections hold, and what belongs to the agent.
 _NOT_COMPARED = re.compile(
@@ -274,12 +290,31 @@ def is_own_that_changes(path: str) -> bool:
     return bool(_OWN_THAT_CHANGE.search(path))
 
 
-def read_unpackaged() -> Snapshot:
+def is_own_transient(unit: str) -> bool:
+    """Whether a unit that somebody has started without a file has the name of one of ours."""
+    return bool(_OWN_TRANSIENT.fullmatch(unit))
+
+
+def loaded_by_itself(sections: dict[str, Any]) -> list[str]:
+    """Where the baseline looked for what is loaded by itself; glob patterns among it."""
+    roots: list[str] = sections.get("loaded_by_itself", list(LOADED_BY_ITSELF))
+    return roots
+
+
+def read_kernel_programs() -> dict[str, str]:
+    """What the kernel starts by itself: each setting and each registered format, as the kernel tells it."""
+    formats = []
+    if any(mount.target == BINARY_FORMATS and mount.fstype == "binfmt_misc" for mount in mounts.listed()):
+        names = sorted({*os.listdir(BINARY_FORMATS)} - {"register", "status"})
+        formats = [os.path.join(BINARY_FORMATS, name) for name in names]
+    found = {path: read_text(path) for path in (*_STARTED_BY_THE_KERNEL, *formats)}
+    return {path: text for path, text in found.items() if text is not None}
+
+
+def read_unpackaged(roots: Iterable[str]) -> Snapshot:
     """What lies in no package where it is loaded by itself."""
     packaged = special.packaged_paths()
-    found = files.snapshot(
-        LOADED_BY_ITSELF, skip=lambda path: path in packaged and not os.path.isdir(path), keep=_is_no_secret
-    )
+    found = files.snapshot(roots, skip=lambda path: path in packaged and not os.path.isdir(path), keep=_is_no_secret)
     return {path: entry for path, entry in found.items() if entry["type"] != "directory" and path not in packaged}
 
 
@@ -486,7 +521,9 @@ _READERS: dict[str, Callable[[], Any]] = {
     "agent_settings": lambda: files.snapshot(AGENT_SETTINGS, keep=_is_public),
     "authorities": authorities.take,
     "authority_files": lambda: authorities.read_files(_is_public),
-    "unpackaged": read_unpackaged,
+    "loaded_by_itself": lambda: [*LOADED_BY_ITSELF, *_LATER_LOADED],
+    "unpackaged": lambda: read_unpackaged((*LOADED_BY_ITSELF, *_LATER_LOADED)),
+    "kernel_programs": read_kernel_programs,
     "sshd_effective": read_sshd_effective,
     "linger": read_linger,
     "special_files": read_special,

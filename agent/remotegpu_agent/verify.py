@@ -419,9 +419,8 @@ def _unpackaged(asked: Asked) -> Iterator[str]:
     """What no package put where it is loaded by itself; a baseline that is older does not tell which was there."""
     if "unpackaged" not in asked.sections:
         return
-    found = {
-        path: each for path, each in _entries(list(baseline.LOADED_BY_ITSELF)).items() if each["type"] != "directory"
-    }
+    roots = [path for root in baseline.loaded_by_itself(asked.sections) for path in glob.glob(root) or [root]]
+    found = {path: each for path, each in _entries(roots).items() if each["type"] != "directory"}
     packaged = {path for _, path in _who_brought(found)}
     now = {path: entry for path, entry in found.items() if packages.merged(path) not in packaged}
     _add_digests(now)
@@ -534,7 +533,7 @@ def _running_units(asked: Asked) -> Iterator[str]:
     for unit, load, active in _units("*.service", "*.socket", "*.timer", "*.path"):
         if active not in ("active", "activating", "reloading"):
             continue
-        if load == "not-found" or (unit in transient and not unit.startswith("remotegpu-")):
+        if load == "not-found" or (unit in transient and not baseline.is_own_transient(unit)):
             yield f"unit {unit} is {active} and not in the baseline"
     for line in run(["systemctl", "show-environment"]).splitlines():
         if line.startswith("LD_"):
@@ -721,13 +720,30 @@ def _swap(asked: Asked) -> Iterator[str]:
 
 
 def _kernel_modules(asked: Asked) -> Iterator[str]:
+    yield from _kernel_programs(asked)
     if not os.path.exists("/proc/modules"):
+        if "kernel_programs" in asked.sections:
+            return
         raise NotApplicable("this kernel loads no modules")
     for name in (line.split()[0] for line in run(["lsmod"]).splitlines()[1:]):
         if name not in asked.sections["modules"]:
             path = run(["modinfo", "-n", name], ok=(0, 1)).strip()
             if not path or not run(["dpkg", "-S", path], ok=(0, 1)).strip():
                 yield f"kernel module {name} comes from no package"
+
+
+def _kernel_programs(asked: Asked) -> Iterator[str]:
+    """What the kernel starts by itself; an older baseline tells of none."""
+    known: dict[str, str] | None = asked.sections.get("kernel_programs")
+    if known is None:
+        return
+    for path in sorted(known):
+        if os.path.exists(path) and run(["cat", "--", path]) != known[path]:
+            yield f"{path} is not as in the baseline"
+    if run(["findmnt", "-rn", "-o", "FSTYPE", baseline.BINARY_FORMATS], ok=(0, 1)).split()[-1:] == ["binfmt_misc"]:
+        for path in _find([baseline.BINARY_FORMATS], "-type", "f", "!", "-name", "register", "!", "-name", "status"):
+            if path not in known:
+                yield f"{path} is not in the baseline"
 
 
 def _firewall(asked: Asked) -> Iterator[str]:

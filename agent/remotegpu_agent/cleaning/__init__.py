@@ -76,7 +76,7 @@ STEPS: tuple[Step, ...] = (
     Step("hosts", restored.look_for_changes("hosts"), restored.put_back),
     Step("etc", settings.look_for_settings, settings.put_back_settings),
     Step("firewall", network.look_for_rules, network.put_back_rules),
-    Step("kernel_modules", kernel.look_for_modules, processes.end_nothing),
+    Step("kernel_modules", kernel.look_for_modules, kernel.put_back_programs),
     Step("listening_ports", network.look_for_ports, processes.end_nothing),
     Step("account", restored.look_for_account, restored.remove_account),
 )

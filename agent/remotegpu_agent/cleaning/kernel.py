@@ -1,9 +1,10 @@
-"""What the kernel has loaded: a module cannot be trusted to have left, so it is only named."""
+"""What the kernel has loaded or starts by itself: a module cannot be trusted to have left, so it is only named."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from remotegpu_agent import baseline
 from remotegpu_agent.cleaning.scope import Scope
@@ -13,8 +14,16 @@ from remotegpu_agent.observe.tools import find_tool, run
 
 
 def look_for_modules(scope: Scope) -> Iterator[Finding]:
-    """Modules loaded since the baseline that come from no package; those of packages load when first needed."""
+    """Modules loaded since the baseline that come from no package; those of packages load when first needed. And what
+    the kernel was told to start since, as root: an older baseline tells of none.
+    """
+    known: dict[str, str] | None = scope.sections.get("kernel_programs")
+    for path, text in ({} if known is None else baseline.read_kernel_programs()).items():
+        if known is not None and known.get(path) != text:
+            yield Finding((path, known.get(path)), f"{path} is not as in the baseline: {text.strip()}")
     if not os.path.exists("/proc/modules"):
+        if known is not None:
+            return
         raise NotApplicable("this kernel loads no modules")
     added = [name for name in baseline.read_modules() if name not in scope.sections["modules"]]
     if not added:
@@ -26,3 +35,13 @@ def look_for_modules(scope: Scope) -> Iterator[Finding]:
         path = run(["modinfo", "-n", name], ok=(0, 1)).strip()
         if f"/usr{path}" not in packaged and path not in packaged:
             yield Finding(name, f"kernel module {name} comes from no package")
+
+
+def put_back_programs(_scope: Scope, found: list[Finding]) -> Iterator[str]:
+    """A setting gets the text of the baseline, a format that was not in it goes."""
+    for path, before in (finding.subject for finding in found if isinstance(finding.subject, tuple)):
+        is_format = os.path.dirname(path) == baseline.BINARY_FORMATS
+        if before is not None and is_format:
+            continue  # the same name for another program: it is named, and an operator decides
+        Path(path).write_text("-1" if is_format else before or "\n")
+        yield f"put back {path}"

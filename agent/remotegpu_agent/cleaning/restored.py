@@ -131,7 +131,6 @@ def rebuild_loader_cache() -> Iterator[str]:
 
 _UNIT = re.compile(r"\.(service|socket|timer|path|mount|automount|swap|target)$")
 _TRANSIENT = "/run/systemd/transient/"
-_OURS = re.compile(r"^remotegpu-")
 
 
 def look_for_units(scope: Scope) -> Iterator[Finding]:
@@ -142,7 +141,7 @@ def look_for_units(scope: Scope) -> Iterator[Finding]:
     for unit in _loaded_units():
         path = unit["FragmentPath"]
         foreign = path.startswith(("/etc/", "/run/systemd/system/", "/usr/local/")) and path not in known
-        transient = path.startswith(_TRANSIENT) and not _OURS.match(unit["Id"])
+        transient = path.startswith(_TRANSIENT) and not baseline.is_own_transient(unit["Id"])
         orphan = unit["LoadState"] == "not-found"
         if unit["ActiveState"] in ("active", "activating", "reloading") and (foreign or transient or orphan):
             yield Finding(unit["Id"], f"unit {unit['Id']} is {unit['ActiveState']} and not in the baseline")
@@ -156,7 +155,7 @@ def _unpackaged(scope: Scope) -> Iterator[Finding]:
     before: Snapshot | None = scope.sections.get("unpackaged")
     if before is None:
         return
-    now = baseline.read_unpackaged()
+    now = baseline.read_unpackaged(baseline.loaded_by_itself(scope.sections))
     for path in sorted({*before, *now}):
         is_a_packages_now = path not in now and os.path.lexists(path)
         if not is_a_packages_now:

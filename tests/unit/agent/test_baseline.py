@@ -359,9 +359,32 @@ def test_what_no_package_put_there_is_told_with_its_content(tmp_path: Path, monk
         (units / name).write_text("[Service]\n")
     monkeypatch.setattr(baseline, "LOADED_BY_ITSELF", (str(tmp_path), str(tmp_path / "none")))
     monkeypatch.setattr(special, "packaged_paths", lambda: frozenset({str(units), str(units / "cron.service")}))
-    found = baseline.read_unpackaged()
+    found = baseline.read_unpackaged(baseline.loaded_by_itself({}))
     assert list(found) == [f"{units}/cron.service.d/left.conf", f"{units}/left.service"]
     assert {files.content_of(entry) for entry in found.values()} == {b"[Service]\n"}
+
+
+def test_an_older_baseline_is_no_measure_for_places_where_it_did_not_look() -> None:
+    newer = {"loaded_by_itself": baseline._READERS["loaded_by_itself"]()}
+    assert "/usr/lib/sysctl.d" not in baseline.loaded_by_itself({})
+    assert "/usr/lib/sysctl.d" in baseline.loaded_by_itself(newer)
+
+
+@pytest.mark.parametrize(
+    ("unit", "is_ours"),
+    [
+        ("remotegpu-task-17.service", True),
+        ("remotegpu-lease-end-17.timer", True),
+        ("remotegpu-lease-end-17.service", True),
+        ("remotegpu-firewall-rollback.timer", True),
+        ("remotegpu-left.service", False),
+        ("remotegpu-task-left.service", False),
+        ("remotegpu-task-17.path", False),
+        ("x-remotegpu-task-17.service", False),
+    ],
+)
+def test_a_transient_unit_is_ours_by_its_whole_name(unit: str, is_ours: bool) -> None:
+    assert baseline.is_own_transient(unit) is is_ours
 
 
 def test_an_older_baseline_is_asked_only_of_the_packages_that_it_looked_at() -> None:

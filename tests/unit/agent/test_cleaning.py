@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import data, network, processes, remove, restored, schedules, scope, settings
+from remotegpu_agent.cleaning import data, kernel, network, processes, remove, restored, schedules, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
 from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, ports, special
@@ -409,7 +409,9 @@ def test_what_was_put_among_a_packages_units_goes_and_what_a_package_took_over_s
     packaged: set[str] = set()
     monkeypatch.setattr(baseline, "LOADED_BY_ITSELF", (str(tmp_path),))
     monkeypatch.setattr(special, "packaged_paths", lambda: frozenset(packaged))
-    before = {path: entry for path, entry in baseline.read_unpackaged().items() if path in (adopted, his)}
+    before = {
+        path: entry for path, entry in baseline.read_unpackaged([str(tmp_path)]).items() if path in (adopted, his)
+    }
     here = replace(SCOPE, sections=SECTIONS | {"unpackaged": before})
     packaged.update({adopted, str(tmp_path)})
     Path(his).unlink()
@@ -420,6 +422,27 @@ def test_what_was_put_among_a_packages_units_goes_and_what_a_package_took_over_s
     list(restored.put_back(here, list(restored._unpackaged(here))))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adopted.service", "his.service"]
     assert list(restored._unpackaged(SCOPE)) == [], "an older baseline does not tell which was there"
+
+
+def test_what_the_kernel_was_told_to_start_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files in place of the kernel's own settings, which this machine needs."""
+    pattern = tmp_path / "core_pattern"
+    pattern.write_text("core\n")
+    monkeypatch.setattr(baseline, "_STARTED_BY_THE_KERNEL", (str(pattern), str(tmp_path / "none")))
+    here = replace(SCOPE, sections=SECTIONS | {"modules": baseline.read_modules()})
+    known = replace(here, sections=here.sections | {"kernel_programs": baseline.read_kernel_programs()})
+    asked = verify.Asked(None, None, None, known.sections)
+    assert [list(kernel.look_for_modules(known)), list(verify._kernel_programs(asked))] == [[], []]
+    pattern.write_text("|/tmp/left\n")
+    assert [each.text for each in kernel.look_for_modules(known)] == [
+        f"{pattern} is not as in the baseline: |/tmp/left"
+    ]
+    assert list(verify._kernel_programs(asked)) == [f"{pattern} is not as in the baseline"]
+    with contextlib.suppress(NotApplicable):
+        assert list(kernel.look_for_modules(here)) == [], "an older baseline does not tell"
+    assert list(verify._kernel_programs(replace(asked, sections=here.sections))) == []
+    list(kernel.put_back_programs(known, list(kernel.look_for_modules(known))))
+    assert (pattern.read_text(), list(kernel.look_for_modules(known))) == ("core\n", [])
 
 
 def test_a_setting_that_an_upgrade_has_brought_stays_and_a_tenants_is_put_back(
