@@ -112,8 +112,9 @@ def _gateway_faults(machine: Machine, gateway_id: int) -> list[str]:
 
 
 def _refuse_in_use(machine: Machine, changes: Mapping[str, Any]) -> None:
-    held = Lease.select().where(Lease.machine == machine, Lease.state << (*LEASE_OPEN, "scheduled")).first()
-    if held is not None and (held.state != "scheduled" or changes.get("forward_ports")):
+    in_the_way = (*LEASE_OPEN, "scheduled") if changes.get("forward_ports") else LEASE_OPEN  # no gateway is leased
+    held = Lease.select().where(Lease.machine == machine, Lease.state << in_the_way).order_by(Lease.starts_at).first()
+    if held is not None:
         raise Conflict(
             f"Lease {held.id} has {machine.name} or is to have it. Change where it stands when that has ended.",
             code="has_leases",

@@ -365,3 +365,25 @@ def test_the_port_that_customers_are_led_to_is_not_moved_from_under_them(gateway
     with pytest.raises(Conflict, match="change it when the lease has ended"):
         machines.edit(lease.machine, by=SYSTEM, ssh_port=2200)
     assert machines.get(lease.machine_id).ssh_port == 22
+def test_a_lease_that_is_scheduled_does_not_hide_the_one_that_has_the_machine(gateway: Host, tenant: Tenant) -> None:
+    other = make_machine("way-out", public_address="198.51.100.2", forward_ports="30000-30009")
+    machine = make_machine(address="10.0.0.9", state="ready", gateway=gateway.id)
+    planned = make_lease(machine, tenant, state="scheduled", starts_at=utcnow() + timedelta(days=30))
+    network_machines.place(machine, gateway_id=other.id, by=SYSTEM)  # alone it keeps nobody from that
+    network_machines.place(machine, gateway_id=gateway.id, by=SYSTEM)
+    held = make_lease(machine, tenant)
+    assert planned.id < held.id
+    with pytest.raises(Conflict, match=f"Lease {held.id} has"):
+        network_machines.place(machine, gateway_id=other.id, by=SYSTEM)
+    with pytest.raises(Conflict, match=f"Lease {held.id} has"):
+        network_machines.place(machine, gateway_id=None, by=SYSTEM)
+    assert machines.get(machine.id).gateway_id == gateway.id
+
+
+def test_a_machine_that_is_to_be_leased_becomes_no_gateway(database: Any, tenant: Tenant) -> None:
+    machine = make_machine(public_address="198.51.100.9")
+    lease = make_lease(machine, tenant, state="scheduled", starts_at=utcnow() + timedelta(days=30))
+    with pytest.raises(Conflict, match=f"Lease {lease.id} has"):
+        network_machines.place(machine, forward_ports="20000-20009", by=SYSTEM)
+
+
