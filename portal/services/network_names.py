@@ -234,6 +234,13 @@ def close_all(lease: Lease, *, by: Actor) -> None:
         _tell("record.removed", record, by=by, reason="The lease ends.", name=record.name)
 
 
+def close_of_machine(machine: Machine, *, by: Actor) -> None:
+    """It is retired: its records are wanted no longer, and their names are free for the machine that follows it."""
+    for record in list(DnsRecord.select().where(DnsRecord.machine == machine, DnsRecord.removed_at.is_null())):
+        DnsRecord.update(removed_at=utcnow()).where(DnsRecord.id == record.id).execute()
+        _tell("record.removed", record, by=by, reason="The machine is retired.", name=record.name)
+
+
 def carry_over(before: Lease, lease: Lease) -> None:
     """A lease that continues another keeps the records that one had until its end, under their keys."""
     if before.ending_at is None:

@@ -20,6 +20,7 @@ from portal.services import (
     machines,
     network,
     network_machines,
+    network_names,
     network_openings,
 )
 from portal.services.actors import Actor
@@ -66,6 +67,7 @@ def retire(machine: Machine, *, by: Actor, reason: str) -> Machine:
         move(machine, leave=["failed", "ready", "quarantined"], enter="retired", state_reason=reason)
         Machine.update(first_contact=None, **NOWHERE).where(Machine.id == machine.id).execute()
         network_openings.close_of_machine(machine, by=by)
+        network_names.close_of_machine(machine, by=by)
         network.changed()
         Gpu.delete().where(Gpu.machine == machine).execute()  # the cards may go into another machine
         agents.end_credentials(machine, by=by)

@@ -11,10 +11,19 @@ from portal.db import utcnow
 from portal.errors import Conflict, Forbidden, Invalid, NotFound
 from portal.integrations import protocol
 from portal.models import AuditEntry, Lease, Machine, Opening, Tenant, User
-from portal.services import desired, leases, network, network_openings, network_requests, retirement
+from portal.services import (
+    desired,
+    leases,
+    network,
+    network_names,
+    network_openings,
+    network_requests,
+    network_zones,
+    retirement,
+)
 from portal.services.actors import SYSTEM
 from tests.factories import actor_of, make_machine
-from tests.support.network import OFFICE, export, group, place, reports, seen, states_of, wish
+from tests.support.network import OFFICE, export, group, place, reports, seen, states_of, wish, zone
 from tests.support.rental import Host, allocate, ready_host
 
 HOUR = timedelta(hours=1)
@@ -389,3 +398,17 @@ def test_a_machine_whose_openings_a_group_cannot_take_is_not_put_behind_it(host:
     with pytest.raises(Conflict, match="cannot take it"):
         place(host, security_group_id=group().id)
     assert host.machine.security_group_id is None
+def test_a_retired_machine_gives_its_names_back(host: Host) -> None:
+    holds = zone()
+    wanted = {"by": SYSTEM, "name": "lab.gpu.example.org", "type": "A", "values": ["192.0.2.7"]}
+    record = network_requests.want_record(holds, machine=host.machine, **wanted)
+    kept = network_requests.want_record(holds, **{**wanted, "name": "www.gpu.example.org"})
+    retirement.retire(host.machine, by=SYSTEM, reason="old")
+    assert AuditEntry.get(AuditEntry.action == "record.removed").resource_id == record.id
+    following = network_requests.want_record(holds, machine=ready_host("gpu-2").machine, **wanted)
+    assert [each.id for each in network_names.search()] == [following.id, kept.id]
+    for each in (following, kept):
+        network_requests.remove_record(each, by=SYSTEM)
+    network_zones.delete_zone(holds, by=SYSTEM)
+
+
