@@ -126,16 +126,23 @@ def test_a_label_that_alerts_need_is_refused(labels: dict[str, str], is_taken: b
     assert all(held) is is_taken
 
 
-@pytest.mark.parametrize(("interval_s", "is_taken"), [(15, True), (60, True), (61, False)])
-def test_a_scrape_of_which_the_rules_would_see_only_one_is_refused(interval_s: int, is_taken: bool) -> None:
+@pytest.mark.parametrize(
+    ("interval_s", "scale", "is_taken"), [(15, 1, True), (60, 1, True), (61, 1, False), (100, 0.01, True)]
+)
+def test_an_interval_at_which_the_rules_would_see_one_scrape_is_refused(
+    interval_s: int, scale: float, is_taken: bool
+) -> None:
     """They look back for two minutes: past one scrape that failed there is another in them."""
     tasks = yaml.safe_load((ROLES / "prometheus" / "tasks" / "assert.yml").read_text())
     (task,) = [task for task in tasks if "times" in task["name"]]
     held = [
-        evaluate("{{ " + each + " }}", "prometheus", "trixie", prometheus_scrape_interval_s=interval_s)
+        evaluate(
+            "{{ " + each + " }}", "prometheus", "trixie",
+            prometheus_scrape_interval_s=interval_s, prometheus_time_scale=scale,
+        )
         for each in task["ansible.builtin.assert"]["that"]
         if "scrape" in each
-    ]
+    ]  # fmt: skip
     assert all(held) is is_taken
 
 
