@@ -213,7 +213,7 @@ def edit(machine: Machine, *, by: Actor, **changes: Any) -> Machine:
             Machine.update(**changed).where(Machine.id == machine.id).execute()
             audit.record("machine.edited", machine, by=by, **_told(changed))
             events.write("machine.edited", machine_id=machine.id)
-            network_places.edited(get(machine.id), changed)
+            network_places.edited(get(machine.id), changed, before=machine)
     except peewee.IntegrityError:
         raise _taken(fields, machine) from None
     return get(machine.id)

@@ -105,10 +105,7 @@ def _gateway_faults(machine: Machine, gateway_id: int) -> list[str]:
     address = network_places.find_address(machine)
     if address is None:
         return ["Behind a gateway a machine is known by its IP address. Enter that instead of a host name."]
-    outside = network_places.find_ip(gateway.public_address)  # a host name may lead to either family
-    if outside is not None and outside.version != address.version:
-        return [f"{gateway.name} has an IPv{outside.version} address and cannot forward to IPv{address.version}."]
-    return []
+    return network_places.faults_of_family(gateway, address)
 
 
 def _refuse_in_use(machine: Machine, changes: Mapping[str, Any]) -> None:

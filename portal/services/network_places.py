@@ -27,7 +27,15 @@ def find_ip(text: str | None) -> Address | None:
         return None
 
 
-def edited(machine: Machine, changed: Collection[str]) -> None:
+def faults_of_family(gateway: Machine, address: Address) -> list[str]:
+    """What keeps the gateway from leading to this address: it forwards within its own family alone."""
+    outside = find_ip(gateway.public_address)  # a host name may lead to either family
+    if outside is not None and outside.version != address.version:
+        return [f"{gateway.name} has an IPv{outside.version} address and cannot forward to IPv{address.version}."]
+    return []
+
+
+def edited(machine: Machine, changed: Collection[str], *, before: Machine) -> None:
     """These fields of the machine, which is as it is now, were changed: carry it to where they stand.
 
     Called inside the transaction of the edit. Raises Invalid where the network needs what was taken away, Conflict
@@ -35,8 +43,8 @@ def edited(machine: Machine, changed: Collection[str]) -> None:
     """
     if machine.is_gateway and machine.public_address is None:
         raise Invalid({"public_address": ["A gateway needs it: customers come in there."]})
-    if machine.gateway_id is not None and find_address(machine) is None:
-        raise Invalid({"address": ["Behind a gateway a machine is known by its IP address."]})
+    if machine.is_gateway and "public_address" in changed:
+        _refuse_other_family(machine)
     led = Forward.select().where(Forward.machine == machine, Forward.closed_at.is_null())
     if "ssh_port" in changed and led.exists():
         raise Conflict(
@@ -44,6 +52,38 @@ def edited(machine: Machine, changed: Collection[str]) -> None:
             code="has_leases",
         )
     if machine.gateway_id is not None and "address" in changed:
-        events.desired_changed(machine.gateway_id)
+        events.desired_changed(machine.gateway_id)  # takes the gateway's row: its own address stays what it is
+        _refuse_unreachable(machine, before, is_led=led.exists())
     if not {"name", "address", "public_address"}.isdisjoint(changed):
         network.changed()
+
+
+def _refuse_unreachable(machine: Machine, before: Machine, *, is_led: bool) -> None:
+    """Its gateway must be able to lead to the new address, and its customers come in by the family that they know."""
+    address, known = find_address(machine), find_address(before)
+    if address is None:
+        raise Invalid({"address": ["Behind a gateway a machine is known by its IP address."]})
+    if faults := faults_of_family(Machine.get_by_id(machine.gateway_id), address):
+        raise Invalid({"address": faults})
+    if is_led and known is not None and known.version != address.version:
+        raise Conflict(
+            f"Customers come in by IPv{known.version}, and the address {address} is IPv{address.version}; "
+            "change it when the lease has ended.",
+            code="has_leases",
+        )
+
+
+def _refuse_other_family(gateway: Machine) -> None:
+    """Whoever stands behind it must be led to from its new address too."""
+    network.hold()  # nobody is placed behind it meanwhile
+    for each in Machine.select().where(Machine.gateway == gateway, Machine.state != "retired").order_by(Machine.name):
+        address = find_address(each)
+        if address is not None and faults_of_family(gateway, address):
+            raise Invalid(
+                {
+                    "public_address": [
+                        f"{each.name} stands behind it with an IPv{address.version} address, and a gateway forwards "
+                        "within one family. Give it such a public address, or place the machines elsewhere first."
+                    ]
+                }
+            )

@@ -387,3 +387,35 @@ def test_a_machine_that_is_to_be_leased_becomes_no_gateway(database: Any, tenant
         network_machines.place(machine, forward_ports="20000-20009", by=SYSTEM)
 
 
+def test_an_address_of_another_family_does_not_cut_customers_off(gateway: Host, tenant: Tenant) -> None:
+    Machine.update(public_address="way-in.example.org").where(Machine.id == gateway.id).execute()
+    lease = behind(gateway, tenant)
+    take(lease)
+    with pytest.raises(Conflict, match="come in by IPv4, and the address 2001:db8::7 is IPv6; change it when"):
+        machines.edit(lease.machine, address="2001:db8::7", by=SYSTEM)
+    assert len(network_forwards.to_send(gateway.machine, utcnow())) == 1
+    close(gateway, lease)
+    machines.edit(lease.machine, address="2001:db8::7", by=SYSTEM)
+    assert machines.get(lease.machine_id).address == "2001:db8::7"
+
+
+def test_gateway_and_machine_stay_of_one_family_whichever_is_edited(gateway: Host) -> None:
+    machine = make_machine("gpu-1", address="10.0.0.9", gateway=gateway.id)
+    for edited, field, address, told in (
+        (machine, "address", "2001:db8::7", "way-in has an IPv4 address and cannot forward to IPv6"),
+        (gateway.machine, "public_address", "2001:db8::1", "gpu-1 stands behind it with an IPv4 address"),
+    ):
+        with pytest.raises(Invalid) as refused:
+            machines.edit(edited, by=SYSTEM, **{field: address})
+        assert list(refused.value.fields) == [field]
+        assert told in refused.value.fields[field][0]
+    machines.edit(gateway.machine, public_address="way-in.example.org", by=SYSTEM)
+    machines.edit(machine, address="2001:db8::7", by=SYSTEM)
+
+
+def test_the_port_that_customers_are_led_to_is_not_moved_from_under_them(gateway: Host, tenant: Tenant) -> None:
+    lease = behind(gateway, tenant)
+    take(lease)
+    with pytest.raises(Conflict, match="change it when the lease has ended"):
+        machines.edit(lease.machine, by=SYSTEM, ssh_port=2200)
+    assert machines.get(lease.machine_id).ssh_port == 22
