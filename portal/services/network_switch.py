@@ -43,11 +43,13 @@ def open_all(lease: Lease, machine: Machine, wishes: Sequence[Wish], *, by: Acto
     if before is not None:
         network_openings.carry_over(before, lease, machine, by=by)
         network_names.carry_over(before, lease)
-    network_forwards.follow(lease, machine, network_openings.wanted_of(machine, lease), by=by, before=before)
-    if _by_stacks(lease):
+    opened = network_openings.wanted_of(machine, lease)
+    network_forwards.follow(lease, machine, opened, by=by, before=before)
+    if opened:  # one that opens nothing begins also behind a group that is full
         network_quota.refuse_unfit(machine)
         network.changed()
     follow(lease)
+    if _by_stacks(lease):
 
 
 def moved(lease: Lease) -> None:

@@ -162,6 +162,13 @@ def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Le
     assert (state_of(lease, "name"), state_of(lease, "security_group")) == (("open", "open"), ("open", "closed"))
     applied(clouds=("aws",), stack="production-aws")
     assert state_of(lease, "security_group") == ("open", "open")
+def test_a_lease_that_opens_nothing_begins_behind_a_group_that_is_full(host: Host, tenant: Tenant) -> None:
+    network_requests.open_port(host.machine, wish(1), by=SYSTEM)
+    network_requests.open_port(host.machine, wish(3), by=SYSTEM)
+    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
+    assert allocate(host, tenant).state == "active"
+
+
     assert grants.get(lease, "name").waits_since is None
 
 
