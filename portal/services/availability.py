@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from portal.errors import Conflict
 from portal.models import Lease, Machine, Reclaim, Tenant
 from portal.models.states import LEASE_OPEN
-from portal.services import machines, runs
+from portal.services import machines, network_forwards, runs
 from portal.services.health import Problem
 
 
@@ -87,6 +87,12 @@ def way_refusals(machine: Machine, now: datetime) -> Iterable[Problem]:
     if gateway.frozen_reason is not None:
         text = f"{gateway.name}, the gateway of {machine.name}, is frozen and opens nothing. Thaw it first."
         yield Problem("gateway_frozen", text)
+    if not network_forwards.has_port(gateway):
+        text = (
+            f"{gateway.name}, the gateway of {machine.name}, has no port left in {gateway.forward_ports}: customers "
+            "could not get in. Give it a larger pool, or close openings that go through it."
+        )
+        yield Problem("no_port_left", text)
 
 
 def past_refusals(machine: Machine) -> Iterable[Problem]:

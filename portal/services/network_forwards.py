@@ -59,9 +59,38 @@ def follow(
     there = {_way_of(each): each for each in wanted_of(lease)}
     left = [forward for way, forward in there.items() if way not in wanted]
     _close(left, utcnow(), by=by)
-    for way in wanted:
-        if way not in there:
-            _take(gateway, machine, lease, way, before, by=by)
+    missing = [way for way in wanted if way not in there]  # the way in comes first
+    if missing not in ([], [_way_in(machine)]):
+        _refuse_reserved(gateway, machine, len(missing))
+    for way in missing:
+        _take(gateway, machine, lease, way, before, by=by)
+
+
+def has_port(gateway: Machine) -> bool:
+    """Whether one more machine behind it could get its way in."""
+    return _count_free(gateway) > 0
+
+
+def _refuse_reserved(gateway: Machine, machine: Machine, count: int) -> None:
+    """One port is kept for the way in of each other machine behind it that has none now. Raises NoPortLeft.
+
+    Otherwise the openings of a few customers would keep everybody else out.
+    """
+    with_way_in = Forward.select(Forward.machine).where(Forward.gateway == gateway, Forward.closed_at.is_null())
+    without = network_machines.behind(gateway).where(Machine.id != machine.id, Machine.id.not_in(with_way_in)).count()
+    if count > _count_free(gateway) - without:
+        raise NoPortLeft(
+            f"{gateway.name} has no port left in {gateway.forward_ports} for openings: it keeps {without} for the ways "
+            "in of other machines behind it. Close openings that go through it, or give it a larger pool."
+        )
+
+
+def _count_free(gateway: Machine) -> int:
+    """Ports that nobody has; one that was not seen closed is somebody's still."""
+    ports = network_machines.pool(gateway)
+    within = (Forward.public_port >= ports.start) & (Forward.public_port < ports.stop)
+    held = Forward.select(Forward.public_port).where(Forward.gateway == gateway, Forward.released_at.is_null(), within)
+    return len(ports) - int(held.distinct().count())
 
 
 def _ends(lease: Lease, machine: Machine, openings: Iterable[Opening]) -> dict[Way, datetime]:

@@ -89,6 +89,7 @@ def test_two_who_take_several_ports_at_once_do_not_wait_for_each_other(
     for lease in (before, *(behind(gateway, tenant) for _ in range(POOL - 2))):
         take(lease)
         close(gateway, lease)
+    Machine.update(state="retired").where(Machine.gateway == gateway.id).execute()  # no port is kept for them
     first, second = behind(gateway, tenant), behind(gateway, tenant)
     wide = Opening(protocol="tcp", first_port=9000, last_port=9001, source=OFFICE)
     wrong, tell = list[Exception](), network_forwards._tell
@@ -313,6 +314,25 @@ def test_an_opening_for_which_no_port_is_left_is_refused_whole(gateway: Host, te
         ask(lease, 9999)
     assert len(ways(lease)) == POOL
     assert Opening.select().where(Opening.first_port == 9999).count() == 0
+
+
+def test_openings_leave_a_port_for_the_way_in_of_every_other_machine(gateway: Host, tenant: Tenant) -> None:
+    first, second = behind(gateway, tenant), behind(gateway, tenant)
+    make_machine(address="10.0.1.1", gateway=gateway.id)  # ready, and leased to nobody yet
+    make_machine(address="10.0.1.2", gateway=gateway.id, state="retired")
+    kept = ask(first, 8000, last_port=8000 + POOL - 4)
+    assert len(ways(first)) == POOL - 2
+    with pytest.raises(NoPortLeft, match=f"no port left in 20000-{20000 + POOL - 1} for openings: it keeps 2"):
+        ask(first, 9999)
+    assert len(ways(first)) == POOL - 2
+    assert take(second).public_port == 20000 + POOL - 2, "the way in is what is kept for it"
+    with pytest.raises(NoPortLeft, match="it keeps 1"):
+        ask(second, 8888)
+    network_requests.close_port(kept, by=SYSTEM)
+    with pytest.raises(NoPortLeft):
+        ask(second, 8888)  # not seen closed, so still taken
+    reports(gateway, forwards=[])
+    ask(second, 8888)
 
 
 # What makes a gateway

@@ -31,6 +31,7 @@ from portal.services import (
     network_zones,
     retirement,
 )
+    overviews,
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
 from tests.factories import actor_of
@@ -89,6 +90,16 @@ def lease(host: Host, tenant: Tenant) -> Lease:
 
 def everything_seen(host: Host, gateway: Host, lease: Lease) -> None:
     """Host, gateway and pipeline have done what is wanted now, and say so."""
+def behind_too(gateway: Host, tenant: Tenant, *, count: int) -> list[Lease]:
+    """Leases of other machines behind it, each with a port."""
+    held = []
+    for number in range(1, count + 1):
+        other = ready_host(f"other-{number}", address=f"10.0.1.{number}")
+        place(other, gateway_id=gateway.id)
+        held.append(allocate(other, tenant))
+    return held
+
+
     is_open = leases.get(lease.id).state == "active"
     host.sees(lease, "open" if is_open else "closed")
     reports(host, openings=seen(*network_openings.wanted_of(host.machine, lease)))
@@ -130,13 +141,10 @@ def test_a_lease_has_only_the_grants_of_what_it_opens(database: Any, tenant: Ten
 def test_an_allocation_that_fails_at_its_last_step_leaves_nothing_open(
     host: Host, gateway: Host, tenant: Tenant
 ) -> None:
-    for port in range(20000, 20003):  # somebody else has them all
-        other = ready_host(f"other-{port}", address=f"10.0.1.{port - 20000 + 1}")
-        place(other, gateway_id=gateway.id)
-        allocate(other, tenant)
+    behind_too(gateway, tenant, count=2)
     before, generation = network_openings.search().count(), network.state().generation
     with pytest.raises(Conflict, match="no port left in 20000-20002"):
-        allocate(host, tenant, openings=[wish()])
+        allocate(host, tenant, openings=[wish()])  # for the way in there is one
     assert (host.state, network_openings.search().count(), network.state().generation) == ("ready", before, generation)
     assert Lease.select().where(Lease.machine == host.id).count() == 0
 
@@ -154,6 +162,33 @@ def test_a_machine_that_nobody_can_get_to_is_leased_to_nobody(host: Host, gatewa
 
 def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Lease) -> None:
     (opening,) = network_openings.wanted_of(host.machine, lease)
+def test_a_lease_that_cannot_begin_because_no_port_is_left_says_so_and_begins_when_one_is(
+    host: Host, gateway: Host, tenant: Tenant
+) -> None:
+    lease = allocate(host, tenant, starts_at=utcnow() + HOUR, until=utcnow() + 9 * HOUR)
+    first, *_ = behind_too(gateway, tenant, count=3)
+    later = utcnow() + HOUR + timedelta(minutes=1)
+    for each in (host, gateway):
+        each.report(received_at=later)
+    assert leases.activate_due(later) == 0
+    (why,) = overviews.of_lease(leases.get(lease.id), later).waits_for
+    assert why.code == "no_port_left"
+    assert why.message.startswith("way-in, the gateway of gpu-1, has no port left in 20000-20002")
+    leases.end(first, by=SYSTEM, reason="done")
+    reports(gateway)
+    for each in (host, gateway):
+        each.report(received_at=later)
+    assert leases.activate_due(later) == 1
+    assert overviews.of_lease(leases.get(lease.id), later).waits_for == ()
+
+
+def test_a_lease_that_opens_nothing_begins_behind_a_group_that_is_full(host: Host, tenant: Tenant) -> None:
+    network_requests.open_port(host.machine, wish(1), by=SYSTEM)
+    network_requests.open_port(host.machine, wish(3), by=SYSTEM)
+    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
+    assert allocate(host, tenant).state == "active"
+
+
     reports(host, openings=seen(opening))
     assert state_of(lease, "firewall") == ("open", "open")
     reports(gateway, forwards=seen(*network_forwards.of_lease(lease)))
