@@ -509,14 +509,14 @@ def network_seen(lease: Lease, *, views: Mapping[str, View] | None = None, by: A
 
 
 def names_changed(lease: Lease) -> bool:
-    """Another zone serves leases: an active one has a name from now on, or none any more; True when that is news."""
+    """An active one has a name from now on, or none any more, or it leads elsewhere; True when that is news."""
     with atomic():
         machines.lock(lease.machine)
         lease = get(lease.id)
-        before = [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
+        before = [(grant.kind, grant.desired_at) for grant in grants.of_lease(lease)]
         if lease.state == "active":
             network_switch.follow(lease, since=0)  # the zone may have been given out for long
-        return before != [(grant.kind, grant.desired) for grant in grants.of_lease(lease)]
+        return before != [(grant.kind, grant.desired_at) for grant in grants.of_lease(lease)]
 
 
 def write_off_grant(lease: Lease, kind: str, *, by: Actor, reason: str) -> Lease:

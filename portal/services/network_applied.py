@@ -7,6 +7,7 @@ somebody changed there by hand, only the stack's own drift check sees.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 MOST_BYTES = 256 * 1024  # of the outputs of one stack
 MOST_AHEAD = 1_000_000  # generations that a restored portal may be behind a stack
 KEEP_COUNT = 500  # words of one stack
+FOR_PEOPLE = ("reason", "ends_at", "purpose", "previous_keys")  # of a row; no cloud has them
 
 
 # Take in
@@ -182,7 +184,7 @@ def search(*, stack: str | None = None) -> peewee.ModelSelect[AppliedNetwork]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a document says, by what is asked of it: (kind, cloud, lease's key) → keys, (kind, cloud) → key and row."""
+    """What a document says, by what is asked of it: (kind, cloud, lease's key) → words, (kind, cloud) → key and row."""
 
     of_leases: Mapping[tuple[str, str, str], frozenset[str]]
     rows: Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
@@ -198,7 +200,8 @@ class View:
     at: datetime
     contents: Contents | None
 
-    def keys_of(self, kind: str, lease_key: str) -> frozenset[str] | None:
+    def words_of(self, kind: str, lease_key: str) -> frozenset[str] | None:
+        """Of its rows; None where it is not known what was applied."""
         if self.contents is None:
             return None
         return self.contents.of_leases.get((kind, self.cloud, lease_key), frozenset())
@@ -226,8 +229,23 @@ def contents_of(document: Mapping[str, Any]) -> Contents:
     for kind, cloud, row in _placed(document):
         rows.setdefault((kind, cloud), {})[row["key"]] = row
         if row["lease"] is not None:
-            of_leases.setdefault((kind, cloud, row["lease"]), set()).add(row["key"])
-    return Contents({place: frozenset(keys) for place, keys in of_leases.items()}, rows)
+            of_leases.setdefault((kind, cloud, row["lease"]), set()).add(word_of(row))
+    return Contents({place: frozenset(words) for place, words in of_leases.items()}, rows)
+
+
+def word_of(row: Mapping[str, Any]) -> str:
+    """A word for the row and all that a cloud has of it: its key, which never changes, and what does."""
+    told = json.dumps(of_clouds(row), sort_keys=True, ensure_ascii=False)
+    return f"{row['key']} {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def key_in(word: str) -> str:
+    return word.partition(" ")[0]
+
+
+def of_clouds(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stack makes of it."""
+    return {name: value for name, value in row.items() if name not in FOR_PEOPLE}
 
 
 def _placed(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -16,10 +16,9 @@ from portal.db import utcnow
 from portal.integrations.network_format import names
 from portal.models import DnsRecord, Lease, Machine, Opening, User
 from portal.services import network_applied, network_export
-from portal.services.network_applied import Contents, View
+from portal.services.network_applied import Contents, View, of_clouds
 
 STATES = ("to_make", "to_change", "to_remove", "applied", "unknown")
-FOR_PEOPLE = ("reason", "ends_at", "purpose", "previous_keys")  # of a row; no cloud has them
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,7 @@ def _state(desired: Mapping[str, Any] | None, applied: Mapping[str, Any] | None,
         return "to_make"
     if desired is None:
         return "to_remove"
-    return "applied" if _of_clouds(desired) == _of_clouds(applied) else "to_change"
-
-
-def _of_clouds(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in FOR_PEOPLE}
+    return "applied" if of_clouds(desired) == of_clouds(applied) else "to_change"
 
 
 def who_asked(entries: Sequence[Entry]) -> dict[str, Asked]:

@@ -364,9 +364,8 @@ def get_of(lease: Lease, opening_id: int) -> Opening:
 def wanted_of(machine: Machine, lease: Lease | None) -> list[Opening]:
     """What is wanted for this lease, or for the machine itself."""
     mine = Opening.lease.is_null() if lease is None else Opening.lease == lease
-    return list(
-        Opening.select().where(Opening.machine == machine, mine, Opening.closed_at.is_null()).order_by(Opening.id)
-    )
+    with_lease = Opening.select(Opening, Lease).join(Lease, peewee.JOIN.LEFT_OUTER)
+    return list(with_lease.where(Opening.machine == machine, mine, Opening.closed_at.is_null()).order_by(Opening.id))
 
 
 def of_lease(lease: Lease) -> list[Opening]:

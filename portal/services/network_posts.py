@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from portal.models import AppliedNetwork, Lease, Machine
-from portal.services import batch, leases, network_applied, network_names, network_switch
+from portal.models import AppliedNetwork
+from portal.services import batch, leases, network, network_applied, network_switch
 from portal.services.actors import Actor
 
 AT_ONCE = 200  # leases that one request looks at
 
 _settled: int | None = None  # the newest word of a stack that this process has looked at
-_served: int | None = None  # the zone of leases when it last looked; 0 is none
+_followed: int | None = None  # the generation of the network when it last looked at what leases want
 
 
 def take(
@@ -37,21 +37,19 @@ def take(
 
 
 def sweep() -> int:
-    """Look at what a request did not come to, and at every active lease when another zone serves them; for the sweep.
+    """Look at what a request did not come to, and at the leases whose names shall be others by now; for the sweep.
 
-    Nothing new was told and no zone was changed: nothing is read but that.
+    Nothing new was told and nothing changed: nothing is read but that.
     """
-    global _settled, _served
-    newest, zone = network_applied.newest_id(), network_names.find_zone(of="leases")
+    global _settled, _followed
+    newest, generation = network_applied.newest_id(), network.state().generation
     done = 0
     if newest != _settled:
         done += settle()
         _settled = newest
-    served = zone.id if zone is not None else 0
-    if served != _served:
-        active = Lease.select(Lease, Machine).join(Machine).where(Lease.state == "active").order_by(Lease.id)
-        done += batch.each(active, lambda lease: leases.names_changed(lease))
-        _served = served
+    if generation != _followed:
+        done += batch.each(network_switch.leases_to_follow(), lambda lease: leases.names_changed(lease))
+        _followed = generation
     return done
 
 

@@ -7,6 +7,7 @@ opens. Everything here happens inside the transaction that holds the machine's r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +27,11 @@ from portal.services import (
 )
 from portal.services.actors import Actor
 from portal.services.network_applied import View
+from portal.services.network_names import Row
 from portal.services.network_openings import Wish
 
 KINDS = (*GRANTS_BY_AGENTS, *GRANTS_BY_STACKS)
-Wanted = Mapping[str, frozenset[str]]  # cloud → keys
+Wanted = Mapping[str, frozenset[str]]  # cloud → words of rows
 
 
 # Open, move, close
@@ -79,24 +81,25 @@ def _by_stacks(lease: Lease) -> bool:
 
 
 def wanted_in_clouds(lease: Lease, kind: str) -> Wanted:
-    """The keys under which this lease stands in the next export, by cloud."""
+    """What stands under this lease in the next export, by cloud: a word for each row, as for what was applied."""
     if lease.state != "active":
         return {}
     if kind == "name":
         zones = {zone.key: zone.cloud for zone in network_zones.list_zones()}
-        return _by_cloud((zones[row["zone"]], row["key"]) for row in network_names.of_lease_wanted(lease))
+        return _by_cloud((zones[row["zone"]], row) for row in network_names.of_lease_wanted(lease))
     machine = lease.machine
     if machine.security_group_id is None:
         return {}
     cloud = SecurityGroup.get_by_id(machine.security_group_id).cloud
-    return _by_cloud((cloud, opening.key) for opening in network_openings.wanted_of(machine, lease))
+    opened = network_openings.wanted_of(machine, lease)
+    return _by_cloud((cloud, network_export.row_of_opening(opening, machine)) for opening in opened)
 
 
-def _by_cloud(pairs: Iterable[tuple[str, str]]) -> Wanted:
+def _by_cloud(pairs: Iterable[tuple[str, Row]]) -> Wanted:
     found: dict[str, set[str]] = {}
-    for cloud, key in pairs:
-        found.setdefault(cloud, set()).add(key)
-    return {cloud: frozenset(keys) for cloud, keys in found.items()}
+    for cloud, row in pairs:
+        found.setdefault(cloud, set()).add(network_applied.word_of(row))
+    return {cloud: frozenset(words) for cloud, words in found.items()}
 
 
 def _parts_wanted(lease: Lease, kind: str) -> list[str]:
@@ -105,7 +108,7 @@ def _parts_wanted(lease: Lease, kind: str) -> list[str]:
         return [each.key for each in network_openings.wanted_of(lease.machine, lease)]
     if kind == "forward":
         return [f"f{each.id}" for each in network_forwards.of_lease(lease) if each.closed_at is None]
-    return sorted(key for keys in wanted_in_clouds(lease, kind).values() for key in keys)
+    return sorted(word for words in wanted_in_clouds(lease, kind).values() for word in words)
 
 
 def follow(lease: Lease, *, since: int | None = None) -> None:
@@ -174,13 +177,14 @@ def _of_stacks(lease: Lease, grant: Grant, views: Mapping[str, View]) -> tuple[s
     """By the documents that the stacks applied last. Nothing was ever given out: nothing can be there."""
     key, wanted = network_names.key_of_lease(lease), wanted_in_clouds(lease, grant.kind)
     clouds = sorted(set(wanted) | set(grant.detail.get("clouds", ())))
-    missing, left = list[str](), list[str]()
+    missing, left = list[str](), list[str]()  # what is there and shall be another is both
     states = set()
     for cloud in clouds:
         there = _there(cloud, grant.kind, key, views)
         here = wanted.get(cloud, frozenset())
         lacking, more = here - (there or frozenset()), (there or frozenset()) - here
-        missing, left = missing + sorted(lacking), left + sorted(more)
+        missing += sorted(map(network_applied.key_in, lacking))
+        left += sorted(map(network_applied.key_in, more))
         if there is None:
             states.add("unknown")
         elif grant.desired == "open":
@@ -194,7 +198,13 @@ def _of_stacks(lease: Lease, grant: Grant, views: Mapping[str, View]) -> tuple[s
 
 def _there(cloud: str, kind: str, key: str, views: Mapping[str, View]) -> frozenset[str] | None:
     view = views.get(cloud)
-    return frozenset() if view is None else view.keys_of(kind, key)
+    return frozenset() if view is None else view.words_of(kind, key)
+
+
+def made(lease: Lease, kind: str) -> frozenset[str]:
+    """The words of what the stacks have applied for it."""
+    key, views = network_names.key_of_lease(lease), network_applied.views()
+    return frozenset[str]().union(*(_there(cloud, kind, key, views) or () for cloud in views))
 
 
 def _is_settled(grant: Grant, view: View | None) -> bool:
@@ -244,6 +254,21 @@ def _is_there(grant: Grant, views: Mapping[str, View]) -> bool:
     for cloud in grant.detail.get("clouds", ()):
         found |= _there(cloud, grant.kind, key, views) or frozenset()
     return found.issuperset(grant.detail.get("parts", ()))
+
+
+def leases_to_follow() -> list[Lease]:
+    """Active ones whose names shall be others than their grants say: an address was edited, or the zone of leases.
+
+    A few queries, whatever the number of leases.
+    """
+    of_leases = (row for row in network_export.names_wanted() if row["lease"] is not None)
+    wanted = defaultdict[str, list[str]](list)
+    for row in network_names.zones().fitting(of_leases):
+        wanted[row["lease"]].append(network_applied.word_of(row))
+    active = Lease.select(Lease, Machine).join(Machine).where(Lease.state == "active").order_by(Lease.id)
+    told = Grant.select(Grant.lease, Grant.detail).join(Lease).where(Grant.kind == "name", Lease.state == "active")
+    known = {grant.lease_id: grant.detail.get("parts", []) for grant in told}
+    return [lease for lease in active if known.get(lease.id, []) != sorted(wanted[network_names.key_of_lease(lease)])]
 
 
 def write_off(lease: Lease, kind: str) -> None:

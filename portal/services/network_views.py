@@ -28,7 +28,6 @@ from portal.models import (
 )
 from portal.services import (
     config,
-    grants,
     network,
     network_applied,
     network_drift,
@@ -37,6 +36,7 @@ from portal.services import (
     network_machines,
     network_names,
     network_openings,
+    network_switch,
 )
 from portal.services.network_drift import Entry
 from portal.services.network_names import Row
@@ -292,7 +292,7 @@ def value_lines(record: DnsRecord) -> list[str]:
 
 
 def names_seen(lease: Lease) -> list[str]:
-    """The names that lead to it and that the stacks have made."""
-    grant = grants.find(lease, "name")
-    rows = names_of(lease) if grant is not None and grant.observed == "open" else []
+    """The names that lead to it and that the stacks have made: not one that still leads elsewhere."""
+    made = network_switch.made(lease, "name")
+    rows = [row for row in names_of(lease) if network_applied.word_of(row) in made]
     return sorted({readable(row["name"]) for row in rows if row["type"] in records.ADDRESS_TYPES})

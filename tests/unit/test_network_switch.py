@@ -19,6 +19,7 @@ from portal.services import (
     connections,
     grants,
     leases,
+    machines,
     network,
     network_applied,
     network_export,
@@ -28,6 +29,7 @@ from portal.services import (
     network_posts,
     network_requests,
     network_switch,
+    network_views,
     network_zones,
     retirement,
 )
@@ -58,7 +60,7 @@ HOUR = timedelta(hours=1)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has looked at nothing yet."""
     monkeypatch.setattr(network_posts, "_settled", None)
-    monkeypatch.setattr(network_posts, "_served", None)
+    monkeypatch.setattr(network_posts, "_followed", None)
 
 
 @pytest.fixture
@@ -214,7 +216,7 @@ def test_a_grant_waits_since_it_was_wanted_and_says_what_is_missing(host: Host, 
     grant = grants.get(lease, "security_group")
     assert (grant.desired, grant.observed) == ("open", "unknown"), "one of the two is there"
     assert grant.waits_since >= since
-    assert grant.detail["missing"] == [grant.detail["parts"][1]]
+    assert grant.detail["missing"] == [network_openings.wanted_of(host.machine, lease)[1].key]
     applied(clouds=("cloudflare", "aws"))
     assert grants.get(lease, "security_group").waits_since is None
 
@@ -249,6 +251,71 @@ def test_what_the_host_and_the_gateway_keep_open_though_it_was_closed_is_waited_
     reports(host, openings=seen(kept))
     reports(gateway, forwards=seen(*(each for each in forwards if each.target_port != 9999)))
     assert (state_of(lease, "firewall"), state_of(lease, "forward")) == (("open", "open"), ("open", "open"))
+
+
+def test_a_name_that_shall_lead_elsewhere_waits_since_then_until_a_stack_has_applied_it(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    everything_seen(host, gateway, lease)
+    network_posts.sweep()
+    others = {kind: state for kind, state in states_of(lease).items() if kind != "name"}
+    stale, edited_at = export(), utcnow()
+    machines.edit(gateway.machine, public_address="198.51.100.9", by=SYSTEM)
+    assert network_views.names_seen(lease) == [], "in the cloud it still leads to the old address"
+    assert network_posts.sweep() == 1
+    grant = grants.get(lease, "name")
+    assert (grant.desired, grant.observed, grant.waits_since) == ("open", "unknown", grant.desired_at)
+    assert grant.desired_at >= edited_at
+    assert grant.detail["missing"] == grant.detail["left"] == [f"l{lease.id}.address"]
+    assert {kind: state for kind, state in states_of(lease).items() if kind != "name"} == others
+    assert network_posts.sweep() == 0
+    applied(stale, clouds=("cloudflare", "aws"))
+    assert grants.get(lease, "name").waits_since is not None, "an apply of what was wanted before"
+    applied(clouds=("cloudflare", "aws"))
+    assert grants.get(lease, "name").waits_since is None
+    assert network_views.names_seen(lease) == [f"lease{lease.id}.gpu.example.org"]
+
+
+def test_a_machines_own_address_is_followed_by_the_name_of_its_lease_and_no_other(
+    names: DnsZone, tenant: Tenant
+) -> None:
+    host, other = ready_host("gpu-8", address="192.0.2.8"), ready_host("gpu-9", address="192.0.2.9")
+    lease, beside = allocate(host, tenant), allocate(other, tenant)
+    applied()
+    network_posts.sweep()
+    machines.edit(host.machine, public_address="198.51.100.8", by=SYSTEM)
+    assert [each.id for each in network_switch.leases_to_follow()] == [lease.id]
+    network_posts.sweep()
+    assert (state_of(lease, "name"), state_of(beside, "name")) == (("open", "unknown"), ("open", "open"))
+
+
+def test_a_record_with_other_values_waits_and_the_leases_own_name_is_there_all_the_same(
+    host: Host, lease: Lease
+) -> None:
+    record = network_requests.want_record(
+        DnsZone.get(), lease=lease, by=SYSTEM, name="jupyter.gpu.example.org", type="A", values=["198.51.100.1"]
+    )
+    applied(clouds=("cloudflare", "aws"))
+    own = f"lease{lease.id}.gpu.example.org"
+    assert network_views.names_seen(lease) == ["jupyter.gpu.example.org", own]
+    network_requests.edit_record(record, by=SYSTEM, values=["198.51.100.2"])
+    grant = grants.get(lease, "name")
+    assert (grant.observed, grant.waits_since) == ("unknown", grant.desired_at)
+    assert network_views.names_seen(lease) == [own]
+    applied(clouds=("cloudflare", "aws"))
+    assert network_views.names_seen(lease) == ["jupyter.gpu.example.org", own]
+
+
+def test_a_lease_that_ends_while_its_name_shall_lead_elsewhere_waits_until_it_is_gone(
+    host: Host, gateway: Host, lease: Lease
+) -> None:
+    everything_seen(host, gateway, lease)
+    machines.edit(gateway.machine, public_address="198.51.100.9", by=SYSTEM)
+    network_posts.sweep()
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert state_of(lease, "name") == ("closed", "open"), "whatever it leads to"
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("closed", "closed")
 
 
 def test_an_allocation_that_would_overflow_the_clouds_group_is_refused_whole(host: Host, tenant: Tenant) -> None:
@@ -559,6 +626,23 @@ def test_a_zone_that_begins_or_ceases_to_serve_leases_is_followed_by_those_that_
     assert state_of(lease, "name") == ("open", "closed")
     applied()
     assert state_of(lease, "name") == ("open", "open")
+def test_a_name_that_moves_to_another_zone_waits_until_it_stands_there_alone(database: Any, tenant: Tenant) -> None:
+    old, new = zone(serves_leases=True), zone("hosts.example.org", cloud="aws")
+    lease = allocate(ready_host("gpu-1"), tenant)
+    applied(clouds=("cloudflare", "aws"))
+    network_posts.sweep()
+    network_zones.edit_zone(old, serves_leases=False, by=SYSTEM)
+    network_zones.edit_zone(new, serves_leases=True, by=SYSTEM)
+    assert network_posts.sweep() == 1
+    assert state_of(lease, "name") == ("open", "unknown")
+    assert network_views.names_seen(lease) == []
+    applied(clouds=("aws",), stack="production-aws")
+    assert state_of(lease, "name") == ("open", "unknown"), "the old one is there still"
+    applied(clouds=("cloudflare",))
+    assert state_of(lease, "name") == ("open", "open")
+    assert network_views.names_seen(lease) == [f"lease{lease.id}.hosts.example.org"]
+
+
     network_zones.edit_zone(holds, serves_leases=False, by=SYSTEM)
     assert network_posts.sweep() == 1
     assert state_of(lease, "name") == ("closed", "open")
