@@ -114,6 +114,7 @@ class AppliedOut(Schema):
 @bp.arguments(OutputsIn)
 @bp.arguments(AppliedArgs, location="query")
 @bp.response(200, AppliedOut)
+    is_gone = ma.fields.Boolean(required=True, metadata={"description": "A person's word: it was taken down"})
 def post_applied(body: dict[str, Any], args: dict[str, Any]) -> AppliedNetwork:
     """A stack was applied: its outputs open and close the grants of leases. Posting them again changes nothing"""
     return network_posts.take(args["stack"], body, outcome=args["outcome"], reason=args["reason"], by=actor())
@@ -173,6 +174,23 @@ class NetworkEntryOut(Schema):
     cloud = ma.fields.String(required=True)
     key = ma.fields.String(required=True)
     label = ma.fields.String(required=True)
+class StackGoneIn(Schema):
+    stack = ma.fields.String(required=True, validate=ma.validate.Length(1, 100), metadata={"example": "production-aws"})
+    reason = ma.fields.String(required=True, validate=ma.validate.Length(1, 1000))
+    although_wanted = ma.fields.Boolean(
+        load_default=False, metadata={"description": "What is wanted in its clouds waits for another stack"}
+    )
+
+
+@bp.post("/stacks/gone")
+@requires(*STAFF)
+@bp.arguments(StackGoneIn)
+@bp.response(200, AppliedOut)
+def forget_stack(body: dict[str, Any]) -> AppliedNetwork:
+    """A stack was taken down with all that it made: nobody waits for it any more"""
+    return network_posts.forget(by=actor(), **body)
+
+
     state = ma.fields.String(required=True)
     desired = ma.fields.Raw(allow_none=True)
     applied = ma.fields.Raw(allow_none=True)

@@ -166,5 +166,11 @@ class AppliedNetwork(Table):
     posted_by = pw.ForeignKeyField(User, null=True, on_delete="RESTRICT")
     posted_by_id: int | None
 
+    @property
+    def is_gone(self) -> bool:
+        """A person's word that the stack was taken down, with all that it made: it has applied nothing, not even an
+        empty document."""
+        return bool(self.outcome == "applied") and self.checksum is None
+
 
 AppliedNetwork.add_index(AppliedNetwork.stack, AppliedNetwork.id, name="applied_by_stack")

@@ -19,7 +19,6 @@ from portal.db import utcnow
 from portal.models import (
     Alert,
     ApiToken,
-    AppliedNetwork,
     Forward,
     Grant,
     Lease,
@@ -31,7 +30,7 @@ from portal.models import (
     User,
 )
 from portal.models.states import ALERT_OPEN
-from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines, network
+from portal.services import alerts, alerts_relay, alerts_silences, config, health, machines, network, network_applied
 from portal.services.actors import SYSTEM
 from portal.services.alerts import Notice, fingerprint_of
 from portal.services.health import Health, Problem
@@ -377,9 +376,9 @@ def _still_open(now: datetime) -> Iterator[Condition]:
 
 
 def network_behind_since() -> datetime | None:
-    """Since when a change waits for a stack; None where none does, or nothing was ever applied."""
+    """Since when a change waits for a stack; None where none does, or there is no stack."""
     since: datetime | None = network.state().behind_since
-    return since if since is not None and AppliedNetwork.select().exists() else None
+    return since if since is not None and network_applied.last_words() else None
 
 
 def _network(now: datetime) -> Iterator[Condition]:

@@ -30,6 +30,7 @@ CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 MOST_BYTES = 256 * 1024  # of the outputs of one stack
 MOST_AHEAD = 1_000_000  # generations that a restored portal may be behind a stack
 KEEP_COUNT = 500  # words of one stack
+NOTHING = -1  # instead of a generation
 FOR_PEOPLE = ("reason", "ends_at", "purpose", "previous_keys")  # of a row; no cloud has them
 
 
@@ -76,15 +77,19 @@ def note(
         )
         network.catch_up(told["generation"])
         if outcome == "applied":
-            now_at = _hindmost()
-            if now_at != was:
-                network.applied(is_everything=now_at == network.state().generation, at=row.at)
+            _count_hindmost(was, row.at)
         audit.record(
             f"network.{outcome}", row, by=by, stack=stack, generation=told["generation"], is_known=export is not None,
             reason=reason,
         )  # fmt: skip
         events.write("network.applied", resource_id=row.id)
     return row, True
+
+
+def _count_hindmost(was: int, at: datetime) -> None:
+    now_at = _hindmost()
+    if now_at != was:
+        network.applied(is_everything=now_at in (NOTHING, network.state().generation), at=at)
 
 
 def _is_same(before: AppliedNetwork, told: Mapping[str, Any], outcome: str) -> bool:
@@ -129,6 +134,55 @@ def _checked(stack: str, outputs: Mapping[str, Any], outcome: str) -> dict[str, 
     }
 
 
+# Taken down
+
+
+def forget(stack: str, *, by: Actor, reason: str, although_wanted: bool = False) -> AppliedNetwork:
+    """It was taken down (`pulumi destroy`): nothing that it made is there any more, and no apply of it is waited for.
+
+    What it applies later makes it known again. Raises Invalid, NotFound, and Conflict where names or openings are
+    wanted in a cloud that no other stack has, unless they are to wait for one.
+    """
+    if not reason.strip():
+        raise Invalid({"reason": ["Say how you know; the trail keeps it."]})
+    with atomic():
+        network.hold()
+        there = {row.stack: row for row in last_words()}
+        if stack not in there:
+            raise NotFound(f"There is no stack {stack}.")
+        before, was = newest(stack), _hindmost()
+        clouds = (before or there[stack]).clouds
+        if not although_wanted:
+            _refuse_wanted(stack, clouds)
+        row: AppliedNetwork = AppliedNetwork.create(
+            stack=stack,
+            environment=config.current().network_environment,
+            clouds=clouds,
+            generation=there[stack].generation,
+            outcome="applied",
+            reason=reason.strip(),
+            posted_by=by.user,
+        )
+        _count_hindmost(was, row.at)
+        audit.record("network.stack_gone", row, by=by, stack=stack, clouds=clouds, reason=reason)
+        events.write("network.stack_gone", resource_id=row.id)
+    return row
+
+
+def _refuse_wanted(stack: str, clouds: Sequence[str]) -> None:
+    others = {cloud for row in newest_of_each() if row.stack != stack for cloud in row.clouds}
+    wanted = contents_of(network_export.body(utcnow()).rows).rows
+    counts = {cloud: sum(len(rows) for (_, place), rows in wanted.items() if place == cloud) for cloud in clouds}
+    needed = sorted(cloud for cloud, count in counts.items() if count and cloud not in others)
+    if needed:
+        listed, count = ", ".join(needed), sum(counts[cloud] for cloud in needed)
+        raise Conflict(
+            f"No other stack has {listed}, where {count} names and openings are wanted. Remove them first, or say that "
+            "they are to wait for another stack.",
+            code="stack_needed",
+        )
+
+
 # Look
 
 
@@ -148,7 +202,7 @@ def newest_id() -> int:
 def newest_export(stack: str) -> NetworkExport:
     """What this stack has applied last, for its next guard and plan. Raises NotFound where it is not known."""
     row = newest(stack)
-    if row is None:
+    if row is None or row.is_gone:
         raise NotFound(f"{stack} has never told what it applied.")
     export: NetworkExport | None = NetworkExport.get_or_none(NetworkExport.id == row.export_id)
     if export is None:
@@ -157,20 +211,26 @@ def newest_export(stack: str) -> NetworkExport:
 
 
 def newest_of_each() -> list[AppliedNetwork]:
-    """The last apply of every stack, by its name."""
-    last = (
-        AppliedNetwork.select(peewee.fn.MAX(AppliedNetwork.id))
-        .where(AppliedNetwork.outcome == "applied", AppliedNetwork.environment == config.current().network_environment)
-        .group_by(AppliedNetwork.stack)
-    )
+    """The last apply of every stack that is there, by its name."""
+    return [row for row in _last_of_each(AppliedNetwork.outcome == "applied") if not row.is_gone]
+
+
+def last_words() -> list[AppliedNetwork]:
+    """What every stack that is there has told last, by its name: also one that has only failed so far."""
+    return [row for row in _last_of_each() if not row.is_gone]
+
+
+def _last_of_each(*where: Any) -> list[AppliedNetwork]:
+    ours = AppliedNetwork.environment == config.current().network_environment
+    last = AppliedNetwork.select(peewee.fn.MAX(AppliedNetwork.id)).where(ours, *where).group_by(AppliedNetwork.stack)
     return list(AppliedNetwork.select().where(AppliedNetwork.id << last).order_by(AppliedNetwork.stack))
 
 
 def _hindmost() -> int:
-    """The oldest generation that some cloud is at, by the stack that has it now; -1 where nothing was ever applied."""
+    """The oldest generation that some cloud is at, by the stack that has it now; NOTHING where no stack has any."""
     rows = sorted(newest_of_each(), key=lambda row: row.id)
     of_cloud: dict[str, int] = {cloud: row.generation for row in rows for cloud in row.clouds}
-    return min(of_cloud.values(), default=-1)
+    return min(of_cloud.values(), default=NOTHING)
 
 
 def search(*, stack: str | None = None) -> peewee.ModelSelect[AppliedNetwork]:
@@ -192,13 +252,17 @@ class Contents:
 
 @dataclass(frozen=True)
 class View:
-    """What a cloud was last brought to, and by which stack. `contents` None: a document that is not known."""
+    """What a cloud was last brought to, and by which stack. `contents` None: a document that is not known.
+
+    `is_gone`: that stack was taken down, and no other has the cloud; nothing is there.
+    """
 
     cloud: str
     stack: str
     generation: int
     at: datetime
     contents: Contents | None
+    is_gone: bool = False
 
     def words_of(self, kind: str, lease_key: str) -> frozenset[str] | None:
         """Of its rows; None where it is not known what was applied."""
@@ -208,12 +272,15 @@ class View:
 
 
 def views() -> dict[str, View]:
-    """Cloud → what the stack that has it applied last."""
+    """Cloud → what the stack that has it applied last; one that is gone has only what no other has."""
     found: dict[str, View] = {}
-    for row in sorted(newest_of_each(), key=lambda each: each.id):
+    rows = _last_of_each(AppliedNetwork.outcome == "applied")
+    for row in sorted(rows, key=lambda each: (not each.is_gone, each.id)):
         contents = None if row.export_id is None else _contents(row.checksum)
+        if row.is_gone:
+            contents = Contents({}, {})
         for cloud in row.clouds:
-            found[cloud] = View(cloud, row.stack, row.generation, row.at, contents)
+            found[cloud] = View(cloud, row.stack, row.generation, row.at, contents, row.is_gone)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A stack was applied: what it told opens and closes the grants of leases, and ends those that waited for it."""
+"""A stack was applied, or is gone: what was told opens and closes the grants of leases, and ends those that waited."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def take(
     row, _is_news = network_applied.note(stack, outputs, by=by, outcome=outcome, reason=reason, now=now)
     if outcome == "applied":
         settle(at_most=AT_ONCE)
+    return row
+
+
+def forget(stack: str, *, by: Actor, reason: str, although_wanted: bool = False) -> AppliedNetwork:
+    """It was taken down: what ended leases had there is closed. Raises what `network_applied.forget` does."""
+    row = network_applied.forget(stack, by=by, reason=reason, although_wanted=although_wanted)
+    settle(at_most=AT_ONCE)
     return row
 
 

@@ -49,9 +49,9 @@ def open_all(lease: Lease, machine: Machine, wishes: Sequence[Wish], *, by: Acto
     network_forwards.follow(lease, machine, opened, by=by, before=before)
     if opened:  # one that opens nothing begins also behind a group that is full
         network_quota.refuse_unfit(machine)
+    if _by_stacks(lease):
         network.changed()
     follow(lease)
-    if _by_stacks(lease):
 
 
 def moved(lease: Lease) -> None:
@@ -208,9 +208,9 @@ def made(lease: Lease, kind: str) -> frozenset[str]:
 
 
 def _is_settled(grant: Grant, view: View | None) -> bool:
-    """No apply that is still under way can bring it back: a stack is past the wish, or nobody was given it to apply."""
+    """No apply that is still under way can bring it back: a stack is past the wish, or gone, or nobody was given it."""
     wished = grant.generation or 0
-    if view is not None and view.generation >= wished:
+    if view is not None and (view.is_gone or view.generation >= wished):
         return True
     return not network_export.was_given_out(since=grant.detail.get("since", 0), before=wished)
 

@@ -89,11 +89,8 @@ def standing() -> Standing:
 def _stacks() -> tuple[Stack, ...]:
     """By name; also one that has only failed so far."""
     applied = {row.stack: row for row in network_applied.newest_of_each()}
-    environment = AppliedNetwork.environment == network_export.environment()
-    newest = AppliedNetwork.select(peewee.fn.MAX(AppliedNetwork.id)).where(environment).group_by(AppliedNetwork.stack)
-    last = {row.stack: row for row in AppliedNetwork.select().where(AppliedNetwork.id << newest)}
     return tuple(
-        Stack(applied.get(name), row if row.outcome == "failed" else None) for name, row in sorted(last.items())
+        Stack(applied.get(row.stack), row if row.outcome == "failed" else None) for row in network_applied.last_words()
     )
 
 

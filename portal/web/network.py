@@ -14,7 +14,7 @@ from flask_babel import gettext
 from portal.api.guard import actor, requires
 from portal.db import utcnow
 from portal.errors import Error
-from portal.services import machines, network_drift, network_views, network_zones
+from portal.services import machines, network_drift, network_posts, network_views, network_zones
 from portal.services import network as ground
 from portal.services.actors import STAFF
 from portal.services.network_drift import Entry
@@ -51,7 +51,24 @@ def thaw_network() -> ResponseReturnValue:
     return redirect(url_for("web.network"), 303)
 
 
-def _overview(form: Form | None) -> str:
+@bp.post("/network/stacks/gone")
+@requires(*STAFF)
+def forget_stack() -> ResponseReturnValue:
+    form = Form.of_request(keep=("stack", "reason", "although_wanted"))
+    try:
+        network_posts.forget(
+            form.text("stack"),
+            by=actor(),
+            reason=form.text("reason"),
+            although_wanted=form.is_checked("although_wanted"),
+        )
+    except Error as error:
+        return _overview(None, gone=form.refused(error)), error.status
+    flash(gettext("Nobody waits for this stack any more."), "success")
+    return redirect(url_for("web.network"), 303)
+
+
+def _overview(form: Form | None, gone: Form | None = None) -> str:
     now, standing = utcnow(), network_views.standing()
     facts: dict[str, Any] = {
         "standing": standing,
@@ -66,9 +83,11 @@ def _overview(form: Form | None) -> str:
     return render_template(
         "network/overview.html",
         form=form,
+        gone=gone,
         counts=network_views.counts(),
         names=sum(each.kind == "name" and each.desired is not None for each in compared.entries),
         compared=compared,
+        stack_options=[(each.name, each.name) for each in standing.stacks],
         zones=list(network_zones.list_zones()),
         groups=list(network_zones.list_groups()),
         **facts,

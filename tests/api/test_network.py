@@ -17,12 +17,12 @@ from flask.testing import FlaskClient
 from portal.db import atomic, utcnow
 from portal.integrations.network_format import document
 from portal.models import AppliedNetwork, AuditEntry, DnsZone, Lease, Machine, NetworkState, Opening, Tenant, User
-from portal.services import desired, network, network_requests, tokens
+from portal.services import desired, network, network_requests, retirement, tokens
 from portal.services.actors import SYSTEM
 from portal.settings import Settings
 from tests.api.fake_agent import FakeAgent, agent_of, leased_machine, observed
 from tests.factories import actor_of, make_machine
-from tests.support.network import export, outputs, place, seen, states_of, wish, zone
+from tests.support.network import applied, export, outputs, place, seen, states_of, wish, zone
 from tests.support.rental import Host, allocate, ready_host, tomorrow
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +158,26 @@ def test_a_failed_apply_is_kept_and_is_nobodys_view(client: FlaskClient, token: 
     ("body", "status"),
     [
         ({"network": {"generation": "7"}}, 422),
+def test_staff_say_that_a_stack_was_taken_down_and_its_pipeline_does_not(
+    client: FlaskClient, token: dict[str, str], operator: User, sign_in: SignIn
+) -> None:
+    zone(serves_machines=True)
+    host, said = make_machine("gpu-1"), {"stack": "production", "reason": "pulumi destroy"}
+    applied()
+    person, url = sign_in(operator), "/admin/network/stacks/gone"
+    assert client.post(f"/api/v1{url}", headers=token, json=said).status_code == 403
+    assert person.post(url, {**said, "stack": "staging"}).status_code == 404
+    refused = person.post(url, said)
+    assert (refused.status_code, refused.json["code"]) == (409, "stack_needed")
+    assert [each["stack"] for each in person.get("/admin/network/state").json["stacks"]] == ["production"]
+    retirement.retire(host, by=SYSTEM, reason="old")
+    gone = person.post(url, said)
+    assert (gone.status_code, gone.json["is_gone"], gone.json["reason"]) == (200, True, "pulumi destroy")
+    assert person.get("/admin/network/state").json["stacks"] == []
+    assert client.get("/api/v1/admin/network/applied?stack=production", headers=token).status_code == 404
+    assert AuditEntry.get(AuditEntry.action == "network.stack_gone").actor_name == "olga"
+
+
         ({"network": {"generation": -1}}, 422),
         ({"network": {"secret": "x"}}, 422),
         ({"network": []}, 422),

@@ -217,6 +217,27 @@ def test_an_apply_that_failed_and_calls_that_nobody_took_say_why(house: House, o
     expect(production).not_to_contain_text("failed")  # by itself
 
 
+def test_a_stack_that_was_taken_down_is_shown_no_longer(house: House, open_as: Open, zone: DnsZone) -> None:
+    record = network_requests.want_record(zone, name=f"last.{zone.name}", type="A", values=["198.51.100.9"], by=SYSTEM)
+    ground.applied()
+    ground.applied(stack="tried")
+    page = open_as(house.admin, "/network")
+    form = page.locator("#stack-gone")
+    form.get_by_label("Stack", exact=True).select_option("production")
+    form.get_by_label("How you know").fill("pulumi destroy")
+    ground.applied()  # the newest word about Cloudflare
+    press(page, "It is gone")
+    expect(page.get_by_text("Nobody waits for this stack any more.")).to_be_visible()
+    expect(page.locator("#standing").get_by_role("row", name=re.compile("production"))).to_have_count(0)
+    form.get_by_label("Stack", exact=True).select_option("tried")
+    form.get_by_label("How you know").fill("pulumi destroy")
+    press(page, "It is gone")
+    expect(form.get_by_role("alert")).to_contain_text("No other stack has cloudflare")
+    expect(form.get_by_label("How you know")).to_have_value("pulumi destroy")
+    network_requests.remove_record(record, by=SYSTEM)
+    ground.applied()
+
+
 def test_a_frozen_network_gives_no_export_and_is_thawed_with_a_reason(house: House, open_as: Open) -> None:
     frozen = {"frozen_reason": "It was restored from a backup.", "frozen_at": utcnow()}
     with atomic():

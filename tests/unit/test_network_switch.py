@@ -31,9 +31,9 @@ from portal.services import (
     network_switch,
     network_views,
     network_zones,
+    overviews,
     retirement,
 )
-    overviews,
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
 from tests.factories import actor_of
@@ -90,8 +90,6 @@ def lease(host: Host, tenant: Tenant) -> Lease:
     return allocate(host, tenant, openings=[wish()], retain_s=3600)
 
 
-def everything_seen(host: Host, gateway: Host, lease: Lease) -> None:
-    """Host, gateway and pipeline have done what is wanted now, and say so."""
 def behind_too(gateway: Host, tenant: Tenant, *, count: int) -> list[Lease]:
     """Leases of other machines behind it, each with a port."""
     held = []
@@ -102,6 +100,8 @@ def behind_too(gateway: Host, tenant: Tenant, *, count: int) -> list[Lease]:
     return held
 
 
+def everything_seen(host: Host, gateway: Host, lease: Lease) -> None:
+    """Host, gateway and pipeline have done what is wanted now, and say so."""
     is_open = leases.get(lease.id).state == "active"
     host.sees(lease, "open" if is_open else "closed")
     reports(host, openings=seen(*network_openings.wanted_of(host.machine, lease)))
@@ -162,8 +162,6 @@ def test_a_machine_that_nobody_can_get_to_is_leased_to_nobody(host: Host, gatewa
     assert (host.state, Lease.select().count()) == ("ready", 0)
 
 
-def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Lease) -> None:
-    (opening,) = network_openings.wanted_of(host.machine, lease)
 def test_a_lease_that_cannot_begin_because_no_port_is_left_says_so_and_begins_when_one_is(
     host: Host, gateway: Host, tenant: Tenant
 ) -> None:
@@ -191,6 +189,8 @@ def test_a_lease_that_opens_nothing_begins_behind_a_group_that_is_full(host: Hos
     assert allocate(host, tenant).state == "active"
 
 
+def test_what_was_done_is_seen_part_by_part(host: Host, gateway: Host, lease: Lease) -> None:
+    (opening,) = network_openings.wanted_of(host.machine, lease)
     reports(host, openings=seen(opening))
     assert state_of(lease, "firewall") == ("open", "open")
     reports(gateway, forwards=seen(*network_forwards.of_lease(lease)))
@@ -199,13 +199,6 @@ def test_a_lease_that_opens_nothing_begins_behind_a_group_that_is_full(host: Hos
     assert (state_of(lease, "name"), state_of(lease, "security_group")) == (("open", "open"), ("open", "closed"))
     applied(clouds=("aws",), stack="production-aws")
     assert state_of(lease, "security_group") == ("open", "open")
-def test_a_lease_that_opens_nothing_begins_behind_a_group_that_is_full(host: Host, tenant: Tenant) -> None:
-    network_requests.open_port(host.machine, wish(1), by=SYSTEM)
-    network_requests.open_port(host.machine, wish(3), by=SYSTEM)
-    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
-    assert allocate(host, tenant).state == "active"
-
-
     assert grants.get(lease, "name").waits_since is None
 
 
@@ -251,6 +244,13 @@ def test_what_the_host_and_the_gateway_keep_open_though_it_was_closed_is_waited_
     reports(host, openings=seen(kept))
     reports(gateway, forwards=seen(*(each for each in forwards if each.target_port != 9999)))
     assert (state_of(lease, "firewall"), state_of(lease, "forward")) == (("open", "open"), ("open", "open"))
+
+
+def test_an_allocation_that_would_overflow_the_clouds_group_is_refused_whole(host: Host, tenant: Tenant) -> None:
+    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
+    with pytest.raises(Conflict, match="cannot take it"):
+        allocate(host, tenant, openings=[wish(1), wish(3)])
+    assert (host.state, network_openings.search().count()) == ("ready", 0)
 
 
 def test_a_name_that_shall_lead_elsewhere_waits_since_then_until_a_stack_has_applied_it(
@@ -316,13 +316,6 @@ def test_a_lease_that_ends_while_its_name_shall_lead_elsewhere_waits_until_it_is
     assert state_of(lease, "name") == ("closed", "open"), "whatever it leads to"
     applied(clouds=("cloudflare", "aws"))
     assert state_of(lease, "name") == ("closed", "closed")
-
-
-def test_an_allocation_that_would_overflow_the_clouds_group_is_refused_whole(host: Host, tenant: Tenant) -> None:
-    network_openings.set_limits(by=SYSTEM, rules_a_group=1)
-    with pytest.raises(Conflict, match="cannot take it"):
-        allocate(host, tenant, openings=[wish(1), wish(3)])
-    assert (host.state, network_openings.search().count()) == ("ready", 0)
 
 
 def test_an_opening_that_is_asked_for_later_makes_its_grant(host: Host, tenant: Tenant) -> None:
@@ -626,6 +619,13 @@ def test_a_zone_that_begins_or_ceases_to_serve_leases_is_followed_by_those_that_
     assert state_of(lease, "name") == ("open", "closed")
     applied()
     assert state_of(lease, "name") == ("open", "open")
+    network_zones.edit_zone(holds, serves_leases=False, by=SYSTEM)
+    assert network_posts.sweep() == 1
+    assert state_of(lease, "name") == ("closed", "open")
+    applied()
+    assert state_of(lease, "name") == ("closed", "closed")
+
+
 def test_a_name_that_moves_to_another_zone_waits_until_it_stands_there_alone(database: Any, tenant: Tenant) -> None:
     old, new = zone(serves_leases=True), zone("hosts.example.org", cloud="aws")
     lease = allocate(ready_host("gpu-1"), tenant)
@@ -643,11 +643,66 @@ def test_a_name_that_moves_to_another_zone_waits_until_it_stands_there_alone(dat
     assert network_views.names_seen(lease) == [f"lease{lease.id}.hosts.example.org"]
 
 
-    network_zones.edit_zone(holds, serves_leases=False, by=SYSTEM)
-    assert network_posts.sweep() == 1
-    assert state_of(lease, "name") == ("closed", "open")
-    applied()
-    assert state_of(lease, "name") == ("closed", "closed")
+# Stacks that are gone
+
+
+def test_a_lease_that_has_ended_waits_for_no_stack_that_was_taken_down(
+    host: Host, gateway: Host, lease: Lease, operator: User
+) -> None:
+    everything_seen(host, gateway, lease)
+    leases.end(lease, by=SYSTEM, reason="done")
+    host.sees(lease, "closed")
+    reports(host)
+    reports(gateway)
+    assert (state_of(lease, "name"), leases.get(lease.id).state) == (("closed", "open"), "ending")
+    with pytest.raises(Invalid):
+        network_posts.forget("production", by=SYSTEM, reason=" ")
+    network_posts.forget("production", by=actor_of(operator), reason="pulumi destroy")
+    assert leases.get(lease.id).state == "ended"
+    entry = AuditEntry.get(AuditEntry.action == "network.stack_gone")
+    assert (entry.actor_name, entry.detail["stack"], entry.detail["clouds"]) == (
+        "olga", "production", ["aws", "cloudflare"],
+    )  # fmt: skip
+    with pytest.raises(NotFound):
+        network_posts.forget("production", by=SYSTEM, reason="again")
+
+
+def test_what_no_other_stack_makes_is_not_left_alone_unasked(host: Host, lease: Lease) -> None:
+    applied(clouds=("cloudflare", "aws"))
+    with pytest.raises(Conflict, match="No other stack has aws, cloudflare, where 2 names and openings are wanted"):
+        network_posts.forget("production", by=SYSTEM, reason="pulumi destroy")
+    assert state_of(lease, "name") == ("open", "open")
+    network_posts.forget("production", by=SYSTEM, reason="pulumi destroy", although_wanted=True)
+    assert (state_of(lease, "name"), state_of(lease, "security_group")) == (("open", "closed"), ("open", "closed"))
+    applied(clouds=("cloudflare", "aws"))
+    assert state_of(lease, "name") == ("open", "open"), "made again, by the same stack"
+
+
+def test_the_alert_does_not_wait_for_a_stack_that_is_gone(host: Host, lease: Lease) -> None:
+    def is_raised() -> bool:
+        found = alerts_own.conditions(utcnow() + 2 * HOUR, utcnow())
+        return "NetworkNotApplied" in {each.name for each in found}
+
+    applied(clouds=("cloudflare", "aws"), stack="old")
+    network_requests.open_port(host.machine, wish(9999), by=SYSTEM)
+    applied(clouds=("cloudflare",), stack="new-dns")
+    assert is_raised(), "old has aws still"
+    applied(clouds=("aws",), stack="new-groups")
+    assert not is_raised()
+    applied(export(), clouds=("alicloud",), stack="tried")
+    network_requests.open_port(host.machine, wish(9998), by=SYSTEM)
+    for stack in ("new-dns", "new-groups"):
+        applied(clouds=("cloudflare",) if stack == "new-dns" else ("aws",), stack=stack)
+    assert is_raised(), "nobody applies tried any more"
+    network_posts.forget("tried", by=SYSTEM, reason="pulumi destroy")
+    network_posts.forget("old", by=SYSTEM, reason="pulumi destroy")
+    assert not is_raised()
+    assert [stack.name for stack in network_views.standing().stacks] == ["new-dns", "new-groups"]
+    assert state_of(lease, "security_group") == ("open", "open"), "what others have is theirs"
+    for stack in ("new-dns", "new-groups"):
+        network_posts.forget(stack, by=SYSTEM, reason="pulumi destroy", although_wanted=True)
+    network_requests.open_port(host.machine, wish(9997), by=SYSTEM)
+    assert not is_raised(), "there is no stack"
 
 
 def test_a_lease_that_ends_before_it_was_looked_at_takes_its_name_along(database: Any, tenant: Tenant) -> None:
