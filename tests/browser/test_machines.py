@@ -169,6 +169,19 @@ def test_maintenance_begins_and_ends_and_the_lease_goes_on(house: House, open_as
     expect(page.locator("#live")).not_to_contain_text("a fan is changed")
 
 
+def test_a_new_baseline_is_taken_of_a_free_machine_with_a_reason(house: House, open_as: Open) -> None:
+    host = house.ready_host()
+    page = open_as(house.admin, f"/machines/{host.id}")
+    page.get_by_role("button", name="Take baseline").click()
+    sheet = page.get_by_role("dialog")
+    sheet.get_by_label("Reason").fill("a port is closed")
+    sheet.get_by_role("button", name="Take baseline").click()
+    expect(page.get_by_text("A new baseline is being taken")).to_be_visible()
+    assert host.state == "provisioning"
+    host.answers("baseline", rental.baseline())
+    assert host.state == "ready"
+
+
 def test_a_machine_is_edited_retired_or_deleted(house: House, open_as: Open) -> None:
     host, unused = house.ready_host(), rental.register("typed-by-mistake")
     page = open_as(house.admin, f"/machines/{host.id}")

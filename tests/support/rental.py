@@ -258,8 +258,10 @@ def finish_run(
     assert taken is not None, "no run is waiting"
     assert taken.id == wanted, f"run {taken.id} is first"
     reason = None if state == "succeeded" else "it went wrong"
-    said = {"verdicts": dict(verdicts or {}) or None, "stats": dict(stats or {}) or None}
-    runs.finish(taken, token, Outcome(state, exit_code=0, reason=reason, **said))
+    outcome = Outcome(
+        state, exit_code=0, reason=reason, verdicts=dict(verdicts or {}) or None, stats=dict(stats or {}) or None
+    )
+    runs.finish(taken, token, outcome)
     return runs.get_run(wanted)
 
 
