@@ -132,7 +132,9 @@ class LimitsIn(Schema):
     first_port = ma.fields.Integer(strict=True)
     last_port = ma.fields.Integer(strict=True)
     may_open_to_world = ma.fields.Boolean()
-    rules_a_group = ma.fields.Integer(strict=True, metadata={"description": "The cloud's quota for a security group"})
+    rules_a_group = ma.fields.Integer(strict=True, metadata={"description": "AWS's quota for a security group"})
+    alicloud_rules_a_group = ma.fields.Integer(strict=True, metadata={"description": "The same of Alibaba Cloud"})
+    tencent_rules_a_group = ma.fields.Integer(strict=True, metadata={"description": "The same of Tencent Cloud"})
 
 
 @limits_bp.get("")

@@ -28,6 +28,7 @@ from portal.services.actors import Actor
 LIMITS_KEY = "network.limits"
 LONGEST_REASON = 500
 MOST_OF_MACHINE = 1000  # what the protocol carries
+QUOTAS = {"aws": "rules_a_group", "alicloud": "alicloud_rules_a_group", "tencent": "tencent_rules_a_group"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Limits:
     first_port: int = 1024
     last_port: int = 65535
     may_open_to_world: bool = False
-    rules_a_group: int = 60  # not of customers: AWS's quota, as the stacks count it
+    rules_a_group: int = 60  # these are not of customers: AWS's quota, as the stacks count it
+    alicloud_rules_a_group: int = 200
+    tencent_rules_a_group: int = 100
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def set_limits(*, by: Actor, **given: Any) -> Limits:
     faults: dict[str, list[str]] = {}
     if not 1 <= wanted.first_port <= wanted.last_port <= 65535:
         faults["first_port"] = ["Use ports from 1 to 65535, the lower one first."]
-    for name in ("openings_a_lease", "ports_an_opening", "rules_a_group"):
+    for name in ("openings_a_lease", "ports_an_opening", *QUOTAS.values()):
         if not 0 <= getattr(wanted, name) <= MOST_OF_MACHINE:
             faults[name] = [f"Use 0 to {MOST_OF_MACHINE}."]
     if faults:

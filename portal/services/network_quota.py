@@ -20,7 +20,8 @@ def refuse_unfit(machine: Machine) -> None:
     rows = list(network_export.openings_behind(group, utcnow()))
     if not rows:
         return
-    quota = network_openings.limits().rules_a_group
+    limits = network_openings.limits()
+    quotas = {f"{cloud}_rules_per_group": getattr(limits, name) for cloud, name in network_openings.QUOTAS.items()}
     group_row = network_export.row_of_group(group)
-    if problems := network_trial.problems(groups=[group_row], openings=rows, aws_rules_per_group=quota):
+    if problems := network_trial.problems(groups=[group_row], openings=rows, **quotas):
         raise Conflict(f"The security group {group.name} cannot take it: {' '.join(problems)}", code="group_full")

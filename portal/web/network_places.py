@@ -33,7 +33,10 @@ ZONE_FIELDS = ("name", "cloud", "external_id", "ttl_s", "serves_machines", "serv
 GROUP_FIELDS = ("name", "cloud", "region", "vpc", "external_id")
 RECORD_FIELDS = ("zone_id", "type", "name", "values", "ttl_s", "purpose", "proxied", "machine", "lease")
 PLACE_FIELDS = ("gateway_id", "security_group_id", "forward_ports")
-LIMIT_FIELDS = ("openings_a_lease", "ports_an_opening", "first_port", "last_port", "may_open_to_world", "rules_a_group")
+LIMIT_FIELDS = (
+    "openings_a_lease", "ports_an_opening", "first_port", "last_port", "may_open_to_world",
+    *network_openings.QUOTAS.values(),
+)  # fmt: skip
 
 
 # Zones

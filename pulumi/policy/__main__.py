@@ -42,7 +42,7 @@ def _stack(args: StackValidationArgs, report_violation: ReportViolation) -> None
         report_violation(str(error))
         return
     rows = ((each.resource_type, each.name, each.props) for each in args.resources)
-    for problem in policy.stack_problems(rows, told.aws_rules_per_group):
+    for problem in policy.stack_problems(rows, told):
         report_violation(problem)
 
 

@@ -39,6 +39,7 @@ TENCENT_RULES = "tencentcloud:Security/groupRuleSet:GroupRuleSet"
 ZONE_TOKENS = {
     "cloudflare": CLOUDFLARE_ZONE, "aws": ROUTE53_ZONE, "alicloud": ALIDNS_DOMAIN, "tencent": DNSPOD_DOMAIN,
 }  # fmt: skip
+CLOUD_WORDS = {"aws": "AWS", "alicloud": "Alibaba Cloud", "tencent": "Tencent Cloud"}
 BY_ID = ("cloudflare", "aws")  # the others know a zone by its name
 
 
@@ -298,11 +299,10 @@ def _group(group: Group, wanted: list[Wanted], settings: Settings) -> Iterator[R
         )  # fmt: skip
     rules = openings.merge(each.opening for each in wanted)
     reasons = _reasons(rules, wanted)
+    _refuse_too_many(rules, group.cloud, settings)
     if group.cloud == "tencent":
         yield _in_group(group, place, settings, TENCENT_RULES, "rules", tencent.rule_set(rules, reasons=reasons))
         return
-    if group.cloud == "aws":
-        _refuse_too_many(rules, settings.aws_rules_per_group)
     for rule, reason in zip(rules, reasons, strict=True):
         if group.cloud == "aws":
             shape: Shape = aws.rule(rule, reason=reason, account=settings.aws_account)
@@ -337,17 +337,33 @@ def _reasons(rules: list[Rule], wanted: list[Wanted]) -> list[str | None]:
     ]
 
 
-def _refuse_too_many(rules: list[Rule], at_most: int) -> None:
-    """AWS counts IPv4 and IPv6 apart; groups and prefix lists count in both. A partial apply would cut traffic
-    (tflint#268)."""
+def _refuse_too_many(rules: list[Rule], cloud: str, settings: Settings) -> None:
+    """A cloud refuses the rule that is too many, and the whole apply ends there: it would cut traffic (tflint#268).
+
+    Alibaba's quota holds for both directions and Tencent's for each: the rules here are all that we count against it,
+    since the only ones out are Tencent's own two.
+    """
+    if cloud == "aws":
+        for count, family in zip(_by_family(rules), ("IPv4 rules", "IPv6 rules"), strict=True):
+            _refuse_more(count, family, settings.aws_rules_per_group, cloud, "put the sources into a prefix list, ")
+    else:
+        at_most = settings.alicloud_rules_per_group if cloud == "alicloud" else settings.tencent_rules_per_group
+        _refuse_more(len(rules), "rules", at_most, cloud)
+
+
+def _by_family(rules: list[Rule]) -> tuple[int, int]:
+    """As AWS counts: IPv4 and IPv6 apart; groups and prefix lists in both."""
     shared = sum(rule.source.network is None for rule in rules)
-    for family, ipv6 in (("IPv4", False), ("IPv6", True)):
-        count = shared + sum(rule.source.network is not None and rule.source.is_ipv6 == ipv6 for rule in rules)
-        if count > at_most:
-            raise shapes.Unfit(
-                f"{count} {family} rules, but AWS takes {at_most}: put the sources into a prefix list, "
-                f"split the machines over two groups, or have the quota raised and set remotegpu:aws-rules-per-group"
-            )
+    ipv6 = sum(rule.source.is_ipv6 for rule in rules)
+    return len(rules) - ipv6, shared + ipv6
+
+
+def _refuse_more(count: int, what: str, at_most: int, cloud: str, way_out: str = "") -> None:
+    if count > at_most:
+        raise shapes.Unfit(
+            f"{count} {what}, but {CLOUD_WORDS[cloud]} takes {at_most}: {way_out}split the machines over two groups, "
+            f"or have the quota raised and set remotegpu:{cloud}-rules-per-group"
+        )
 
 
 # -- what must not be

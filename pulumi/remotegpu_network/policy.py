@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from remotegpu_network import desired, names, openings, records
+from remotegpu_network.settings import Settings
 from remotegpu_network.shapes import aws
 
 Inputs = Mapping[str, Any]
 Check = Callable[[str, Inputs], Iterator[str]]
 AWS_TEXT = re.compile(r"[a-zA-Z0-9. _\-:/()#,@\[\]+=&;{}!$*]{1,255}")
+WAYS = (("inbound", "ingresses"), ("outbound", "egresses"))  # of Tencent's rules
 RULES = (desired.AWS_INGRESS, desired.AWS_EGRESS, desired.ALICLOUD_RULE)
 
 
@@ -187,7 +189,7 @@ def problems(token: str, inputs: Inputs) -> list[str]:
     return [f"{check.__name__}: {problem}" for check in CHECKS for problem in check(token, inputs)]
 
 
-def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_group: int) -> list[str]:
+def stack_problems(resources: Iterable[tuple[str, str, Inputs]], told: Settings) -> list[str]:
     """Over all of a stack, as (token, logical, inputs): what only shows when they are seen together."""
     found: list[str] = []
     physical: dict[tuple[Any, ...], str] = {}
@@ -198,13 +200,30 @@ def stack_problems(resources: Iterable[tuple[str, str, Inputs]], aws_rules_per_g
             other = physical.setdefault(identity, logical)
             if other != logical:
                 found.append(f"{logical} and {other} are the same record or rule in the cloud")
-        if token in (desired.AWS_INGRESS, desired.AWS_EGRESS):
-            for family in _families(inputs):
-                slot = (token, _hashable(inputs.get("securityGroupId")), family)
-                rules[slot] += 1
-                if rules[slot] == aws_rules_per_group + 1:
-                    found.append(f"more than {aws_rules_per_group} {family} rules in one group (at {logical})")
+        at_most = _quota(token, told)
+        for what, count in _counted(token, inputs):
+            slot = (token, _hashable(inputs.get("securityGroupId")), what)
+            before = rules[slot]
+            rules[slot] += count
+            if before <= at_most < rules[slot]:
+                found.append(f"more than {at_most} {what} in one group (at {logical})")
     return found
+
+
+def _quota(token: str, told: Settings) -> int:
+    if token == desired.ALICLOUD_RULE:
+        return told.alicloud_rules_per_group
+    return told.tencent_rules_per_group if token == desired.TENCENT_RULES else told.aws_rules_per_group
+
+
+def _counted(token: str, inputs: Inputs) -> Iterator[tuple[str, int]]:
+    """What of its cloud's quota a resource takes. All rules of a group of Tencent are one, counted by direction."""
+    if token in (desired.AWS_INGRESS, desired.AWS_EGRESS):
+        yield from ((f"{family} rules", 1) for family in _families(inputs))
+    elif token == desired.ALICLOUD_RULE:
+        yield "rules", 1
+    elif token == desired.TENCENT_RULES:
+        yield from ((f"{way} rules", len(inputs.get(key) or ())) for way, key in WAYS)
 
 
 def _families(inputs: Inputs) -> tuple[str, ...]:

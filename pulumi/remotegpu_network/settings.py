@@ -33,6 +33,7 @@ class Settings:
     (the end of a lease in a small fleet is no fault). `managed_zones`: zones that the stack makes, with the account
     where Cloudflare wants one. `adopt`: logical name → id of what is in the cloud already.
     `protect`: logical names that no apply may delete. `aws_account`: the stack's own, twelve digits.
+    `…_rules_per_group`: the clouds' quotas of a security group.
     """
 
     environment: str
@@ -47,6 +48,8 @@ class Settings:
     aws_account: str | None = None
     aws_egress: bool = True
     aws_rules_per_group: int = 60
+    alicloud_rules_per_group: int = 200
+    tencent_rules_per_group: int = 100
     alidns_ttl_s: int = 600
     dnspod_ttl_s: int = 600
     replaces_at_most: int = 20

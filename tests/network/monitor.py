@@ -83,6 +83,6 @@ def declared(rows: Sequence[dict[str, Any]], settings: Settings, *, preview: boo
     monitor = watched(lambda: clouds.declare(wanted), preview=preview)
     assert not policy.stack_problems(
         ((request.type, request.name, monitor.inputs[request.name]) for request in monitor.requests.values()),
-        settings.aws_rules_per_group,
+        settings,
     )
     return monitor

@@ -414,6 +414,45 @@ def test_p20_rules_are_counted_before_families_apart_groups_in_both() -> None:
     assert len(rules(*many, opening("s", "sg-1"), opening("p", "pl-1"), settings=stack(aws_rules_per_group=61))) == 120
 
 
+@pytest.mark.parametrize(
+    ("to", "most", "setting", "told"),
+    [
+        ("g-ten", 100, "tencent_rules_per_group", "101 rules, but Tencent Cloud takes 100"),
+        ("g-ali", 200, "alicloud_rules_per_group", "201 rules, but Alibaba Cloud takes 200"),
+    ],
+)
+def test_p20_the_other_clouds_count_both_families_together(to: str, most: int, setting: str, told: str) -> None:
+    many = [opening(f"a{i}", f"10.0.{i}.0/24", to=to) for i in range(most // 2)]
+    many += [opening(f"b{i}", f"2001:db8:{i:x}::/48", to=to) for i in range(most // 2)]
+    assert resources(*many)
+    one_more = opening("one", "192.0.2.0/24", to=to)
+    assert told in refused(*many, one_more)
+    assert f"remotegpu:{setting.replace('_', '-')}" in refused(*many, one_more)
+    assert resources(*many, one_more, settings=stack(**{setting: most + 1}))
+
+
+@pytest.mark.parametrize(
+    ("token", "inputs", "at_most", "told"),
+    [
+        (desired.TENCENT_RULES, [{"ingresses": [{}] * 2, "egresses": [{}] * 2}], 2, None),
+        (desired.TENCENT_RULES, [{"ingresses": [{}] * 3}], 2, "more than 2 inbound rules in one group (at r0)"),
+        (desired.ALICLOUD_RULE, [{"cidrIp": f"10.0.{i}.0/24"} for i in range(3)], 3, None),
+        (
+            desired.ALICLOUD_RULE,
+            [{"cidrIp": f"10.0.{i}.0/24"} for i in range(3)],
+            2,
+            "more than 2 rules in one group (at r2)",
+        ),
+    ],
+)
+def test_p20_the_policy_counts_as_each_cloud_does(
+    token: str, inputs: list[dict[str, Any]], at_most: int, told: str | None
+) -> None:
+    rows = [(token, f"r{i}", {"securityGroupId": "sg-1", **each}) for i, each in enumerate(inputs)]
+    limits = stack(tencent_rules_per_group=at_most, alicloud_rules_per_group=at_most)
+    assert policy.stack_problems(rows, limits) == ([told] if told else [])
+
+
 def test_p21_networks_are_written_as_the_cloud_answers_them() -> None:
     assert [rule.cidr_ipv6 for rule in rules(opening("o", "2001:0DB8:0:0::/48"))] == ["2001:db8::/48"]
     with pytest.raises(openings.BadOpening, match="host bits"):

@@ -363,6 +363,23 @@ def test_a_rule_beyond_the_clouds_quota_is_refused_before_it_stops_the_stack(hos
     assert ports(network_openings.wanted_of(host.machine, None)) == [(1, 3)], "merged, it is one rule"
 
 
+@pytest.mark.parametrize(
+    ("cloud", "limit", "words"),
+    [
+        ("alicloud", "alicloud_rules_a_group", "2 rules, but Alibaba Cloud takes 1"),
+        ("tencent", "tencent_rules_a_group", "2 rules, but Tencent Cloud takes 1"),
+    ],
+)
+def test_each_cloud_has_its_own_quota(host: Host, cloud: str, limit: str, words: str) -> None:
+    place(host, security_group_id=group(cloud=cloud, region="cn-shanghai").id)
+    network_openings.set_limits(by=SYSTEM, rules_a_group=0)
+    ask(host, port=1)
+    network_openings.set_limits(by=SYSTEM, **{limit: 1})
+    with pytest.raises(Conflict, match=words):
+        ask(host, port=3)
+    assert ports(network_openings.wanted_of(host.machine, None)) == [(1, 1)]
+
+
 def test_what_is_beyond_a_quota_that_was_lowered_can_still_be_closed(host: Host) -> None:
     place(host, security_group_id=group().id)
     opened = [ask(host, port=port) for port in (1, 3, 5)]
