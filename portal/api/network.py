@@ -105,6 +105,7 @@ class AppliedOut(Schema):
         lambda row: row.export_id is not None, metadata={"type": "boolean", "description": "It was an export of ours"}
     )
     outcome = ma.fields.String(required=True)
+    is_gone = ma.fields.Boolean(required=True, metadata={"description": "A person's word: it was taken down"})
     reason = ma.fields.String(allow_none=True)
     at = ma.fields.AwareDateTime(required=True)
 
@@ -114,7 +115,6 @@ class AppliedOut(Schema):
 @bp.arguments(OutputsIn)
 @bp.arguments(AppliedArgs, location="query")
 @bp.response(200, AppliedOut)
-    is_gone = ma.fields.Boolean(required=True, metadata={"description": "A person's word: it was taken down"})
 def post_applied(body: dict[str, Any], args: dict[str, Any]) -> AppliedNetwork:
     """A stack was applied: its outputs open and close the grants of leases. Posting them again changes nothing"""
     return network_posts.take(args["stack"], body, outcome=args["outcome"], reason=args["reason"], by=actor())
@@ -165,15 +165,6 @@ def thaw(body: dict[str, Any]) -> dict[str, Any]:
     return _state_of(network.thaw(by=actor(), **body))
 
 
-class DriftArgs(PageArgs):
-    state = ma.fields.String(validate=ma.validate.OneOf(network_drift.STATES))
-
-
-class NetworkEntryOut(Schema):
-    kind = ma.fields.String(required=True)
-    cloud = ma.fields.String(required=True)
-    key = ma.fields.String(required=True)
-    label = ma.fields.String(required=True)
 class StackGoneIn(Schema):
     stack = ma.fields.String(required=True, validate=ma.validate.Length(1, 100), metadata={"example": "production-aws"})
     reason = ma.fields.String(required=True, validate=ma.validate.Length(1, 1000))
@@ -191,6 +182,15 @@ def forget_stack(body: dict[str, Any]) -> AppliedNetwork:
     return network_posts.forget(by=actor(), **body)
 
 
+class DriftArgs(PageArgs):
+    state = ma.fields.String(validate=ma.validate.OneOf(network_drift.STATES))
+
+
+class NetworkEntryOut(Schema):
+    kind = ma.fields.String(required=True)
+    cloud = ma.fields.String(required=True)
+    key = ma.fields.String(required=True)
+    label = ma.fields.String(required=True)
     state = ma.fields.String(required=True)
     desired = ma.fields.Raw(allow_none=True)
     applied = ma.fields.Raw(allow_none=True)

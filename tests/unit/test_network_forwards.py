@@ -379,12 +379,6 @@ def test_a_machine_does_not_move_while_it_is_leased(gateway: Host) -> None:
         network_machines.place(machines.get(lease.machine_id), gateway_id=None, by=SYSTEM)
 
 
-def test_the_port_that_customers_are_led_to_is_not_moved_from_under_them(gateway: Host, tenant: Tenant) -> None:
-    lease = behind(gateway, tenant)
-    take(lease)
-    with pytest.raises(Conflict, match="change it when the lease has ended"):
-        machines.edit(lease.machine, by=SYSTEM, ssh_port=2200)
-    assert machines.get(lease.machine_id).ssh_port == 22
 def test_a_lease_that_is_scheduled_does_not_hide_the_one_that_has_the_machine(gateway: Host, tenant: Tenant) -> None:
     other = make_machine("way-out", public_address="198.51.100.2", forward_ports="30000-30009")
     machine = make_machine(address="10.0.0.9", state="ready", gateway=gateway.id)
