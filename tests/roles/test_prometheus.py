@@ -23,7 +23,7 @@ groups:
         keep_firing_for: "1h30m" # flaps
         annotations: {summary: "for: 5m {{ $labels.host }}"}
       - record: host:gpus
-        expr: count(up[5m:])
+        expr: count(up[5m:]) > last_over_time(up{job=~"a|b"}[2m]) + last_over_time(up[1h])
 """
 
 
@@ -152,16 +152,25 @@ def test_every_rule_file_of_the_role_is_installed() -> None:
     assert taken == there
 
 
-def test_the_patience_of_every_alert_is_scaled_and_nothing_else() -> None:
+@pytest.mark.parametrize(("factor", "last_word"), [(0.02, "15s"), (0.5, "60s")])
+def test_the_patience_of_every_alert_is_scaled_and_nothing_else(factor: float, last_word: str) -> None:
     changed = [
-        (old, new)
-        for old, new in zip(RULES.splitlines(), prometheus_scale_for(RULES, 0.02).splitlines(), strict=True)
+        (old.strip(), new.strip())
+        for old, new in zip(RULES.splitlines(), prometheus_scale_for(RULES, factor).splitlines(), strict=True)
         if old != new
     ]
+    looks_back = 'expr: count(up[5m:]) > last_over_time(up{job=~"a|b"}[2m]) + last_over_time(up[1h])'
     assert changed == [
-        ("        for: 5m", "        for: 6s"),
-        ('        keep_firing_for: "1h30m" # flaps', "        keep_firing_for: 108s # flaps"),
+        ("for: 5m", f"for: {300 * factor:g}s"),
+        ('keep_firing_for: "1h30m" # flaps', f"keep_firing_for: {5400 * factor:g}s # flaps"),
+        (looks_back, looks_back.replace("2m", last_word, 1)),
     ]
+
+
+def test_the_delivered_rules_are_scaled_wherever_they_wait_for_the_last_word() -> None:
+    text = prometheus_scale_for((ROLES / "prometheus/files/remotegpu.alerting.rules.yml").read_text(), 0.02)
+    assert text.count("[15s]") > 50
+    assert not re.search(r"(last|max)_over_time\([^)]*\[2m", text)
 
 
 def test_a_scale_of_one_changes_no_byte() -> None:

@@ -1,7 +1,8 @@
 """A server that waits shorter or longer: the rules' patience and its own times, by one factor.
 
-Of rules only the lines `for:` and `keep_firing_for:` change, plain text in, plain text out, so that every comment and
-expression stays; how far an expression looks back is its meaning, not its patience. A factor of 1 gives the same bytes.
+Of rules the lines `for:` and `keep_firing_for:` change, and for how long the last word of a series counts that comes no
+more, down to a quarter of a minute; plain text in, plain text out, so that all else stays. How far an expression looks
+back otherwise is its meaning, not its patience. A factor of 1 gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ PATIENCE = re.compile(
     r"(?P<quote>['\"]?)(?P<duration>[^'\"#\s]+)(?P=quote)(?P<rest>\s*(?:#.*)?)$",
     re.MULTILINE,
 )
+# What tells whether a series has ended: two minutes, and no other span; see the head of the delivered rules.
+LAST_WORD = re.compile(r"(?P<start>\b(?:last|max)_over_time\([^()\[\]]*\[)2m\]")
+LEAST_LAST_WORD_S = 15  # a busy machine is seconds late
 
 
 def prometheus_scale_for(rules: str, factor: float) -> str:
     """The rules with the patience of every alert times `factor`. Raises ValueError for a duration that is none."""
     if checked(factor) == 1:
         return rules
-    return PATIENCE.sub(lambda found: found["key"] + scale(found["duration"], factor) + found["rest"], rules)
+    rules = PATIENCE.sub(lambda found: found["key"] + scale(found["duration"], factor) + found["rest"], rules)
+    last_word = written(max(round(120_000 * factor), LEAST_LAST_WORD_S * 1000))
+    return LAST_WORD.sub(lambda found: f"{found['start']}{last_word}]", rules)
 
 
 def prometheus_seconds(seconds: float, factor: float) -> str:
