@@ -56,13 +56,22 @@ class StackArgs(Schema):
     stack = ma.fields.String(required=True, validate=ma.validate.Length(1, 100), metadata={"example": "production-aws"})
 
 
+class StackDocumentArgs(StackArgs):
+    checksum = ma.fields.String(
+        load_default=None,
+        validate=ma.validate.Length(max=80),
+        metadata={"description": "That of its own outputs: the stack knows of an apply that it could not tell"},
+    )
+
+
 @bp.get("/applied")
 @requires(*STAFF, scope="network")
-@bp.arguments(StackArgs, location="query")
+@bp.arguments(StackDocumentArgs, location="query")
 @bp.response(200, content_type="application/json")
 def get_applied(args: dict[str, Any]) -> Response:
     """The export that this stack has applied last, with the `ETag` that it had there; 404 where it is not known"""
-    export = network_applied.newest_export(args["stack"])
+    checksum = args["checksum"]
+    export = network_applied.newest_export(args["stack"]) if checksum is None else network_export.get(checksum)
     answer = Response(network_export.text_of(export), mimetype="application/json")
     answer.set_etag(export.checksum)
     return answer

@@ -18,7 +18,7 @@ from typing import Any
 import peewee
 
 from portal.db import atomic, utcnow
-from portal.errors import Conflict
+from portal.errors import Conflict, NotFound
 from portal.integrations.network_format import desired, document
 from portal.integrations.network_format import openings as rules
 from portal.integrations.protocol import format_time
@@ -269,6 +269,14 @@ def text_of(export: NetworkExport) -> bytes:
 def content_of(export: NetworkExport) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(text_of(export))
     return content
+
+
+def get(checksum: str) -> NetworkExport:
+    """Raises NotFound for one that is not kept, or was never given out."""
+    found = find(checksum)
+    if found is None:
+        raise NotFound("No document that is kept has this checksum.")
+    return found
 
 
 def find(checksum: str) -> NetworkExport | None:

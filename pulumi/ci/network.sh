@@ -7,6 +7,7 @@
 #   network.sh drift STACK     has anybody changed the cloud by hand since the last apply: exit status 1 then
 #
 # Needs PORTAL_URL, PORTAL_TOKEN (an API token with the scope of the network), and what the backend and the clouds want.
+# BELIEVE_STATE=STACK, by hand and once: its state is right, although the portal knows that more was applied.
 set -euo pipefail
 
 word=${1:?waiting, preview, apply or drift}
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 file="Pulumi.$stack.yaml"
 why="It ended early." # what the portal, or the comment, is told if it fails now
 export PULUMI_SKIP_UPDATE_CHECK=true PULUMI_SKIP_CONFIRMATIONS=true PYTHONUTF8=1
-rm -f export.json applied.json outputs.json preview.json plan.md
+rm -f export.json applied.json told.json outputs.json preview.json plan.md
 
 # A refusal is a sentence for people: kept for the portal and the comment.
 network() {
@@ -72,10 +73,11 @@ portal() {
     <<<"header = \"Authorization: Bearer $PORTAL_TOKEN\""
 }
 
-# What this stack has applied last, into applied.json; false where the portal does not know it.
+# What this stack has applied last, into applied.json; false where the portal does not know it. With a checksum: the
+# document that has this one.
 applied_last() {
   local answer
-  answer=$(portal "/applied?stack=$stack" --no-fail --output applied.json --etag-save applied.etag \
+  answer=$(portal "/applied?stack=$stack${1:+&checksum=$1}" --no-fail --output applied.json --etag-save applied.etag \
     --write-out '%{http_code}') || exit 1
   case $answer in
     200) return 0 ;;
@@ -99,19 +101,36 @@ is_new() {
   [ "$(tr -d ' \n' <outputs.json)" = '{}' ]
 }
 
+# In this order each is as new as the one before it, whatever is applied beside this run.
 fetch() {
+  why="What was applied last could not be learned."
+  if applied_last; then
+    cp applied.json told.json
+    told=told.json applied=applied.json
+  fi
+  pulumi stack output --json --stack "$stack" >outputs.json
   why="The portal gave no export."
   portal "" --output export.json
   network check export.json --stack "$file"
-  why="What was applied last could not be learned."
-  if is_new; then
-    applied=first # nothing was ever applied
-  elif applied_last; then
-    applied=applied.json # the whole export: the guard and the plan name what is gone
-  else
-    applied=outputs.json # the portal has lost it: the guard still counts
-  fi
+  network standing outputs.json export.json --told "$told" --name "$stack" --believed "${BELIEVE_STATE:-}" >standing.txt
+  where_it_stands
   pulumi config set remotegpu:applied "$applied" --stack "$stack"
+}
+
+# A whole export wherever there is one: the guard and the plan name what is gone by it, and steps begin there.
+where_it_stands() {
+  local word checksum
+  read -r word checksum <standing.txt
+  case $word in
+    first) applied=first ;;
+    export) # the portal does not know it yet, or it was not done to its end; no step of its way is done again
+      cp export.json applied.json
+      applied=applied.json
+      ;;
+    other) # an apply that the portal was not told of
+      if [ -n "$checksum" ] && applied_last "$checksum"; then applied=applied.json; else applied=outputs.json; fi
+      ;;
+  esac
 }
 
 # A run that was cut off leaves operations of which nobody knows whether the cloud did them.
@@ -125,7 +144,7 @@ plan() {
   network plan export.json --applied "$(known)" --stack "$file"
 }
 
-# To plan against; numbers alone are no export.
+# To plan against; numbers alone (outputs.json: the portal has lost it) are no export.
 known() { if [ "$applied" = applied.json ]; then echo applied.json; else echo first; fi; }
 
 # Shows the program this export, and asks the engine what it would do with it in the cloud as that is now.
@@ -144,7 +163,8 @@ up() {
 }
 
 # Only the export is told to the portal. If it fails after a step, what the portal knows is what was there before the
-# step, and the next run makes the same step again, which changes nothing, and goes on from there.
+# step, and the outputs are of its generation: the next run makes the same step again, which changes nothing, and goes
+# on from there.
 apply() {
   local status
   while [ "$applied" = applied.json ]; do
@@ -219,7 +239,7 @@ comment() {
 trap 'cancel 129' HUP
 trap 'cancel 130' INT
 trap 'cancel 143' TERM
-applied=first
+applied=first told=first
 case $word in
   waiting) waiting ;;
   preview) trap comment EXIT; fetch; plan; preview export.json ;;

@@ -4,6 +4,8 @@
     plan EXPORT --applied FILE                what an apply would do
     step EXPORT --applied FILE --out FILE     writes the export that must go first, if one apply cannot do it
     adopt EXPORT LISTING --zone ID            which records Cloudflare has already, as lines for the stack file
+    standing OUTPUTS EXPORT --told FILE …     which document the stack has applied last: prints first, told, export, or
+                                              other with its checksum
     gate PREVIEW                              may this `pulumi preview --json` be applied
     pending STATE                             what a cancelled run left open in this `pulumi stack export`
     comment EXPORT --name STACK …             the comment on a change, in Markdown, also where it is refused
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from remotegpu_network import adopt, comment, desired, document, gate, guard, plan, settings, steps
+from remotegpu_network import adopt, comment, desired, document, gate, guard, plan, settings, standing, steps
 from remotegpu_network.desired import Resource
 from remotegpu_network.document import Document
 from remotegpu_network.plan import Plan
@@ -71,6 +73,10 @@ def _arguments() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, required=True)
     adopted = word("adopt", _adopt, "export", "listing")
     adopted.add_argument("--zone", required=True, help="Cloudflare's id of the zone")
+    stood = word("standing", _standing, "outputs", "export")
+    stood.add_argument("--name", required=True, help="the stack's")
+    stood.add_argument("--told", default=FIRST, help="what it has applied last by the portal's word, or first")
+    stood.add_argument("--believed", default="", help="the stack whose state is right although the portal knows more")
     word("gate", _gate, "preview")
     word("pending", _pending, "state")
     commented = word("comment", _comment, "export")
@@ -166,6 +172,19 @@ def _adopt(told: argparse.Namespace) -> int:
     for sentence in (*found.changed, *found.unread, *found.taken):
         print(sentence, file=sys.stderr)
     return 1 if found.taken else 0
+
+
+def _standing(told: argparse.Namespace) -> int:
+    own = standing.of_outputs(_json(told.outputs))
+    at = standing.judge(
+        own,
+        None if told.told == FIRST else standing.of_document(_json(Path(told.told))),
+        standing.of_document(_json(told.export)),
+        stack=told.name,
+        is_believed=told.believed == told.name,
+    )
+    print(at.value, own.checksum or "" if own is not None and at is standing.At.OTHER else "")
+    return 0
 
 
 def _gate(told: argparse.Namespace) -> int:

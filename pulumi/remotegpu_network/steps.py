@@ -3,7 +3,7 @@
 A record that takes the place of another one (A and AAAA become a CNAME; two leases swap their names) is refused by
 the cloud while the other is still there. Within one resource delete-before-replace sees to it; between two, only two
 applies do. The first step is an export like any other: what is in the way is gone in it, and what wants the place
-waits, as it was.
+waits, as it was. It is of the generation before: a stack that broke there has not applied the new one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def first_step(before: Document, after: Document, settings: Settings) -> Documen
         dark = min(entry.key for entry in waiting if entry.key in had)
         chosen = [entry for entry in chosen if entry.key != dark]
     rows = [_row(entry) for entry in chosen]
-    return document.parse(document.seal({**after.raw, **_places(before, after), "names": rows}))
+    told = {**_places(before, after), "names": rows, "generation": before.generation}
+    return document.parse(document.seal({**after.raw, **told}))
 
 
 def _by_key(before: Document, after: Document) -> dict[str, Name]:

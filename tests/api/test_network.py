@@ -142,6 +142,10 @@ def test_a_stack_tells_what_it_applied_and_is_answered_the_document_of_it(
     assert client.post(url, headers=token, json=told).json["id"] == first.json["id"]
     assert AppliedNetwork.select().count() == 1
     assert client.get(url, headers=token).data == text
+    by_checksum = f"/api/v1/admin/network/applied?stack=another&checksum={json.loads(text)['checksum']}"
+    assert client.get(by_checksum, headers=token).data == text, "also where its apply was never told"
+    unknown = client.get(f"/api/v1/admin/network/applied?stack=production&checksum=sha256:{'0' * 64}", headers=token)
+    assert unknown.status_code == 404
     assert AppliedNetwork.get().posted_by_id == operator.id
     entry = AuditEntry.get(AuditEntry.action == "network.applied")
     assert (entry.actor_kind, entry.detail["stack"]) == ("token", "production")

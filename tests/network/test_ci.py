@@ -45,10 +45,12 @@ esac
 
 
 class Portal(BaseHTTPRequestHandler):
-    """Answers the export, and what was applied last if there is any; keeps what is posted, and its query."""
+    """Answers the export, what was applied last if there is any, and documents by their checksum; keeps what is posted,
+    and its query."""
 
     export: dict[str, Any] | None
     applied: dict[str, Any] | None
+    kept: tuple[dict[str, Any], ...] = ()
     posted: list[bytes]
     queries: list[dict[str, str]]
     seen: set[str | None]
@@ -57,6 +59,8 @@ class Portal(BaseHTTPRequestHandler):
         self.seen.add(self.headers["Authorization"])
         is_applied = "/applied" in self.path
         answer = self.applied if is_applied else self.export
+        if checksum := dict(parse_qsl(urlsplit(self.path).query)).get("checksum"):
+            answer = next((each for each in self.kept if each["checksum"] == checksum), None)
         etag = f'"{(answer or {}).get("checksum")}"'
         is_known = self.headers["If-None-Match"] == etag
         self.send_response((404 if is_applied else 409) if answer is None else 304 if is_known else 200)
@@ -135,8 +139,20 @@ def pipeline(tmp_path: Path, portal: type[Portal]) -> Pipeline:
     return Pipeline(tmp_path, portal.url)  # type: ignore[attr-defined]
 
 
+def outputs_of(export: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """As `pulumi stack output --json` prints them when this was applied, or begun to be."""
+    told = {"generation": export["generation"], "checksum": export["checksum"], "counts": export["counts"]}
+    return {"network": {**told, **fields}, "groups": {}}
+
+
+def changing(calls: list[str]) -> list[str]:
+    """What looks into the clouds or changes something."""
+    return [call for call in calls if not call.startswith(("pulumi stack output", "pulumi stack export"))]
+
+
 RECORD = desired.CLOUDFLARE_RECORD
 ADDRESS = name("m1.address", "gpu-01", "A", "203.0.113.1")
+CNAME = name("m1.address", "gpu-01", "CNAME", "edge.example.org")
 
 
 def test_the_first_apply_looks_for_what_is_open_previews_applies_and_tells_the_portal(
@@ -170,8 +186,8 @@ def test_what_is_applied_is_refreshed_as_what_was_let_through(pipeline: Pipeline
 def in_two(portal: type[Portal], pipeline: Pipeline) -> None:
     """What one apply cannot do: A and AAAA become a CNAME."""
     portal.applied = sealed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1"))
-    portal.export = sealed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"), generation=8)
-    pipeline.answer(outputs={"network": {"generation": 7, "counts": {"machines": 1, "names": 2, "openings": 0}}})
+    portal.export = sealed(CNAME, generation=8)
+    pipeline.answer(outputs=outputs_of(portal.applied))
 
 
 def applied_by(calls: list[str]) -> list[str]:
@@ -199,11 +215,90 @@ def test_an_apply_that_broke_between_its_two_steps_is_taken_up_by_the_next_run(
     assert (code, applied_by(calls)) == (255, ["step.json"])
     assert [query["outcome"] for query in portal.queries] == ["failed"]
     assert pipeline.run("waiting")[1] == "yes\n", "a poll comes back to it"
-    pipeline.answer(outputs={"network": {"generation": 8, "counts": {"machines": 1, "names": 1, "openings": 0}}})
+    step = json.loads((pipeline.folder / "pulumi" / "applied.json").read_text())
+    assert step["names"][0]["type"] == "A"
+    pipeline.answer(outputs=outputs_of(step))
     code, told, calls = pipeline.run("apply")
     assert code == 0, told
     assert applied_by(calls) == ["step.json", "export.json"]
     assert portal.queries[1:] == [{"stack": "prod"}]
+
+
+@pytest.mark.usefixtures("in_two")
+def test_two_steps_of_which_the_portal_was_not_told_are_not_done_again(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    """The first one would put the address back in the CNAME's place: the name would be gone twice."""
+    assert portal.export is not None
+    pipeline.answer(outputs=outputs_of(portal.export))
+    code, told, calls = pipeline.run("apply")
+    assert code == 0, told
+    assert applied_by(calls) == ["export.json"]
+    assert portal.queries == [{"stack": "prod"}], "and now the portal knows"
+
+
+@pytest.mark.usefixtures("in_two")
+def test_an_apply_of_which_the_portal_was_not_told_is_where_the_next_one_begins(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    assert portal.export is not None
+    portal.kept = (portal.export,)
+    pipeline.answer(outputs=outputs_of(portal.export))
+    portal.export = sealed(CNAME, name("n1", "www", "A", "203.0.113.7"), generation=9)
+    code, told, calls = pipeline.run("apply")
+    assert code == 0, told
+    assert (applied_by(calls), "1 to create; 1 stay as they are." in told) == (["export.json"], True), told
+    portal.export = sealed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1"), generation=10)
+    code, told, calls = pipeline.run("apply")
+    assert (code, "1 to replace, 1 to create" in told) == (0, True), told
+
+
+def test_an_apply_that_nobody_knows_any_more_is_counted_by_its_own_numbers(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    """Restored from a backup, compared and thawed: the portal knows less than was applied."""
+    many = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(20)), generation=9)
+    portal.applied, portal.export = sealed(ADDRESS, generation=7), sealed(ADDRESS, generation=1010)
+    pipeline.answer(outputs=outputs_of(many))
+    code, told, calls = pipeline.run("apply")
+    assert (code, applied_by(calls)) == (0, ["export.json"]), told
+    assert "pulumi config set remotegpu:applied outputs.json --stack prod" in calls, "the guard in the program counts"
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("generation", [9, 8])
+@pytest.mark.parametrize("word", ["apply", "preview"])
+def test_a_portal_that_was_put_back_without_a_word_deletes_nothing(
+    pipeline: Pipeline, portal: type[Portal], word: str, generation: int, is_told: bool
+) -> None:
+    """Its export and its word of the last apply are both from before: they agree."""
+    since = sealed(ADDRESS, name("n1", "www", "A", "203.0.113.7"), generation=9)
+    portal.export = sealed(ADDRESS, generation=generation)
+    portal.applied = sealed(ADDRESS, generation=7) if is_told else None
+    pipeline.answer(outputs=outputs_of(since))
+    code, told, calls = pipeline.run(word)
+    assert (code, changing(calls)) == (1, []), told
+    assert f"of generation {generation}, but by its own outputs prod has been brought to another one" in told
+    assert "python -m portal freeze" in told
+    if word == "apply":
+        assert "python -m portal freeze" in portal.queries[0]["reason"]
+        assert json.loads(portal.posted[0])["network"]["generation"] == generation, "it counts on from no other one"
+
+
+@pytest.mark.parametrize("outputs", [{}, outputs_of(sealed(ADDRESS, generation=5))])
+def test_a_state_that_knows_less_than_the_portal_makes_nothing_a_second_time(
+    pipeline: Pipeline, portal: type[Portal], outputs: dict[str, Any]
+) -> None:
+    portal.applied = sealed(ADDRESS)
+    portal.export = sealed(ADDRESS, generation=8)
+    pipeline.answer(outputs=outputs)
+    for environment in ({}, {"BELIEVE_STATE": "another"}):
+        code, told, calls = pipeline.run("apply", **environment)
+        assert (code, changing(calls)) == (1, []), told
+        assert "PULUMI_BACKEND_URL" in told
+        assert "BELIEVE_STATE=prod ci/network.sh apply prod" in portal.queries[-1]["reason"]
+    code, told, calls = pipeline.run("apply", BELIEVE_STATE="prod")
+    assert (code, applied_by(calls), portal.queries[-1]) == (0, ["export.json"], {"stack": "prod"}), told
 
 
 def test_a_failed_apply_is_told_with_its_reason_and_where_its_log_is(pipeline: Pipeline, portal: type[Portal]) -> None:
@@ -224,7 +319,7 @@ def test_an_apply_without_an_export_is_told_as_well(
 ) -> None:
     portal.export = export
     code, _, calls = pipeline.run("apply")
-    assert (code != 0, calls) == (True, [])
+    assert (code != 0, changing(calls)) == (True, [])
     assert ([query["outcome"] for query in portal.queries], portal.posted) == (["failed"], [b"{}"])
 
 
@@ -369,7 +464,7 @@ def test_a_preview_that_would_delete_a_zone_is_not_applied(pipeline: Pipeline, p
 def test_a_broken_export_reaches_no_engine(pipeline: Pipeline, portal: type[Portal], export: dict[str, Any]) -> None:
     portal.export = export
     code, _, calls = pipeline.run("preview")
-    assert (code, calls) == (1, [])
+    assert (code, changing(calls)) == (1, [])
 
 
 def test_a_preview_leaves_the_plan_for_the_comment(pipeline: Pipeline, portal: type[Portal]) -> None:
@@ -396,7 +491,8 @@ def test_a_preview_that_is_refused_says_so_in_the_comment(pipeline: Pipeline, po
     assert "1 to delete" in plan.read_text()
 
     portal.applied = sealed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1") for i in range(10)))
-    pipeline.answer(outputs={"network": {}}, preview={"steps": []})
+    pipeline.answer(outputs=outputs_of(portal.applied), preview={"steps": []})
+    portal.export = sealed(ADDRESS, generation=8)
     assert pipeline.run("preview")[0] == 1
     assert "10 of 10 names are gone" in plan.read_text()
 
@@ -632,6 +728,7 @@ def test_a_poll_at_gitlab_ends_before_it_installs_anything(
         return pipeline.log.read_text().splitlines()
 
     portal.export = portal.applied = sealed(ADDRESS)
+    pipeline.answer(outputs=outputs_of(portal.applied))
     assert run() == []
     portal.export = sealed(ADDRESS, generation=8)
     assert (run()[0], portal.queries) == ("pip install ./pulumi", [{"stack": "prod"}])

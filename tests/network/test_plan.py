@@ -21,6 +21,7 @@ from remotegpu_network.document import BadDocument, Document
 from remotegpu_network.guard import Refused
 from remotegpu_network.plan import What
 from remotegpu_network.settings import Settings
+from remotegpu_network.standing import At, Mark, judge, of_outputs
 from tests.network.export import name, opening, parsed, resources, sealed, stack
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,39 @@ def test_a_missing_baseline_is_no_first_time(tmp_path: Path) -> None:
     assert guard.last_applied(stack(applied="first"), tmp_path) is None
 
 
+# -- where the stack stands
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "at"),
+    [
+        (None, None, At.FIRST),
+        ((7, "a"), (7, "a"), At.TOLD),
+        ((7, "step"), (7, "a"), At.TOLD),
+        ((7, None), (7, "a"), At.TOLD),
+        ((9, "c"), (7, "a"), At.EXPORT),
+        ((9, "c"), None, At.EXPORT),
+        ((8, "b"), (7, "a"), At.OTHER),
+        ((8, None), None, At.OTHER),
+    ],
+)
+def test_a_stack_stands_where_its_own_outputs_say(
+    own: tuple[int, str | None] | None, told: tuple[int, str] | None, at: At
+) -> None:
+    newest = Mark(9, "c")
+    found = judge(own and Mark(*own), told and Mark(*told), newest, stack="prod", is_believed=False)
+    assert found is at
+
+
+@pytest.mark.parametrize("outputs", [[], {"groups": {}}, {"network": {}}, {"network": {"generation": "7"}}])
+def test_outputs_of_another_program_are_no_word_of_what_was_applied(outputs: Any) -> None:
+    if outputs == []:
+        assert of_outputs({}) is None
+        return
+    with pytest.raises(BadDocument, match="another program's"):
+        of_outputs(outputs)
+
+
 # -- the step that goes first
 
 
@@ -266,8 +300,9 @@ def apply_all(*exports: Document) -> list[Document]:
 
 def test_two_addresses_that_become_a_cname_take_two_applies_and_the_name_never_goes_dark() -> None:
     both = parsed(ADDRESS, name("m1.address6", "gpu-01", "AAAA", "2001:db8::1"))
-    cname = parsed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"))
+    cname = parsed(name("m1.address", "gpu-01", "CNAME", "edge.example.org"), generation=8)
     first, second = apply_all(both, cname)
+    assert (first.generation, second.generation) == (7, 8), "a stack that breaks between the two is at none of them"
     assert [(entry.key, entry.type) for entry in first.names] == [("m1.address", "A")]
     assert second.checksum == cname.checksum
 
