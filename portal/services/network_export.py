@@ -22,7 +22,8 @@ from portal.errors import Conflict, NotFound
 from portal.integrations.network_format import desired, document
 from portal.integrations.network_format import openings as rules
 from portal.integrations.protocol import format_time
-from portal.models import AppliedNetwork, DnsZone, Lease, Machine, NetworkExport, Opening, SecurityGroup
+from portal.models import AppliedNetwork, DnsZone, Grant, Lease, Machine, NetworkExport, Opening, SecurityGroup
+from portal.models.states import GRANTS_BY_STACKS
 from portal.services import config, network, network_names, network_openings, network_trial
 
 LOG = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def body(now: datetime) -> Body:
         "groups": groups,
         "names": entries,
         "openings": holes,
+        "ended": _ended(),
     }
     return Body(rows, left_out)
 
@@ -181,6 +183,19 @@ def _openings(
             left_out.append({"key": row["key"], "reason": str(error)})
             continue
         yield row
+
+
+def _ended() -> list[str]:
+    """Leases that have ended and of which a stack may have something still: that it goes is no loss to the guard.
+
+    One that goes on under another, and so under its key, has not ended.
+    """
+    in_clouds = Grant.select(Grant.lease).where(Grant.kind << GRANTS_BY_STACKS, Grant.observed != "closed")
+    continued = Lease.select(Lease.continues).where(Lease.continues.is_null(False))
+    over = Lease.select(Lease.id, Lease.login).where(
+        Lease.state << ("ending", "ended"), Lease.id << in_clouds, Lease.id.not_in(continued)
+    )
+    return [network_names.key_of_lease(lease) for lease in over.order_by(Lease.id)]
 
 
 def openings_behind(group: SecurityGroup, now: datetime) -> Iterator[Row]:
@@ -303,7 +318,8 @@ def refresh(now: datetime | None = None) -> bool:
     if kept is None or row.frozen_reason is not None:
         return False
     before = content_of(kept)
-    if body(now or utcnow()).rows == {name: before[name] for name in body_fields()}:
+    now_wanted = body(now or utcnow()).rows
+    if all(now_wanted[name] == before[name] for name in body_fields()):
         return False
     if not network.count_if(row.generation):
         return False  # it was counted meanwhile
@@ -312,6 +328,7 @@ def refresh(now: datetime | None = None) -> bool:
 
 
 def body_fields() -> tuple[str, ...]:
+    """What the stacks make something of. Which leases have ended says only what may be gone."""
     return ("environment", "machines", "zones", "groups", "names", "openings")
 
 

@@ -96,7 +96,8 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """A checked export. `raw` is what was read, for those who write a changed one (steps.py)."""
+    """A checked export. `ended`: leases whose rows are gone because they have ended. `raw` is what was read, for those
+    who write a changed one (steps.py)."""
 
     environment: str
     generation: int
@@ -107,6 +108,7 @@ class Document:
     groups: Mapping[str, Group]
     names: tuple[Name, ...]
     openings: tuple[Wanted, ...]
+    ended: frozenset[str]
     raw: Mapping[str, Any]
 
     @property
@@ -219,6 +221,7 @@ def _meaning(raw: Mapping[str, Any]) -> Document:
         groups=groups,
         names=tuple(entries),
         openings=tuple(wanted),
+        ended=frozenset(raw.get("ended", ())),
         raw=raw,
     )
 

@@ -2,7 +2,8 @@
 
 An outage or a restored backup of the portal must not delete the names of a whole fleet. Deleting on purpose is still
 possible: raise remotegpu:max-loss-percent for that one run. Only what lies in the stack's clouds is counted: what
-another stack loses is that one's matter, and must not hide in its size.
+another stack loses is that one's matter, and must not hide in its size. What belonged to a lease that has ended is no
+loss, however many end at once: but only the export's own word says that one has, a lease that it does not know is lost.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ BOTH = "names and openings"
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the stack's clouds had at the last apply: how many of each kind, and which, where an export tells it."""
+    """What the stack's clouds had at the last apply: how many of each kind, and which (key → lease), where an export
+    tells it."""
 
     generation: int
     counts: Mapping[str, int]
-    keys: Mapping[str, frozenset[str]]
+    rows: Mapping[str, Mapping[str, str | None]]
 
 
 def baseline(text: bytes | str, settings: Settings) -> Baseline:
@@ -47,8 +49,7 @@ def baseline(text: bytes | str, settings: Settings) -> Baseline:
 
 
 def of_document(document: Document, settings: Settings) -> Baseline:
-    keys = {kind: frozenset(found) for kind, found in _own(document, settings).items()}
-    return Baseline(document.generation, own_counts(document, settings), keys)
+    return Baseline(document.generation, own_counts(document, settings), _own(document, settings))
 
 
 def own_counts(document: Document, settings: Settings) -> dict[str, int]:
@@ -56,12 +57,12 @@ def own_counts(document: Document, settings: Settings) -> dict[str, int]:
     return {kind: len(found) for kind, found in _own(document, settings).items()}
 
 
-def _own(document: Document, settings: Settings) -> dict[str, set[str]]:
-    """The keys of what lies in zones and groups of the stack's clouds."""
+def _own(document: Document, settings: Settings) -> dict[str, dict[str, str | None]]:
+    """Key → lease of what lies in zones and groups of the stack's clouds."""
     clouds, zones, groups = settings.clouds, document.zones, document.groups
     return {
-        NAMES: {each.key for each in document.names if zones[each.zone].cloud in clouds},
-        OPENINGS: {each.key for each in document.openings if groups[each.group].cloud in clouds},
+        NAMES: {each.key: each.lease for each in document.names if zones[each.zone].cloud in clouds},
+        OPENINGS: {each.key: each.lease for each in document.openings if groups[each.group].cloud in clouds},
     }
 
 
@@ -101,9 +102,10 @@ def _problems(document: Document, settings: Settings, before: Baseline | None) -
         )
     own = _own(document, settings)
     for kind, had in before.counts.items():
-        if kind in before.keys:
-            lost = sorted(before.keys[kind] - own[kind])
-            yield from _loss(kind, had, len(lost), lost, settings)
+        if kind in before.rows:
+            gone = {key: lease for key, lease in before.rows[kind].items() if key not in own[kind]}
+            lost = sorted(key for key, lease in gone.items() if lease not in document.ended)
+            yield from _loss(kind, had - len(gone) + len(lost), len(lost), lost, settings)
         else:
             has = sum(map(len, own.values())) if kind == BOTH else len(own[kind])
             yield from _loss(kind, had, max(0, had - has), [], settings)

@@ -107,6 +107,62 @@ def test_the_end_of_a_lease_in_a_small_fleet_is_no_fault() -> None:
         guard.check(fleet(2, 2), stack(may_lose=0), before)
 
 
+def leased(*leases: str, generation: int = 1, ended: list[str] | None = None) -> Document:
+    """Ten machines with a name each; a lease has two names and three openings more."""
+    rows = [name(f"m{i}.address", f"gpu-{i}", "A", "203.0.113.1") for i in range(10)]
+    for at, lease in enumerate(leases):
+        rows += [name(f"{lease}.{slot}", f"{lease}-{slot}", "A", "203.0.113.1", lease=lease) for slot in ("a", "b")]
+        rows += [opening(f"o{lease}.{i}", f"10.{at}.{i}.0/24", lease=lease) for i in range(3)]
+    return parsed(*rows, generation=generation, **({} if ended is None else {"ended": ended}))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_leases_that_ended_are_no_loss_however_many_end_at_once(count: int) -> None:
+    leases = ["l1", "l2", "l3", "l4"]
+    before = guard.of_document(leased(*leases), stack())
+    guard.check(leased(*leases[count:], generation=2, ended=leases[:count]), stack(may_lose=0), before)
+
+
+def test_leases_that_an_older_database_never_heard_of_are_lost() -> None:
+    before = guard.of_document(leased("l1", "l2", "l3", "l4"), stack())
+    for ended in (None, [], ["l9"]):
+        with pytest.raises(Refused, match="8 of 18 names") as refused:
+            guard.check(leased(generation=2, ended=ended), stack(), before)
+        assert "12 of 12 openings" in str(refused.value)
+
+
+def test_what_else_is_gone_does_not_hide_behind_leases_that_ended() -> None:
+    """Of the two leases that did not end, both are gone: that is all that there was besides."""
+    before = guard.of_document(leased("l1", "l2", "l3", "l4"), stack())
+    with pytest.raises(Refused, match="6 of 6 openings"):
+        guard.check(leased(generation=2, ended=["l1", "l2"]), stack(max_loss_percent=60), before)
+
+
+@given(
+    st.lists(st.sampled_from(["l1", "l2", "l3", None]), max_size=12),
+    st.sets(st.integers(0, 11)),
+    st.sets(st.sampled_from(["l1", "l2", "l3"])),
+)
+def test_the_guard_says_what_it_would_say_if_ended_leases_had_never_been(
+    owners: list[str | None], gone: set[int], ended: set[str]
+) -> None:
+    def export(kept: list[int], **fields: Any) -> Document:
+        return parsed(*(name(f"n{i}", f"n{i}", "A", "203.0.113.1", lease=owners[i]) for i in kept), **fields)
+
+    def told(before: list[int]) -> str:
+        try:
+            guard.check(after, stack(), guard.of_document(export(before), stack()))
+        except Refused as error:
+            return str(error)
+        return ""
+
+    everything = list(range(len(owners)))
+    after = export(
+        [i for i in everything if i not in gone and owners[i] not in ended], generation=8, ended=sorted(ended)
+    )
+    assert told(everything) == told([i for i in everything if owners[i] not in ended])
+
+
 def test_an_empty_export_is_refused_even_the_first_time() -> None:
     empty = document.parse(sealed(machines={}))
     with pytest.raises(Refused, match="The export is empty"):

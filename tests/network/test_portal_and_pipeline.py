@@ -99,6 +99,15 @@ def host(bound: Portal) -> Host:
 
 
 @pytest.fixture
+def fleet(bound: Portal) -> list[Host]:
+    """Five machines, made like the one; ask for them before the portal."""
+    hosts = [ready_host(f"gpu-{i}", address=f"192.0.2.{i}") for i in range(1, 6)]
+    for host in hosts:
+        host.report(received_at=utcnow() + timedelta(minutes=10))
+    return hosts
+
+
+@pytest.fixture
 def portal(bound: Portal, host: Host) -> Portal:
     """Web and worker."""
     bound.start("web", "worker")
@@ -200,6 +209,26 @@ def test_an_apply_that_broke_between_two_steps_is_not_taken_for_done_and_is_take
         "A mail.gpu.example.org → 192.0.2.2", "CNAME www.gpu.example.org → edge.example.org.",
     ]  # fmt: skip
     assert network.state().behind_since is None
+
+
+def test_leases_of_a_small_fleet_that_end_at_one_hour_are_no_fault(
+    fleet: list[Host], portal: Portal, pipeline: Pipeline, run: Any
+) -> None:
+    """Three names of five are gone: of machines that would be too many."""
+    zone("gpu.example.org", serves_leases=True)
+    tenant = Tenant.create(name="Acme")
+    rented = [(host, allocate(host, tenant)) for host in fleet]
+    status, said = run("apply")
+    assert status == 0, said
+    for host, lease in rented[:3]:
+        leases.end(lease, by=SYSTEM, reason="its hour")
+        host.sees(lease, "closed")
+    status, said = run("apply")
+    assert status == 0, said
+    assert sorted(in_the_cloud(pipeline)) == [
+        f"A lease{lease.id}.gpu.example.org → {host.machine.address}" for host, lease in rented[3:]
+    ]
+    assert [Lease.get_by_id(lease.id).state for _, lease in rented] == ["ended"] * 3 + ["active"] * 2
 
 
 def test_a_lease_opens_its_name_by_the_pipeline_and_closes_it_the_same_way(

@@ -17,9 +17,10 @@ from portal import backup
 from portal.db import atomic, db, utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations.network_format import desired, document, settings
-from portal.models import DnsRecord, DnsZone, Machine, NetworkExport, Opening, SecurityGroup, Tenant
+from portal.models import DnsRecord, DnsZone, Grant, Lease, Machine, NetworkExport, Opening, SecurityGroup, Tenant
 from portal.models.states import DNS_CLOUDS
 from portal.services import (
+    leases,
     machines,
     network,
     network_applied,
@@ -33,8 +34,10 @@ from portal.services import (
 )
 from portal.services.actors import SYSTEM
 from portal.services.network import NetworkFrozen
+from remotegpu_network import guard
 from tests.factories import actor_of, make_lease, make_machine
 from tests.support.network import ZONE_ID, applied, export, group, outputs, wish, zone
+from tests.support.rental import Host, allocate, ready_host
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,6 +302,66 @@ def test_the_number_of_queries_does_not_grow_with_the_fleet(database: Any, tenan
         return len(asked)
 
     assert queries(2) == queries(20) < 15
+
+
+# Leases that have ended
+
+
+@pytest.fixture
+def leased(database: Any, tenant: Tenant) -> tuple[Host, Lease]:
+    """A lease whose name the stack has made."""
+    zone(serves_leases=True)
+    host = ready_host("gpu-17", address="192.0.2.17")
+    lease = allocate(host, tenant)
+    applied()
+    return host, lease
+
+
+def test_a_lease_that_ended_is_named_until_the_stacks_have_nothing_of_it(leased: tuple[Host, Lease]) -> None:
+    host, lease = leased
+    assert (keys(export()), export()["ended"]) == ([f"l{lease.id}.address"], [])
+    leases.end(lease, by=SYSTEM, reason="done")
+    assert (keys(export()), export()["ended"]) == ([], [f"l{lease.id}"])
+    assert not network_export.refresh()
+    host.sees(lease, "closed")
+    applied()
+    assert leases.get(lease.id).state == "ended"
+    assert not network_export.refresh(), "no stack makes anything of it, so none has to be called"
+    changed()
+    assert export()["ended"] == []
+
+
+def test_a_lease_that_was_written_off_has_ended_too(leased: tuple[Host, Lease]) -> None:
+    _, lease = leased
+    leases.write_off(lease, by=SYSTEM, reason="the host has burnt down")
+    assert leases.get(lease.id).state == "ended"
+    assert export()["ended"] == [f"l{lease.id}"]
+    changed()
+    applied()
+    changed()
+    assert export()["ended"] == []
+
+
+def test_a_lease_that_goes_on_under_its_key_has_not_ended(leased: tuple[Host, Lease], tenant: Tenant) -> None:
+    _, lease = leased
+    leases.write_off(lease, by=SYSTEM, reason="CI is gone")
+    make_lease(lease.machine, tenant, continues=lease, login=lease.login)
+    changed()
+    assert export()["ended"] == []
+
+
+def test_what_a_database_of_before_the_lease_gives_out_is_a_loss(leased: tuple[Host, Lease]) -> None:
+    """The guard counts what was the lease's, since nothing says that it has ended."""
+    _, lease = leased
+    before = document.parse(export())
+    leases.end(lease, by=SYSTEM, reason="done")
+    stack = settings.Settings(environment="production", clouds=settings.CLOUDS, may_lose=0)
+    guard.check(document.parse(export()), stack, guard.of_document(before, stack))
+    Grant.delete().where(Grant.lease == lease).execute()
+    Lease.delete().where(Lease.id == lease.id).execute()
+    changed()
+    with pytest.raises(guard.Refused, match="1 of 1 names"):
+        guard.check(document.parse(export()), stack, guard.of_document(before, stack))
 
 
 # Records
