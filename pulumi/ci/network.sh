@@ -152,7 +152,7 @@ preview() {
   pulumi config set remotegpu:export "$1" --stack "$stack"
   why="The engine's preview failed."
   engine preview --stack "$stack" --refresh --non-interactive --json >preview.json
-  network gate preview.json --stack "$file"
+  network gate preview.json "$1" --applied "$(known)" --applied "$told" --stack "$file"
 }
 
 # Refreshed like the preview that was let through: without it, what somebody deleted by hand would not be made again.

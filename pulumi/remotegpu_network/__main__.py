@@ -6,7 +6,7 @@
     adopt EXPORT LISTING --zone ID            which records Cloudflare has already, as lines for the stack file
     standing OUTPUTS EXPORT --told FILE …     which document the stack has applied last: prints first, told, export, or
                                               other with its checksum
-    gate PREVIEW                              may this `pulumi preview --json` be applied
+    gate PREVIEW EXPORT --applied FILE …      may this `pulumi preview --json` be applied
     pending STATE                             what a cancelled run left open in this `pulumi stack export`
     comment EXPORT --name STACK …             the comment on a change, in Markdown, also where it is refused
     failed EXPORT --name STACK …              writes what the portal is told of an apply that failed, prints the query
@@ -30,7 +30,7 @@ from urllib.parse import urlencode
 from remotegpu_network import adopt, comment, desired, document, gate, guard, plan, settings, standing, steps
 from remotegpu_network.desired import Resource
 from remotegpu_network.document import Document
-from remotegpu_network.plan import Plan
+from remotegpu_network.plan import Plan, What
 from remotegpu_network.settings import CLOUDS, FIRST, Settings
 
 WROTE_A_STEP = 3
@@ -77,7 +77,8 @@ def _arguments() -> argparse.ArgumentParser:
     stood.add_argument("--name", required=True, help="the stack's")
     stood.add_argument("--told", default=FIRST, help="what it has applied last by the portal's word, or first")
     stood.add_argument("--believed", default="", help="the stack whose state is right although the portal knows more")
-    word("gate", _gate, "preview")
+    gated = word("gate", _gate, "preview", "export")
+    gated.add_argument("--applied", action="append", default=[], help="what was applied before, each once, or first")
     word("pending", _pending, "state")
     commented = word("comment", _comment, "export")
     commented.add_argument("--name", required=True, help="the stack's")
@@ -188,7 +189,14 @@ def _standing(told: argparse.Namespace) -> int:
 
 
 def _gate(told: argparse.Namespace) -> int:
-    return _refuse(gate.problems(_json(told.preview), _settings(told, None)))
+    wanted = document.read(told.export.read_bytes())
+    chosen = _settings(told, wanted)
+    after = desired.resources(wanted, chosen).resources
+    meant = set[tuple[str, str]]()
+    for text in {Path(file).read_bytes() for file in told.applied if file != FIRST}:
+        made = plan.compare(_resources_of(document.read(text), chosen), after)
+        meant |= {(each.resource.token, each.resource.logical) for each in made.changes if each.what is What.DELETE}
+    return _refuse(gate.problems(_json(told.preview), chosen, wanted=after, meant=meant))
 
 
 def _pending(told: argparse.Namespace) -> int:

@@ -1,20 +1,23 @@
 """Between preview and apply: a look at what the engine says it would do, before it does it.
 
-`pulumi preview --json` knows what the plan here cannot: a new provider that wants to replace every record, and what
-somebody changed in the cloud by hand.
+`pulumi preview --json` knows what the plan here cannot: a new provider that wants to replace every record, a line that
+is gone from the stack file or the code and takes a whole cloud along, and what somebody changed there by hand.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from remotegpu_network import desired
+from remotegpu_network import desired, guard
+from remotegpu_network.desired import Resource
 from remotegpu_network.settings import Settings
 
 REPLACES = ("replace", "create-replacement", "delete-replaced", "discard-replaced")
 GUARDED = tuple(desired.ZONE_TOKENS.values())
+CLOUD_OF = {token.partition(":")[0]: cloud for cloud, token in desired.ZONE_TOKENS.items()}  # package → cloud
+NO_CLOUD = "pulumi"  # the stack itself, and providers: they hold nothing
 MAY_DIFFER = {
     "comment",
     "remark",
@@ -27,12 +30,21 @@ MAY_DIFFER = {
 }  # and it is the same record still
 
 
-def problems(preview: Mapping[str, Any], settings: Settings) -> list[str]:
-    """Sentences; none if the apply may go on. `preview` is what `pulumi preview --json` printed."""
-    return list(_problems(preview, settings))
+def problems(
+    preview: Mapping[str, Any],
+    settings: Settings,
+    *,
+    wanted: Iterable[Resource] = (),
+    meant: Collection[tuple[str, str]] = (),
+) -> list[str]:
+    """Sentences; none if the apply may go on. `preview` is what `pulumi preview --json` printed, `wanted` what the
+    stack then has, `meant` type and name of what the export itself takes away: the guard has let that through."""
+    return list(_problems(preview, settings, wanted, meant))
 
 
-def _problems(preview: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+def _problems(
+    preview: Mapping[str, Any], settings: Settings, wanted: Iterable[Resource], meant: Collection[tuple[str, str]]
+) -> Iterator[str]:
     steps = preview.get("steps")
     if not isinstance(steps, list):
         yield "The preview has no steps: it did not run to its end."
@@ -50,6 +62,30 @@ def _problems(preview: Mapping[str, Any], settings: Settings) -> Iterator[str]:
     for urn in sorted(deleted | replaced):
         if _type_of(urn) in GUARDED:
             yield f"The zone {_name_of(urn)} would be deleted or replaced: that takes every name in it."
+    yield from _losses(steps, settings, wanted, meant)
+
+
+def _losses(
+    steps: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    wanted: Iterable[Resource],
+    meant: Collection[tuple[str, str]],
+) -> Iterator[str]:
+    """In each cloud by itself, and by the guard's limits: a small one must not hide in the size of another."""
+    made = Counter(_cloud_of(urn) for urn in {step["urn"] for step in steps if step["op"] in ("create", "import")})
+    kept = Counter(each.cloud for each in wanted) - made  # what is not made now was there
+    lost: dict[str, list[str]] = {}
+    for urn in sorted({step["urn"] for step in steps if step["op"] == "delete"}):
+        if _cloud_of(urn) != NO_CLOUD and (_type_of(urn), _name_of(urn)) not in meant:
+            lost.setdefault(_cloud_of(urn), []).append(_name_of(urn))
+    for cloud, names in lost.items():
+        had = kept[cloud] + len(names)
+        if guard.is_too_much(len(names), had, settings):
+            yield (
+                f"{len(names)} of {had} resources in {cloud} would be deleted, {len(names) * 100 / had:.0f} % "
+                f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}), and no change of the export says so: the "
+                f"stack file (remotegpu:clouds) or the code has them no longer. {guard.way_out(settings)}"
+            )
 
 
 def _other_records(steps: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -78,6 +114,11 @@ def pending(state: Mapping[str, Any]) -> list[str]:
         f"`pulumi refresh` (it asks about each), or `pulumi refresh --clear-pending-creates` if the cloud has none."
         for each in operations
     ]
+
+
+def _cloud_of(urn: str) -> str:
+    package = _type_of(urn).partition(":")[0]
+    return CLOUD_OF.get(package, package)
 
 
 def _type_of(urn: str) -> str:

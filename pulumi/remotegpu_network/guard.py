@@ -113,11 +113,21 @@ def _problems(document: Document, settings: Settings, before: Baseline | None) -
 
 def _loss(kind: str, had: int, count: int, lost: Sequence[str], settings: Settings) -> Iterator[str]:
     """`lost`: the keys, where they are known."""
-    if count <= settings.may_lose or count * 100 <= settings.max_loss_percent * had:
+    if not is_too_much(count, had, settings):
         return
     some = f" ({', '.join(lost[:5])}{', …' if len(lost) > 5 else ''})" if lost else ""
     yield (
-        f"{count} of {had} {kind} are gone since the last apply, {count * 100 / had:.0f} %{some}; "
+        f"{count} of {had} {kind} are gone since the last apply, {count * 100 / had:.0f} %{some}; {way_out(settings)}"
+    )
+
+
+def is_too_much(count: int, had: int, settings: Settings) -> bool:
+    """Whether `count` of what there was may go at once; the gate asks the same."""
+    return count > settings.may_lose and count * 100 > settings.max_loss_percent * had
+
+
+def way_out(settings: Settings) -> str:
+    return (
         f"remotegpu:max-loss-percent is {settings.max_loss_percent:g}. If that is meant, raise it for this one run: "
         f"pulumi config set remotegpu:max-loss-percent 100"
     )

@@ -25,7 +25,7 @@ import tomllib
 import yaml
 
 from remotegpu_network import desired, settings
-from tests.network.export import name, sealed
+from tests.network.export import name, opening, sealed
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -458,6 +458,26 @@ def test_a_preview_that_would_delete_a_zone_is_not_applied(pipeline: Pipeline, p
     code, told, calls = pipeline.run("apply")
     assert (code, "takes every name in it" in told, any("pulumi up" in call for call in calls)) == (1, True, False)
     assert "takes every name in it" in portal.queries[0]["reason"]
+
+
+def test_a_cloud_that_is_gone_from_the_stack_file_is_not_deleted_with_all_that_is_in_it(
+    pipeline: Pipeline, portal: type[Portal]
+) -> None:
+    """Neither the export nor what was applied differs: only the engine's preview shows it."""
+    rules = [opening(f"o{i}", f"10.0.{i}.0/24") for i in range(9)]
+    portal.applied = portal.export = sealed(ADDRESS, *rules)
+    pipeline.answer(outputs=outputs_of(portal.applied))
+    gone = ["aws:ec2/securityGroup:SecurityGroup::group.g-aws", "pulumi:providers:aws::aws-eu-central-1"]
+    gone += [f"{desired.AWS_INGRESS}::g-aws.in.tcp.22.10.0.{i}.0-24" for i in range(9)]
+    preview = {"steps": [{"op": "delete", "urn": f"urn:pulumi:prod::remotegpu::{each}"} for each in gone]}
+    pipeline.answer(preview=preview)
+    code, told, calls = pipeline.run("apply")
+    assert (code, any("pulumi up" in call for call in calls)) == (1, False), told
+    assert "10 of 10 resources in aws would be deleted, 100 %" in portal.queries[0]["reason"]
+    assert "pulumi config set remotegpu:max-loss-percent 100" in told
+    stack = pipeline.folder / "pulumi" / "Pulumi.prod.yaml"
+    stack.write_text(stack.read_text().replace("max-loss-percent: 20", "max-loss-percent: 100"))
+    assert applied_by(pipeline.run("apply")[2]) == ["export.json"], "where it is meant"
 
 
 @pytest.mark.parametrize("export", [{}, {"problem": "503"}])

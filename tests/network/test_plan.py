@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from portal.api.network import OutputsIn
 from remotegpu_network import __main__ as command
-from remotegpu_network import desired, document, guard, plan, steps
+from remotegpu_network import desired, document, gate, guard, plan, steps
 from remotegpu_network import stack as stack_program
 from remotegpu_network.document import BadDocument, Document
 from remotegpu_network.guard import Refused
@@ -271,6 +271,85 @@ def test_a_missing_baseline_is_no_first_time(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"names applied\.json, which cannot be read"):
         guard.last_applied(stack(applied="applied.json"), tmp_path)
     assert guard.last_applied(stack(applied="first"), tmp_path) is None
+
+
+# -- the gate, where it counts what the guard cannot see
+
+
+def preview(**names: list[str]) -> dict[str, Any]:
+    """Operation → type::name of each resource."""
+    steps = [(op, each) for op, found in names.items() for each in found]
+    return {"steps": [{"op": op, "urn": f"urn:pulumi:prod::remotegpu::{each}"} for op, each in steps]}
+
+
+def urns(found: list[desired.Resource]) -> list[str]:
+    return [f"{each.token}::{each.logical}" for each in found]
+
+
+def test_a_cloud_that_would_go_whole_is_not_hidden_by_a_large_one_beside_it() -> None:
+    wanted = two_clouds(1000, 4, 6)
+    both, one = (
+        desired.resources(wanted, stack(clouds=each)).resources for each in (("cloudflare", "aws"), ("cloudflare",))
+    )
+    gone = [each for each in both if each.cloud == "aws"]
+    told = gate.problems(preview(delete=urns(gone)), stack(clouds=("cloudflare",)), wanted=one)
+    assert len(told) == 1
+    assert f"{len(gone)} of {len(gone)} resources in aws would be deleted, 100 %" in told[0]
+    assert "remotegpu:clouds" in told[0]
+    assert "pulumi config set remotegpu:max-loss-percent 100" in told[0]
+    meant = stack(clouds=("cloudflare",), max_loss_percent=100)
+    assert gate.problems(preview(delete=urns(gone)), meant, wanted=one) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made", "gone", "stopped"),
+    [(16, 0, 4, False), (16, 0, 5, True), (20, 0, 3, False), (20, 18, 3, True), (20, 20, 2, False)],
+)
+def test_deletions_are_counted_of_what_was_there_and_what_is_only_made_was_not(
+    wanted: int, made: int, gone: int, stopped: bool
+) -> None:
+    has = desired.resources(two_clouds(0, wanted), ROUTE53).resources
+    old = [f"{desired.ROUTE53_RECORD}::old{i}" for i in range(gone)]
+    told = gate.problems(preview(delete=old, create=urns(has[:made])), ROUTE53, wanted=has)
+    assert bool(told) == stopped, told
+
+
+def test_a_provider_that_goes_holds_nothing() -> None:
+    gone = [f"pulumi:providers:aws::aws-{i}" for i in range(5)]
+    assert gate.problems(preview(delete=gone), stack()) == []
+
+
+@given(st.sets(st.sampled_from(["l1", "l2", "l3", "l4"])), st.sets(st.sampled_from(["l1", "l2", "l3", "l4"])))
+def test_what_the_guard_lets_through_the_gate_lets_through(gone: set[str], ended: set[str]) -> None:
+    every = ["l1", "l2", "l3", "l4"]
+    before = leased(*every)
+    after = leased(*(each for each in every if each not in gone), generation=2, ended=sorted(ended))
+    try:
+        guard.check(after, stack(), guard.of_document(before, stack()))
+    except Refused:
+        return
+    had, has = (desired.resources(each, stack()).resources for each in (before, after))
+    deleted = [each.resource for each in plan.compare(had, has).changes if each.what is What.DELETE]
+    meant = {(each.token, each.logical) for each in deleted}
+    assert gate.problems(preview(delete=urns(deleted)), stack(), wanted=has, meant=meant) == []
+
+
+def test_the_command_lets_through_what_the_export_takes_away_and_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = leased("l1", "l2"), leased(generation=2, ended=["l1", "l2"])
+    had, has = (desired.resources(each, stack()).resources for each in (before, after))
+    ended = urns([change.resource for change in plan.compare(had, has).changes])
+    (tmp_path / "Pulumi.prod.yaml").write_text(
+        "config:\n  remotegpu:environment: production\n  remotegpu:clouds: [cloudflare, aws]\n"
+    )
+    argv = ("--applied", "a.json", "--applied", "first", "--stack", str(tmp_path / "Pulumi.prod.yaml"))
+    files = {"a": before.raw, "b": after.raw, "p": preview(delete=ended)}
+    assert run(tmp_path, capsys, "gate", "p.json", "b.json", *argv, **files)[0] == 0
+    more = preview(delete=[*ended, *(f"{desired.CLOUDFLARE_RECORD}::old{i}" for i in range(3))])
+    status, _, err = run(tmp_path, capsys, "gate", "p.json", "b.json", *argv, p=more)
+    assert (status, "3 of 13 resources in cloudflare would be deleted" in err) == (1, True), err
+    assert run(tmp_path, capsys, "gate", "p.json", "b.json", "--applied", "first", "--stack", argv[-1])[0] == 1
 
 
 # -- where the stack stands
