@@ -365,7 +365,7 @@ def get_of(lease: Lease, opening_id: int) -> Opening:
 
 
 def wanted_of(machine: Machine, lease: Lease | None) -> list[Opening]:
-    """What is wanted for this lease, or for the machine itself."""
+    """What is wanted for this lease, or for the machine itself, with the lease."""
     mine = Opening.lease.is_null() if lease is None else Opening.lease == lease
     with_lease = Opening.select(Opening, Lease).join(Lease, peewee.JOIN.LEFT_OUTER)
     return list(with_lease.where(Opening.machine == machine, mine, Opening.closed_at.is_null()).order_by(Opening.id))

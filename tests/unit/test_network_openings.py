@@ -395,6 +395,20 @@ def test_a_retired_machine_has_no_openings_of_its_own(host: Host) -> None:
         ask(host)
 
 
+def test_a_retired_machine_gives_its_names_back(host: Host) -> None:
+    holds = zone()
+    wanted = {"by": SYSTEM, "name": "lab.gpu.example.org", "type": "A", "values": ["192.0.2.7"]}
+    record = network_requests.want_record(holds, machine=host.machine, **wanted)
+    kept = network_requests.want_record(holds, **{**wanted, "name": "www.gpu.example.org"})
+    retirement.retire(host.machine, by=SYSTEM, reason="old")
+    assert AuditEntry.get(AuditEntry.action == "record.removed").resource_id == record.id
+    following = network_requests.want_record(holds, machine=ready_host("gpu-2").machine, **wanted)
+    assert [each.id for each in network_names.search()] == [following.id, kept.id]
+    for each in (following, kept):
+        network_requests.remove_record(each, by=SYSTEM)
+    network_zones.delete_zone(holds, by=SYSTEM)
+
+
 def test_the_protocol_carries_as_many_as_a_machine_may_have(database: Any) -> None:
     machine = make_machine(hears_openings=True)
     most = network_openings.MOST_OF_MACHINE
@@ -415,17 +429,3 @@ def test_a_machine_whose_openings_a_group_cannot_take_is_not_put_behind_it(host:
     with pytest.raises(Conflict, match="cannot take it"):
         place(host, security_group_id=group().id)
     assert host.machine.security_group_id is None
-def test_a_retired_machine_gives_its_names_back(host: Host) -> None:
-    holds = zone()
-    wanted = {"by": SYSTEM, "name": "lab.gpu.example.org", "type": "A", "values": ["192.0.2.7"]}
-    record = network_requests.want_record(holds, machine=host.machine, **wanted)
-    kept = network_requests.want_record(holds, **{**wanted, "name": "www.gpu.example.org"})
-    retirement.retire(host.machine, by=SYSTEM, reason="old")
-    assert AuditEntry.get(AuditEntry.action == "record.removed").resource_id == record.id
-    following = network_requests.want_record(holds, machine=ready_host("gpu-2").machine, **wanted)
-    assert [each.id for each in network_names.search()] == [following.id, kept.id]
-    for each in (following, kept):
-        network_requests.remove_record(each, by=SYSTEM)
-    network_zones.delete_zone(holds, by=SYSTEM)
-
-
