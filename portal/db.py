@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,34 @@ def _sqlite(url: str) -> peewee.Database:
         "busy_timeout": BUSY_TIMEOUT_MS,
         "cache_size": -16000,
     }
-    return peewee.SqliteDatabase(path, pragmas=pragmas)
+    return _Sqlite(path, pragmas=pragmas)
+
+
+class _Sqlite(peewee.SqliteDatabase):
+    """Waits for another writer, letting other greenlets run, as PostgreSQL does: for a transaction, and for a statement
+    of its own. Inside a transaction nobody waits: the lock is ours.
+    """
+
+    def begin(self, lock_type: str | None = None) -> None:
+        begin: Callable[..., Any] = super().begin
+        self._patiently(lambda: begin(lock_type))
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        execute: Callable[..., Any] = super().execute_sql
+        if self.in_transaction():
+            return execute(sql, params)
+        return self._patiently(lambda: execute(sql, params))
+
+    @staticmethod
+    def _patiently(act: Callable[[], Any]) -> Any:
+        give_up_at = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                return act()
+            except peewee.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up_at:
+                    raise
+            time.sleep(random.uniform(0.002, 0.02))  # noqa: S311 - spreads the writers, protects nothing
 
 
 def _postgresql(url: str, max_connections: int) -> peewee.Database:
@@ -135,40 +162,9 @@ def is_sqlite() -> bool:
 @contextmanager
 def atomic() -> Iterator[None]:
     """A transaction, or a savepoint inside one. Nothing slow belongs in it: no host, no HTTP, no password hash."""
-    if not is_sqlite() or db.in_transaction():
-        with db.atomic():
-            yield
-        return
-    transaction = _begin_immediate()
-    with transaction:
+    lock = ["IMMEDIATE"] if is_sqlite() and not db.in_transaction() else []
+    with db.atomic(*lock):
         yield
-
-
-def _begin_immediate() -> Any:
-    """Take SQLite's write lock, letting other greenlets run while somebody else holds it."""
-    give_up_at = time.monotonic() + LOCK_WAIT_S
-    while True:
-        transaction = db.atomic("IMMEDIATE")
-        try:
-            return _Begun(transaction, transaction.__enter__())
-        except peewee.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up_at:
-                raise
-        time.sleep(random.uniform(0.002, 0.02))  # noqa: S311 - spreads the writers, protects nothing
-
-
-class _Begun:
-    """A transaction that was entered already: leaving it commits or rolls back."""
-
-    def __init__(self, transaction: Any, entered: Any) -> None:
-        self._transaction = transaction
-        self._entered = entered
-
-    def __enter__(self) -> Any:
-        return self._entered
-
-    def __exit__(self, *exc: Any) -> Any:
-        return self._transaction.__exit__(*exc)
 
 
 def one_at_a_time(*words: str) -> None:

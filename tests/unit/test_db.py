@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,29 @@ def test_a_waker_that_cannot_even_let_go_of_its_connection_wakes_all_the_same(
             assert ear.wait(10)
     finally:
         own.stop()
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["a transaction", "a statement of its own"])
+def test_whoever_writes_waits_for_another_writer(tmp_path: Path, is_whole: bool) -> None:
+    """SQLite itself would refuse after 20 ms: the others must run meanwhile."""
+    one = db.connect(f"sqlite:///{tmp_path / 'one.db'}")
+    one.execute_sql("CREATE TABLE told (word TEXT)")
+    other = sqlite3.connect(tmp_path / "one.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    def write() -> None:
+        with db.connection(), db.atomic() if is_whole else nullcontext():
+            one.execute_sql("INSERT INTO told VALUES ('mine')")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    writer.join(10 * db.BUSY_TIMEOUT_MS / 1000)
+    assert writer.is_alive(), "it waits"
+    other.execute("COMMIT")
+    writer.join(db.LOCK_WAIT_S)
+    assert one.execute_sql("SELECT word FROM told").fetchall() == [("mine",)]
+    other.close()
+    one.close()
 
 
 def test_what_was_committed_survives_a_power_cut(tmp_path: Path) -> None:
