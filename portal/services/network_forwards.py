@@ -72,12 +72,13 @@ def has_port(gateway: Machine) -> bool:
 
 
 def _refuse_reserved(gateway: Machine, machine: Machine, count: int) -> None:
-    """One port is kept for the way in of each other machine behind it that has none now. Raises NoPortLeft.
+    """One port is kept for the way in of each other machine behind it that holds none now. Raises NoPortLeft.
 
-    Otherwise the openings of a few customers would keep everybody else out.
+    Otherwise the openings of a few customers would keep everybody else out. A machine whose lease has ended holds that
+    lease's until they were seen closed, and then has one again.
     """
-    with_way_in = Forward.select(Forward.machine).where(Forward.gateway == gateway, Forward.closed_at.is_null())
-    without = network_machines.behind(gateway).where(Machine.id != machine.id, Machine.id.not_in(with_way_in)).count()
+    holding = Forward.select(Forward.machine).where(Forward.gateway == gateway, Forward.released_at.is_null())
+    without = network_machines.behind(gateway).where(Machine.id != machine.id, Machine.id.not_in(holding)).count()
     if count > _count_free(gateway) - without:
         raise NoPortLeft(
             f"{gateway.name} has no port left in {gateway.forward_ports} for openings: it keeps {without} for the ways "
