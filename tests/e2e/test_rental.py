@@ -21,14 +21,16 @@ import pytest
 
 from tests.e2e.conftest import POISON, House
 from tests.e2e.world import PROVISION_TIMEOUT_S, RECLAIM_TIMEOUT_S, Person, World, can_sign_in, new_key
-from tests.hosts import Host
+from tests.hosts import Host, gateway_address
 from tests.support.dirt import WAYS, Tenant, immutable, is_named, port_open_from_outside
 from tests.support.portal import ROOT, Client
+from tests.support.scanning import Scanner
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
 
 HOUR_S = 3600
+OPENED = 8888
 SHORT_S = 60  # until the end that comes while the portal is down; time enough to prepare for it on a busy machine
 FORKS = """
 for i in 1 2 3; do (sleep 80001 &) ; done
@@ -181,6 +183,31 @@ def test_after_an_old_backup_the_host_freezes_and_nothing_is_cleaned(rental: Ren
     until(lambda: not can_sign_in(host, lease["login"], later), "the host to follow the portal again", timeout_s=60)
     assert host.ssh(lease["login"], bob.key, "cat kept").stdout == "precious\n"
     reclaim(world, host)
+    world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
+
+
+@pytest.mark.slow
+@on_sqlite
+@pytest.mark.parametrize("suite", ["trixie"])
+def test_an_opening_lets_in_whom_it_names_and_closes_with_its_lease_by_itself(rental: Rental, suite: str) -> None:
+    """It names this machine, and not the other host. Nothing listens: the kernel itself answers whom it lets in."""
+    world, host = rental.world, rental.hosts[suite]
+    (other,) = [each for each in rental.hosts.values() if each is not host]
+    scanners = {"here": Scanner(), "there": Scanner.on(other)}
+
+    def let_in() -> list[str]:
+        again = [f"tcp/{OPENED}"]
+        return [place for place, each in scanners.items() if each.hear(host.address, tcp=str(OPENED), again=again)]
+
+    opening = {"protocol": "tcp", "first_port": OPENED, "source": f"{gateway_address()}/32"}
+    assert let_in() == []
+    lease = world.allocate(host, rental.people["tenant"], lasts_s=SHORT_S, openings=[opening])
+    assert let_in() == ["here"]
+    world.portal.stop()
+    wait_for_the_end({host.name: lease})
+    assert let_in() == []
+    world.portal.start("web", "worker")
+    wait_until_ended(world, lease["id"])
     world.wait_for_state(host, "ready", timeout_s=RECLAIM_TIMEOUT_S)
 
 
