@@ -195,7 +195,7 @@ def test_the_most_that_a_customer_may_order_and_stop_is_an_answer_that_its_agent
     customer: User, lease: Lease, agent: FakeAgent
 ) -> None:
     """A control character takes six bytes in JSON. An agent that cannot read its answers hears of no end either."""
-    for _ in range(60):
+    for _ in range(20):
         tasks.stop(make_task(lease, customer, **LARGEST)[0], by=actor_of(customer))
     fields = LARGEST
     while fields["command"]:
@@ -209,7 +209,7 @@ def test_the_most_that_a_customer_may_order_and_stop_is_an_answer_that_its_agent
     assert tasks.MOST_LIVE_BYTES < len(answer) < LARGEST_ANSWER_BYTES / 2
     orders = read_desired(json.loads(answer)["desired"]).attempts
     assert [order.is_wanted for order in orders].count(True) == live
-    assert len(orders) == live + 60
+    assert len(orders) == live + 20
 
 
 def test_what_is_tried_again_needs_the_room_of_a_new_task(
