@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fake-gpu")
     subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
     return folder / "current"
-
-
-HANGS = """#!/bin/sh
-echo $$ >>{calls}
-exec sleep 600
-"""
-
-
-@pytest.fixture
-def deaf() -> Iterator[None]:
-    """What is started meanwhile does not end when it is told to, as one that is stuck in the driver."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 class Machine:
@@ -156,12 +141,12 @@ def test_more_than_a_card_has_is_refused_in_the_drivers_words(machine: Machine) 
 
 
 def test_one_nvidia_smi_that_hangs_is_left_alone_and_no_other_started_beside_it(
-    deaf: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hangs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mig = load_file(PROGRAM, "mig")
     monkeypatch.setattr(mig, "TIMEOUT_S", 1.0)
     program, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
-    program.write_text(HANGS.format(calls=calls))
+    program.write_text(hangs.format(calls=calls))
     program.chmod(0o755)
     argv = [f"--nvidia-smi={program}", f"--asked={tmp_path}/asked.json", *LAYOUT]
     try:

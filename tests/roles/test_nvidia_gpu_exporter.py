@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,6 @@ SUITES = ("bookworm", "trixie", "jammy", "noble")
 # One that hangs is left behind on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CHECKSUM = {"x86_64": "0123456789abcdef" * 4}
-
-
-HANGS = """#!/bin/sh
-echo $$ >>{calls}
-exec sleep 600
-"""
-
-
-@pytest.fixture
-def deaf() -> Iterator[None]:
-    """What is started meanwhile does not end when it is told to, as one that is stuck in the driver."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 FAILING = {"invocation": "a", "driver": "1", "fails": True}
@@ -153,11 +138,11 @@ def test_one_that_ends_when_it_is_told_to_keeps_no_other_from_being_asked(tmp_pa
 
 
 def test_one_that_hangs_in_the_driver_is_left_alone_and_no_other_started_beside_it(
-    deaf: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hangs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that ignores TERM stands for one in state D. The timer comes by again and again."""
     program, calls = tmp_path / "nvidia-smi", tmp_path / "calls"
-    program.write_text(HANGS.format(calls=calls))
+    program.write_text(hangs.format(calls=calls))
     program.chmod(0o755)
     state = tmp_path / "state.json"
     state.write_text(json.dumps(FAILING))
