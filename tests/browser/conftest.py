@@ -90,7 +90,7 @@ class House:
         return make_user(username=name, tenant=fields.pop("tenant", self.tenant), member_role="owner", **fields)
 
     def ready_host(self) -> Host:
-        return rental.ready_host(f"gpu-{next(_numbers):02d}")
+        return rental.ready_host(f"node-{next(_numbers):02d}")  # a name that no other maker of machines gives
 
     def leased_host(self, tenant: Tenant | None = None, **given: Any) -> Host:
         """A machine that has been leased to the tenant, and whose host has opened the lease."""

@@ -281,7 +281,7 @@ def ensure_signing_key() -> None:
 def register(name: str | None = None, **fields: Any) -> Machine:
     """A machine that was just typed in."""
     number = next(_numbers)
-    given = {"name": name or f"gpu-{number}", "address": f"192.0.2.{number % 250}", "ssh_port": 10000 + number}
+    given = {"name": name or f"host-{number}", "address": f"192.0.2.{number % 250}", "ssh_port": 10000 + number}
     return machines.register(**{**given, "ssh_user": "root", "credential": {"password": "pw"}, "by": SYSTEM, **fields})
 
 
