@@ -19,6 +19,7 @@ from remotegpu_agent.observe.tools import ToolFailed, run
 
 ACCEPTED = re.compile(r"Accepted publickey for (\S+) from \S+ port \d+ ssh2: \S+ (SHA256:\S+)")
 SIGNING_IN_S = 1.0  # how long somebody who is just signing in may take to be known
+PAUSE_S = 0.1
 
 
 def end_all_but(login: str, fingerprints: Collection[str]) -> int:
@@ -28,8 +29,9 @@ def end_all_but(login: str, fingerprints: Collection[str]) -> int:
     """
     found = _sessions_of(login)
     openers = _openers(login, found)
-    if found.keys() - openers.keys():
-        time.sleep(SIGNING_IN_S)
+    deadline = time.monotonic() + SIGNING_IN_S
+    while found.keys() - openers.keys() and time.monotonic() < deadline:
+        time.sleep(PAUSE_S)
         openers = _openers(login, found)
     still = _sessions_of(login)
     gone = [pid for pid in found if openers.get(pid) not in fingerprints and still.get(pid) == found[pid]]

@@ -110,6 +110,14 @@ def everything_seen(host: Host, gateway: Host, lease: Lease) -> None:
     applied(clouds=("cloudflare", "aws"))
 
 
+def ends_but_for_the_stacks(host: Host, gateway: Host, lease: Lease) -> None:
+    """The lease is over, and closed wherever an agent closes it."""
+    leases.end(lease, by=SYSTEM, reason="done")
+    host.sees(lease, "closed")
+    reports(host)
+    reports(gateway)
+
+
 # Open together
 
 
@@ -417,10 +425,7 @@ def test_a_week_without_ci_keeps_the_lease_ending_raises_an_alert_and_can_be_wri
     host: Host, gateway: Host, lease: Lease, operator: User
 ) -> None:
     everything_seen(host, gateway, lease)
-    leases.end(lease, by=SYSTEM, reason="done")
-    host.sees(lease, "closed")
-    reports(host)
-    reports(gateway)
+    ends_but_for_the_stacks(host, gateway, lease)
     assert leases.finish_silent(utcnow() + timedelta(days=7)) == 0
     assert leases.get(lease.id).state == "ending"
 
@@ -650,10 +655,7 @@ def test_a_lease_that_has_ended_waits_for_no_stack_that_was_taken_down(
     host: Host, gateway: Host, lease: Lease, operator: User
 ) -> None:
     everything_seen(host, gateway, lease)
-    leases.end(lease, by=SYSTEM, reason="done")
-    host.sees(lease, "closed")
-    reports(host)
-    reports(gateway)
+    ends_but_for_the_stacks(host, gateway, lease)
     assert (state_of(lease, "name"), leases.get(lease.id).state) == (("closed", "open"), "ending")
     with pytest.raises(Invalid):
         network_posts.forget("production", by=SYSTEM, reason=" ")
