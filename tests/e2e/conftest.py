@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -29,7 +30,7 @@ class House:
 
     world: World
     hosts: dict[str, Host]
-    poisoned: Path  # the file that exists once anything was taken for a template
+    poisoned: Path  # exists once anything was taken for a template; short, since a name has 100 characters
 
 
 # Which hosts stand beside a portal of that kind. `make test` has both releases on SQLite, and one on PostgreSQL.
@@ -64,7 +65,8 @@ def house(
         stack.enter_context(running(portal))
         admin = portal.set_up()
         portal.start("worker")
-        yield House(World(portal, admin, folder), hosts, folder / "poisoned")
+        poisoned = Path(stack.enter_context(TemporaryDirectory())) / "poisoned"
+        yield House(World(portal, admin, folder), hosts, poisoned)
 
 
 @contextmanager
