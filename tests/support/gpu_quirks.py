@@ -175,8 +175,8 @@ ERRORS = {
     "NO_DATA": (21, "No data"),
     "ARGUMENT_VERSION_MISMATCH": (25, "Argument version mismatch"),
     "DEPRECATED": (26, "Requested functionality has been deprecated"),
-    "GPU_NOT_FOUND": (28, "GPU not found"),
-    "INVALID_STATE": (29, "Invalid state"),
+    "GPU_NOT_FOUND": (28, "No supported GPUs were found"),
+    "INVALID_STATE": (29, "Resource not in correct state to perform requested operation"),
     "UNKNOWN": (999, "Unknown Error"),
     "4242": (4242, "an error of tomorrow"),
 }

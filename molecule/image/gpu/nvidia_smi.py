@@ -45,12 +45,14 @@ ERRORS = {
     "IN_USE": (19, "In use by another client"),
     "MEMORY": (20, "Insufficient Memory"),
     "NO_DATA": (21, "No data"),
+    "VGPU_ECC_NOT_SUPPORTED": (22, "vGPU ECC not supported"),
     "INSUFFICIENT_RESOURCES": (23, "Insufficient Resources"),
+    "FREQ_NOT_SUPPORTED": (24, "Invalid Frequency"),
     "ARGUMENT_VERSION_MISMATCH": (25, "Argument version mismatch"),
     "DEPRECATED": (26, "Requested functionality has been deprecated"),
-    "NOT_READY": (27, "Not Ready"),
-    "GPU_NOT_FOUND": (28, "GPU not found"),
-    "INVALID_STATE": (29, "Invalid state"),
+    "NOT_READY": (27, "System is not in ready state"),
+    "GPU_NOT_FOUND": (28, "No supported GPUs were found"),
+    "INVALID_STATE": (29, "Resource not in correct state to perform requested operation"),
     "UNKNOWN": (999, "Unknown Error"),
 }
 
@@ -584,7 +586,7 @@ def divide(scenario: Scenario, argv: list[str]) -> Iterator[str]:
     gpus = chosen(scenario, {"--id": options["-i"]} if "-i" in options else {})
     for gpu in gpus:
         if scenario.find(gpu, "mig_mode_current") != "1":
-            raise Exit(6, "No MIG-enabled devices found.")
+            raise Exit(0, "No MIG-enabled devices found.")
     if "-cgi" in options:
         for gpu in gpus:
             yield from create(gpu, options["-cgi"].split(","), has_compute="-C" in options)

@@ -68,12 +68,14 @@ static const struct error {
     {19, "IN_USE", "In use by another client"},
     {20, "MEMORY", "Insufficient Memory"},
     {21, "NO_DATA", "No data"},
+    {22, "VGPU_ECC_NOT_SUPPORTED", "vGPU ECC not supported"},
     {23, "INSUFFICIENT_RESOURCES", "Insufficient Resources"},
+    {24, "FREQ_NOT_SUPPORTED", "Invalid Frequency"},
     {25, "ARGUMENT_VERSION_MISMATCH", "Argument version mismatch"},
     {26, "DEPRECATED", "Requested functionality has been deprecated"},
-    {27, "NOT_READY", "Not Ready"},
-    {28, "GPU_NOT_FOUND", "GPU not found"},
-    {29, "INVALID_STATE", "Invalid state"},
+    {27, "NOT_READY", "System is not in ready state"},
+    {28, "GPU_NOT_FOUND", "No supported GPUs were found"},
+    {29, "INVALID_STATE", "Resource not in correct state to perform requested operation"},
     {999, "UNKNOWN", "Unknown Error"},
 };
 

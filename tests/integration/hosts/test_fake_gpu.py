@@ -258,6 +258,45 @@ def test_a_driver_that_cannot_be_talked_to_fails_the_first_call(
     assert client.ask("nvmlDeviceGetCount()") == 2
 
 
+def test_the_library_has_the_drivers_own_words_for_every_error(machine: Machine, nvml: Callable[[], Nvml]) -> None:
+    """As driver 580.159 said them of an H200."""
+    machine.show(Scenario.two_h100())
+    client = nvml()
+    client.ask("nvmlInit()")
+    assert client.ask("[nvmlErrorString(code) for code in range(30)]") == [
+        "Success",
+        "Uninitialized",
+        "Invalid Argument",
+        "Not Supported",
+        "Insufficient Permissions",
+        "Already Initialized",
+        "Not Found",
+        "Insufficient Size",
+        "Insufficient External Power",
+        "Driver Not Loaded",
+        "Timeout",
+        "Interrupt Request Issue",
+        "NVML Shared Library Not Found",
+        "Function Not Found",
+        "Corrupted infoROM",
+        "GPU is lost",
+        "GPU requires reset",
+        "GPU access blocked by the operating system",
+        "Driver/library version mismatch",
+        "In use by another client",
+        "Insufficient Memory",
+        "No data",
+        "vGPU ECC not supported",
+        "Insufficient Resources",
+        "Invalid Frequency",
+        "Argument version mismatch",
+        "Requested functionality has been deprecated",
+        "System is not in ready state",
+        "No supported GPUs were found",
+        "Resource not in correct state to perform requested operation",
+    ]
+
+
 def test_init_and_shutdown_are_counted(machine: Machine, nvml: Callable[[], Nvml]) -> None:
     machine.show(Scenario.two_h100())
     client = nvml()
@@ -511,7 +550,7 @@ def test_an_older_driver_has_older_names(machine: Machine) -> None:
 def test_instances_are_made_listed_and_gone_after_a_reboot(machine: Machine, tmp_path: Path) -> None:
     divided = TWO.having("gpu0", mig_mode_current="1", mig_mode_pending="1")
     machine.show(divided)
-    assert machine.smi("mig", "-i", "1", "-lgi") == (6, "No MIG-enabled devices found.\n")
+    assert machine.smi("mig", "-i", "1", "-lgi") == (0, "No MIG-enabled devices found.\n")
     assert machine.smi("mig", "-i", "0", "-lgi") == (6, "No GPU instances found: Not Found\n")
     code, output = machine.smi("mig", "-i", "0", "-cgi", "3g.40gb,9", "-C")
     assert code == 0
