@@ -5,6 +5,7 @@ The rules themselves are `make check`'s. What Python asks ruff to pass over has 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -30,3 +31,15 @@ def test_no_rule_of_ansibles_is_left_out() -> None:
     assert {"skip_list", "warn_list"}.isdisjoint(said)
     assert {"roles/", "playbooks/", "molecule/", "inventory/"}.isdisjoint(said["exclude_paths"])
     assert tracked(".ansible-lint-ignore", ".config/ansible-lint*") == []
+
+
+def test_no_fast_test_is_passed_over_or_needs_what_python_does_not_bring() -> None:
+    """`make test-fast` needs nothing more: what wants root, a compiler or the kernel's help is among the services."""
+    wanting = re.compile(r"pytest\.(?:mark\.)?skip|importorskip|geteuid\(\) != 0|FAKE_GPU\b|\bgcc\b")
+    asking = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in tracked("tests/unit/*.py", "tests/api/*.py")
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if wanting.search(line)
+    ]
+    assert asking == []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline, cleaning, verify
-from remotegpu_agent.cleaning import data, kernel, network, processes, remove, restored, schedules, scope, settings
+from remotegpu_agent.cleaning import data, kernel, network, processes, remove, restored, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
 from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, ports, special
@@ -225,59 +224,6 @@ def test_links_in_place_of_the_folder_of_user_units_lead_nowhere(mine: Scope) ->
     (config / "systemd" / "user").mkdir(parents=True)
     (config / "systemd" / "user" / "left.service").symlink_to(elsewhere / "his.service")
     assert unit_files(mine) == [f"{config}/systemd/user", f"{config}/systemd/user/left.service"]
-
-
-@pytest.fixture
-def dead(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """Mounts a file system in user space there, whose server is dead."""
-    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
-        pytest.skip("only root can mount one, where the kernel has FUSE")
-    libc = ctypes.CDLL(None, use_errno=True)
-    mounted: list[Path] = []
-
-    def mount(where: Path) -> None:
-        where.mkdir(parents=True)
-        server = os.open("/dev/fuse", os.O_RDWR)
-        options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
-        if libc.mount(b"left", os.fsencode(where), b"fuse", 0, options) != 0:
-            pytest.skip(f"nothing can be mounted here: {os.strerror(ctypes.get_errno())}")
-        mounted.append(where)
-        os.close(server)
-
-    yield mount
-    for where in mounted:
-        libc.umount2(os.fsencode(where), 2)
-
-
-@pytest.mark.parametrize("inner", ["", "user", "user/left.wants"])
-def test_a_dead_file_system_among_user_units_is_named_and_goes_with_them(
-    dead: Callable[[Path], None], mine: Scope, inner: str
-) -> None:
-    """`fusermount3` is every user's: else each tenant could have the machine quarantined by one kill."""
-    here = replace(mine)
-    here.__dict__.update(uids=frozenset({20017}), subordinate_uids=())
-    where = Path(mine.home, ".config/systemd", inner)
-    dead(where)
-    with pytest.raises(OSError, match="not connected"):
-        where.stat()
-    step = Step("user_units", schedules.look_for_user_units, schedules.end_user_units)
-    before = step.first_look(here)
-    assert str(where) in before["found"]
-    assert f"{mine.home}/.config" in {each.path for each in special.walk()}, "and hides nothing else"
-    report = step.run(here, before)
-    assert (report["result"], report["acted"][0]) == ("passed", f"unmounted {where}")
-    assert not Path(mine.home, ".config/systemd").exists()
-
-
-def test_a_dead_file_system_is_let_go_though_somebody_or_another_mount_holds_it(
-    dead: Callable[[Path], None], mine: Scope
-) -> None:
-    where = Path(mine.home, "left")
-    dead(where)
-    holder = os.open(where, os.O_PATH)
-    assert list(data.unmount(mine, [Finding(str(where), "")])) == [f"unmounted {where}"]
-    os.close(holder)
-    assert list(where.iterdir()) == []
 
 
 def unit_files(here: Scope) -> list[str]:
