@@ -39,6 +39,14 @@ def test_the_agent_comes_behind_the_firewall_and_never_gives_up(distribution: st
     assert {"Restart=always", "StartLimitIntervalSec=0", "ExecStart=/usr/local/bin/remotegpu-agent run"} <= set(lines)
 
 
+def test_a_new_agent_is_unpacked_before_it_runs_by_a_process_that_ends(distribution: str) -> None:
+    lines = Role("gpu_agent", distribution).lines("remotegpu-agent.service.j2")
+    assert [line for line in lines if line.startswith("ExecStart")] == [
+        "ExecStartPre=/usr/local/bin/remotegpu-agent --version",
+        "ExecStart=/usr/local/bin/remotegpu-agent run",
+    ]
+
+
 def test_what_a_site_sets_beside_is_in_its_settings(distribution: str) -> None:
     role = Role("gpu_agent", distribution, __gpu_agent_settings={"portal_url": "https://a"}, gpu_agent_config={"x": 1})
     assert json.loads(role.template("agent.json.j2")) == {"portal_url": "https://a", "x": 1}
