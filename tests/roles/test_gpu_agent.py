@@ -42,7 +42,7 @@ def test_the_agent_comes_behind_the_firewall_and_never_gives_up(distribution: st
 def test_a_new_agent_is_unpacked_before_it_runs_by_a_process_that_ends(distribution: str) -> None:
     lines = Role("gpu_agent", distribution).lines("remotegpu-agent.service.j2")
     assert [line for line in lines if line.startswith("ExecStart")] == [
-        "ExecStartPre=/usr/local/bin/remotegpu-agent --version",
+        "ExecStartPre=-/usr/local/bin/remotegpu-agent --version",
         "ExecStart=/usr/local/bin/remotegpu-agent run",
     ]
 
