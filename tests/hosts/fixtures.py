@@ -1,12 +1,15 @@
 """Test hosts as pytest fixtures; a conftest takes them with `from tests.hosts.fixtures import *` or by name.
 
 `boot_host` boots hosts for one test, `prepared_host` gives one per suite for the session. What they booted is removed
-by id, whatever the test did; with REMOTEGPU_KEEP_HOSTS=1 it stays, to look at.
+by id, whatever the test did; with REMOTEGPU_KEEP_HOSTS=1 it stays, to look at. `libraries` are for tests that have the
+fake GPUs without a host.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +24,25 @@ from tests.hosts.owner import keeps_hosts
 # `make test-all`.
 EACH_SUITE = (pytest.param("bookworm", marks=pytest.mark.slow), "trixie")
 
-__all__ = ["EACH_SUITE", "boot_host", "operator_key", "prepared_host"]
+__all__ = ["EACH_SUITE", "boot_host", "libraries", "operator_key", "prepared_host"]
+
+GPU_DIR = Path(__file__).parents[2] / "molecule" / "image" / "gpu"
 
 
 class BootHost(Protocol):
     def __call__(
         self, suite: str, *, prepared: bool = True, password: str | None = None, gpus: int = 2, name: str | None = None
     ) -> Host: ...
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fake library in its builds: current/, old-driver/ and early-535/."""
+    if not shutil.which(os.environ.get("CC", "gcc")):
+        pytest.fail("the fake GPU library is written in C: apt-get install gcc libc6-dev")
+    folder = tmp_path_factory.mktemp("fake-gpu")
+    subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

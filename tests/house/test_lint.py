@@ -35,7 +35,7 @@ def test_no_rule_of_ansibles_is_left_out() -> None:
 
 def test_no_fast_test_is_passed_over_or_needs_what_python_does_not_bring() -> None:
     """`make test-fast` needs nothing more: what wants root, a compiler or the kernel's help is among the services."""
-    wanting = re.compile(r"pytest\.(?:mark\.)?skip|importorskip|geteuid\(\) != 0|FAKE_GPU\b|\bgcc\b")
+    wanting = re.compile(r"pytest\.(?:mark\.)?skip|importorskip|geteuid\(\) != 0|\blibraries: Path|\bgcc\b")
     asking = [
         f"{file.relative_to(ROOT)}:{number}"
         for file in tracked("tests/unit/*.py", "tests/api/*.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,11 @@ GPU_DIR = Path(__file__).parents[2] / "molecule" / "image" / "gpu"
 Compare = Callable[..., list[str]]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fake-gpu")
-    subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
-    return folder / "current"
-
-
 @pytest.fixture
-def compare(library: Path, tmp_path: Path) -> Compare:
+def compare(libraries: Path, tmp_path: Path) -> Compare:
     """What differs between the agent under one scenario and nvidia-smi under others."""
     file = tmp_path / "scenario.ini"
-    with_fakes = ("env", f"LD_LIBRARY_PATH={library}", f"FAKE_GPU_SCENARIO={file}")
+    with_fakes = ("env", f"LD_LIBRARY_PATH={libraries / 'current'}", f"FAKE_GPU_SCENARIO={file}")
 
     def smi(scenario: Scenario) -> Look:
         scenario.write(file)

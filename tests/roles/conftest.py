@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.hosts.fixtures import libraries
+
+__all__ = ["libraries"]
+
 HANGS = """#!/bin/sh
 echo $$ >>{calls}
 exec sleep 600

@@ -28,13 +28,6 @@ ON = {"mig_mode_current": "1", "mig_mode_pending": "1"}
 DIVIDED = CARDS.having("gpu0", **ON).having("gpu1", **ON)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fake-gpu")
-    subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
-    return folder / "current"
-
-
 class Machine:
     """A machine with fake cards, from one boot to the next."""
 
@@ -73,8 +66,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, library: Path) -> Machine:
-    made = Machine(tmp_path, library)
+def machine(tmp_path: Path, libraries: Path) -> Machine:
+    made = Machine(tmp_path, libraries / "current")
     made.show(DIVIDED)
     return made
 

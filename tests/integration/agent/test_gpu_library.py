@@ -19,15 +19,6 @@ from tests.support.real_card import started_probe
 from tests.support.waiting import until
 from tests.unit.agent.test_protocol import conforms
 
-FAKE_GPU = Path(__file__).parents[3] / "molecule" / "image" / "gpu"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fake-gpu")
-    subprocess.run([FAKE_GPU / "build", folder], check=True, capture_output=True)
-    return folder / "current" / "libnvidia-ml.so.1"
-
 
 @dataclass
 class Card:
@@ -80,9 +71,9 @@ def xids_in(report: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.fixture
-def card(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+def card(tmp_path: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(facts, "DRIVER", "/nonexistent")  # what this machine has besides is not asked
-    made = Card(tmp_path, built)
+    made = Card(tmp_path, libraries / "current" / "libnvidia-ml.so.1")
     made.upgrade()
     made.show(made.well)
     made.restart_agent()

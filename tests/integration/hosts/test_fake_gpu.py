@@ -40,16 +40,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fake library in its builds: current/, old-driver/ and early-535/."""
-    if not shutil.which(os.environ.get("CC", "gcc")):
-        pytest.fail("the fake GPU library is written in C: apt-get install gcc libc6-dev")
-    folder = tmp_path_factory.mktemp("fake-gpu")
-    subprocess.run([GPU_DIR / "build", folder], check=True, capture_output=True)
-    return folder
-
-
 @pytest.fixture
 def machine(tmp_path: Path, libraries: Path) -> Machine:
     return Machine(tmp_path / "scenario.ini", libraries / "current")
