@@ -51,9 +51,25 @@ def checks() -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
-def test_alerts_fire_when_they_shall_and_not_before(file: Path) -> None:
-    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=300)
+def test_alerts_fire_when_they_shall_and_not_before(file: Path, tmp_path: Path) -> None:
+    asked = one_test_a_file(yaml.safe_load(file.read_text()), tmp_path)
+    done = subprocess.run(["promtool", "test", "rules", *asked], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("SUCCESS") == len(asked)
+
+
+def one_test_a_file(told: dict[str, Any], folder: Path) -> list[Path]:
+    """Each test beside the rules that it asks of and all that record: the others would be reckoned through for nothing,
+    nine tenths of the time."""
+    files = []
+    for number, test in enumerate(told["tests"]):
+        asked = {check["alertname"] for check in test["alert_rule_test"]}
+        assert asked <= rules().keys(), f"{test['name']}: there is no {asked - rules().keys()}"
+        needed = [rule for rule in every_rule() if rule.get("alert") in {None, *asked}]
+        (folder / f"{number}.rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": needed}]}))
+        files.append(folder / f"{number}.yml")
+        files[-1].write_text(yaml.safe_dump({**told, "rule_files": [f"{number}.rules.yml"], "tests": [test]}))
+    return files
 
 
 def test_every_alert_is_seen_firing_and_seen_at_rest() -> None:
