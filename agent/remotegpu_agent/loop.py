@@ -320,6 +320,7 @@ class Agent:
         self._describe(held, self._look(held) if steps else host)
         if not failed:
             self._applied_generation = held.generation
+        self._tell()
         return not failed and not self._look_for_lost()
 
     def _settle_openings(self, held: Held) -> bool:
@@ -416,7 +417,6 @@ class Agent:
                 _observed(lease_id, login, entries.get(lease_id), host.leases.get(lease_id), trouble, guarded)
             )
         self._observed = observed
-        self._tell()
 
     # Tell what is
 
@@ -426,13 +426,10 @@ class Agent:
         self._has_looked.wait(FIRST_LOOK_S)
         while not self._stopping.is_set():
             is_full = time.monotonic() >= next_full_at
-            news = self._news()
+            of_tasks = self.tasks.news()
+            news = self._news(of_tasks)
             if not is_full and news <= self._said:
-                self._drop_excess_if_due()
-                self._telling.wait(
-                    min(next_full_at - time.monotonic(), TASK_POLL_S if self.tasks.unfinished() else QUIET_POLL_S)
-                )
-                self._telling.clear()
+                self._wait_for_news(of_tasks, until=min(next_full_at, time.monotonic() + QUIET_POLL_S))
                 continue
             try:
                 self._sync(portal, report=self._report(is_full=is_full), wait_s=0)
@@ -452,6 +449,18 @@ class Agent:
                     continue
                 self._wait_and_drop(backoff.next_s())
 
+    def _wait_for_news(self, known: tuple[object, ...], *, until: float) -> None:
+        """Until somebody tells, the tasks have other news than these, or this moment. All else that is reported is not
+        looked at: whoever changes it tells.
+        """
+        while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
+            self._drop_excess_if_due()
+            if self._telling.wait(min(left_s, TASK_POLL_S if self.tasks.unfinished() else QUIET_POLL_S)):
+                break
+            if self.tasks.news() != known:
+                break
+        self._telling.clear()
+
     def _note_reported(self) -> None:
         """The portal has taken a report of this version; who upgrades the agent looks for that."""
         is_first, self._reported_at = self._reported_at is None, format_time(now())
@@ -468,7 +477,7 @@ class Agent:
         self.commands.acknowledge(self.state.held.epoch, items.get("command_results", ()))
         self.journal.acknowledge(items.get("journal", ()))
 
-    def _news(self) -> frozenset[object]:
+    def _news(self, of_tasks: tuple[object, ...]) -> frozenset[object]:
         """What the portal should know; what of it is new since the last report does not wait for the next heartbeat."""
         results = (("result", result["command_id"]) for result in self.commands.results(self.state.held.epoch))
         records = (record["id"] for record in self.journal.pending())
@@ -476,7 +485,7 @@ class Agent:
         openings = (repr(opening) for opening in self.openings.report())
         applied = ("applied", self._applied_generation)
         forwards = (repr(forward) for forward in self.forwards.report())
-        return frozenset((*self.tasks.news(), *results, *records, *leases, *openings, *forwards, applied))
+        return frozenset((*of_tasks, *results, *records, *leases, *openings, *forwards, applied))
 
     def _report(self, *, is_full: bool) -> dict[str, Any]:
         if is_full:

@@ -235,10 +235,11 @@ class Tasks:
 
         True when something changed. Raises ToolFailed.
         """
-        unfinished = self.unfinished()
-        alive = systemd.alive([attempt.unit for attempt in unfinished])
+        # What systemd still has loaded is at work, or winding up: nobody is asked of it, which would start a process.
+        unloaded = [attempt for attempt in self.unfinished() if not systemd.is_loaded(attempt.unit)]
+        alive = systemd.alive([attempt.unit for attempt in unloaded])
         # Only now the records: a unit that ended in between has left one.
-        gone = [attempt for attempt in unfinished if attempt.unit not in alive and attempt.exit_record() is None]
+        gone = [attempt for attempt in unloaded if attempt.unit not in alive and attempt.exit_record() is None]
         for attempt in gone:
             if attempt.record["boot_id"] != boot_id():
                 self._conclude(attempt, "lost", "the host was restarted while the task ran")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -67,3 +68,15 @@ def test_a_result_that_no_report_can_carry_does_not_silence_the_agent(
     results = [report["command_results"][0]["result"]["steps"][0] for report in sent]
     assert [(each["result"], each["before"] is None) for each in results] == [("failed", False), ("failed", True)]
     assert sent[1]["metrics"] is not None, "and all the rest goes on"
+
+
+@pytest.mark.timeout(20)
+def test_what_a_task_has_written_since_the_last_look_waits_for_no_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what came between that look and the wait: it is compared with what was looked at, not with what is there."""
+    agent = Agent(Config("https://portal.test", state_dir=tmp_path, run_dir=tmp_path, tasks_dir=tmp_path / "tasks"))
+    monkeypatch.setattr(agent.tasks, "unfinished", lambda: [object()])
+    monkeypatch.setattr(agent.tasks, "drop_excess", lambda **_quota: None)
+    monkeypatch.setattr(agent.tasks, "news", lambda: ((17, "running", 4096),))
+    agent._wait_for_news(((17, "running", 0),), until=time.monotonic() + 60)

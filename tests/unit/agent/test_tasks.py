@@ -11,6 +11,7 @@ import pytest
 
 from remotegpu_agent import systemd
 from remotegpu_agent.config import Config
+from remotegpu_agent.facts import boot_id
 from remotegpu_agent.journal import Journal
 from remotegpu_agent.protocol import DesiredAttempt
 from remotegpu_agent.tasks import Attempt, CannotStart, Outcome, Tasks, read_outcome, render_launch, workdir_of
@@ -161,6 +162,36 @@ def test_an_attempt_has_not_ended_while_its_unit_is_still_there(
     assert attempt.outcome().state == "running"
     unit.unlink()
     assert attempt.outcome().state == "succeeded"
+
+
+def test_systemd_is_asked_of_a_task_only_once_it_has_unloaded_its_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A healthy task costs its host no process at each look; one whose unit is gone without a record is lost."""
+    config = Config("https://portal.example", state_dir=tmp_path / "state", tasks_dir=tmp_path / "tasks")
+    config.state_dir.mkdir()
+    root = config.tasks_dir / "7" / "root"
+    root.mkdir(parents=True)
+    log = {"acked": 0, "is_complete": False, "base": 0, "cut_at": None}
+    (root / "attempt.json").write_text(json.dumps(RECORD | {"lease_id": 1, "boot_id": boot_id(), "log": log}))
+    (root / "log").touch()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(systemd, "TRANSIENT_DIR", tmp_path)
+
+    def nothing_is_alive(units: list[str]) -> set[str]:
+        asked.append(units)
+        return set()
+
+    monkeypatch.setattr(systemd, "alive", nothing_is_alive)
+    unit = tmp_path / "remotegpu-task-7.service"
+    unit.touch()
+    tasks = Tasks(config, Journal(config.state_dir / "journal.jsonl"))
+    assert not tasks.look_for_lost()
+    assert asked == [[]]
+    unit.unlink()
+    assert tasks.look_for_lost()
+    assert asked == [[], ["remotegpu-task-7.service"]]
+    assert tasks.unfinished() == []
 
 
 def test_a_portal_that_was_restored_hears_again_of_what_it_had_acknowledged(tmp_path: Path) -> None:
