@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from bench.figures import Figure, show
+from bench.figures import Figure, machine, show
 from bench.rental import Rental, rental
 
 SECONDS = 120
@@ -71,13 +71,15 @@ def take(held: Rental) -> list[Figure]:
     world, host = held.world, held.host
     check_as_said(held)
     lease = world.allocate(host, held.tenant_id, lasts_s=HOUR_S)
-    idle = measure(held)
+    with machine() as before:
+        idle = measure(held)
     task = world.task(held.person, host, TASK, stop_grace_s=1)
     world.wait_for_task(held.person, task, "running")
-    busy = measure(held)
+    with machine() as beside:
+        busy = measure(held)
     world.admin.post(f"admin/leases/{lease['id']}/end", reason="measured")
     world.wait_for_state(host, "ready", timeout_s=240)
-    return [*figures("idle lease", idle), *figures("running task", busy)]
+    return [*figures("idle lease", idle, before.slowness), *figures("running task", busy, beside.slowness)]
 
 
 def check_as_said(held: Rental) -> None:
@@ -94,11 +96,12 @@ def measure(held: Rental) -> Any:
     return json.loads(held.host.run(argv, timeout_s=SECONDS + 60).stdout)
 
 
-def figures(when: str, found: Any) -> list[Figure]:
+def figures(when: str, found: Any, slowness: float) -> list[Figure]:
+    share = Figure(f"agent, {when}: processor", found["percent"], "% of a core", at_most=0.5, slowness=slowness)
     return [
         Figure(f"agent, {when}: RSS of the main process", found["rss"] / MB, "MB", at_most=40),
         Figure(f"agent, {when}: PSS with its child", found["pss"] / MB, "MB", at_most=64),
-        Figure(f"agent, {when}: processor", found["percent"], "% of a core", at_most=0.5),
+        share,
     ]
 
 
