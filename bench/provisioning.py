@@ -42,6 +42,7 @@ SCRIPT = Path(__file__).with_name("plain.sh")
 FILES = (
     "etc/apt/apt.conf.d/20auto-upgrades",
     "etc/apt/apt.conf.d/52remotegpu-unattended-upgrades",
+    "etc/needrestart/conf.d/remotegpu.conf",
     "etc/sudoers.d/remotegpu-operators",
     "etc/ssh/sshd_config.d/00-remotegpu.conf",
     "etc/docker/daemon.json",
