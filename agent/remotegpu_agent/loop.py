@@ -455,9 +455,8 @@ class Agent:
         """
         while not self._stopping.is_set() and (left_s := until - time.monotonic()) > 0:
             self._drop_excess_if_due()
-            if self._telling.wait(min(left_s, TASK_POLL_S if self.tasks.unfinished() else QUIET_POLL_S)):
-                break
-            if self.tasks.news() != known:
+            pause_s = TASK_POLL_S if self.tasks.unfinished() else QUIET_POLL_S  # first: an end after this is news
+            if self.tasks.news() != known or self._telling.wait(min(left_s, pause_s)):
                 break
         self._telling.clear()
 

@@ -80,3 +80,22 @@ def test_what_a_task_has_written_since_the_last_look_waits_for_no_heartbeat(
     monkeypatch.setattr(agent.tasks, "drop_excess", lambda **_quota: None)
     monkeypatch.setattr(agent.tasks, "news", lambda: ((17, "running", 4096),))
     agent._wait_for_news(((17, "running", 0),), until=time.monotonic() + 60)
+
+
+def test_the_end_of_the_last_task_is_told_though_none_is_left_to_be_looked_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come between two looks; who then waits as if nothing ran tells of it seconds later."""
+    agent = Agent(Config("https://portal.test", state_dir=tmp_path, run_dir=tmp_path, tasks_dir=tmp_path / "tasks"))
+    news: tuple[object, ...] = ((17, "running", 0),)
+
+    def ends_now() -> list[object]:
+        nonlocal news
+        news = ((17, "succeeded", 0),)
+        return []
+
+    monkeypatch.setattr(agent.tasks, "unfinished", ends_now)
+    monkeypatch.setattr(agent.tasks, "drop_excess", lambda **_quota: None)
+    monkeypatch.setattr(agent.tasks, "news", lambda: news)
+    monkeypatch.setattr(agent._telling, "wait", lambda _wait_s: pytest.fail("waited"))
+    agent._wait_for_news(((17, "running", 0),), until=time.monotonic() + 60)
