@@ -24,7 +24,7 @@ from werkzeug.test import TestResponse
 from portal import db as database_module
 from portal import start
 from portal.api import auth
-from portal.app import build, config_of, create_app
+from portal.app import build, config_of
 from portal.integrations.wake import wake
 from portal.migrate import migrate
 from portal.models import Tenant, User
@@ -156,18 +156,10 @@ def built_app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 
 @pytest.fixture
 def app(built_app: Flask, database: Any, settings: Settings) -> Flask:
-    """The application, on this test's database and settings. To add a route, take `fresh_app`."""
+    """The application, on this test's database and settings."""
     start.bind(settings)
     built_app.config.from_mapping(config_of(settings))
     return built_app
-
-
-@pytest.fixture
-def fresh_app(database: Any, settings: Settings) -> Flask:
-    """An application of the test's own, which has not answered yet."""
-    application = create_app(settings)
-    application.testing = True
-    return application
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,15 +18,53 @@ from flask_jwt_extended import create_access_token, create_refresh_token
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.routing import AnyConverter
 
-from portal.app import create_app
+from portal import start
+from portal.app import build, config_of, create_app
 from portal.db import db
 from portal.errors import Conflict
 from portal.models import AuditEntry, Tenant, User
 from portal.services import sessions
 from portal.services.sessions import Caller
+from tests.conftest import settings_in
 from tests.factories import PASSWORD, make_tenant
 
 MEMBERS = {"type", "title", "status", "detail", "code"}
+
+
+@pytest.fixture(scope="module")
+def app_with_a_spare_route(tmp_path_factory):
+    """Built once: that takes longer than any test here."""
+    app = build(settings_in(tmp_path_factory.mktemp("spare")))
+    for rule in ("/api/v1/spare", "/spare"):
+        app.add_url_rule(rule, "spare", methods=["GET", "POST"])
+    return app
+
+
+@pytest.fixture
+def where(app_with_a_spare_route, database, settings):
+    """`where(view)`: a client of a portal in which `view` answers at /api/v1/spare and, as a page, at /spare."""
+    app = app_with_a_spare_route
+    start.bind(settings)
+    app.config.from_mapping(config_of(settings))
+
+    def client_of(view):
+        app.view_functions["spare"] = view
+        return app.test_client()
+
+    return client_of
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory):
+    """`behind(proxies)`: a client of a portal that knows these; whoever asks at /who is told who it takes them for."""
+
+    @functools.cache
+    def app_behind(proxies):
+        app = build(dataclasses.replace(settings_in(tmp_path_factory.mktemp("behind")), trusted_proxies=proxies))
+        app.add_url_rule("/who", view_func=lambda: f"{request.remote_addr} {request.host} {request.is_secure}")
+        return app
+
+    return lambda proxies: app_behind(proxies).test_client()
 
 
 def assert_problem(answer, status, code):
@@ -104,11 +143,10 @@ def test_the_limit_holds_while_redis_is_away(database, settings):
     assert [client.get("/api/v1/auth/me").status_code for _ in range(4)] == [401, 401, 429, 429]
 
 
-def test_a_body_may_be_a_mebibyte_and_no_more(fresh_app):
-    fresh_app.add_url_rule("/api/v1/echo", view_func=lambda: str(len(request.get_data())), methods=["POST"])
-    client = fresh_app.test_client()
-    assert client.post("/api/v1/echo", data=b"x" * 2**20).status_code == 200
-    assert_problem(client.post("/api/v1/echo", data=b"x" * (2**20 + 1)), 413, "too_large")
+def test_a_body_may_be_a_mebibyte_and_no_more(where):
+    client = where(lambda: str(len(request.get_data())))
+    assert client.post("/api/v1/spare", data=b"x" * 2**20).status_code == 200
+    assert_problem(client.post("/api/v1/spare", data=b"x" * (2**20 + 1)), 413, "too_large")
 
 
 def test_a_body_that_does_not_say_its_length_is_refused_rather_than_cut(client):
@@ -132,12 +170,11 @@ def test_agents_behind_the_same_address_are_not_counted(database, settings):
     assert client.get("/api/v1/auth/me").status_code == 401
 
 
-def test_500_tells_a_number_and_nothing_else(fresh_app, caplog):
+def test_500_tells_a_number_and_nothing_else(where, caplog):
     def fail():
         raise RuntimeError("password of the database is hunter2")
 
-    fresh_app.add_url_rule("/api/v1/fail", view_func=fail)
-    answer = fresh_app.test_client().get("/api/v1/fail")
+    answer = where(fail).get("/api/v1/spare")
     assert_problem(answer, 500, "internal")
     assert "hunter2" not in answer.text
     assert "RuntimeError" not in answer.text
@@ -145,32 +182,27 @@ def test_500_tells_a_number_and_nothing_else(fresh_app, caplog):
     assert any(incident in record.getMessage() and record.exc_info for record in caplog.records)
 
 
-def test_a_value_that_must_be_unique_is_409_on_both_databases(fresh_app, tenant):
-    fresh_app.add_url_rule("/api/v1/twice", view_func=lambda: str(Tenant.create(name="Acme")))
-    answer = fresh_app.test_client().get("/api/v1/twice")
+def test_a_value_that_must_be_unique_is_409_on_both_databases(where, tenant):
+    answer = where(lambda: str(Tenant.create(name="Acme"))).get("/api/v1/spare")
     assert_problem(answer, 409, "already_exists")
     assert "tenant" not in answer.json["detail"].lower()
 
 
-def test_something_still_in_use_is_409_on_both_databases(fresh_app, customer, tenant):
-    fresh_app.add_url_rule("/api/v1/drop", view_func=lambda: str(tenant.delete_instance()))
-    assert_problem(fresh_app.test_client().get("/api/v1/drop"), 409, "in_use")
+def test_something_still_in_use_is_409_on_both_databases(where, customer, tenant):
+    assert_problem(where(lambda: str(tenant.delete_instance())).get("/api/v1/spare"), 409, "in_use")
 
 
-def test_a_broken_rule_of_the_schema_is_our_fault(fresh_app):
-    view = lambda: str(User.create(username="x", role="king", password_hash="-"))  # noqa: E731 - one expression
-    fresh_app.add_url_rule("/api/v1/check", view_func=view)
-    answer = fresh_app.test_client().get("/api/v1/check")
+def test_a_broken_rule_of_the_schema_is_our_fault(where):
+    answer = where(lambda: str(User.create(username="x", role="king", password_hash="-"))).get("/api/v1/spare")
     assert_problem(answer, 500, "internal")
     assert "king" not in answer.text
 
 
-def test_an_unexpected_error_of_the_database_says_nothing_of_it(fresh_app):
+def test_an_unexpected_error_of_the_database_says_nothing_of_it(where):
     def fail():
         raise peewee.OperationalError("no such table: secrets")
 
-    fresh_app.add_url_rule("/api/v1/broken", view_func=fail)
-    assert "secrets" not in fresh_app.test_client().get("/api/v1/broken").text
+    assert "secrets" not in where(fail).get("/api/v1/spare").text
 
 
 @pytest.mark.parametrize(
@@ -181,18 +213,17 @@ def test_an_unexpected_error_of_the_database_says_nothing_of_it(fresh_app):
         MaxConnectionsExceeded("Max connections exceeded"),
     ],
 )
-def test_a_busy_database_asks_to_come_back(fresh_app, error):
+def test_a_busy_database_asks_to_come_back(where, error):
     def fail():
         raise error
 
-    fresh_app.add_url_rule("/api/v1/busy", view_func=fail)
-    answer = fresh_app.test_client().get("/api/v1/busy")
+    answer = where(fail).get("/api/v1/spare")
     assert_problem(answer, 503, "unavailable")
     assert answer.headers["Retry-After"] == "1"
 
 
 @pytest.mark.parametrize("database_url", [pytest.param("postgresql", marks=pytest.mark.postgresql)], indirect=True)
-def test_a_standby_and_a_server_that_is_gone_ask_to_come_back(fresh_app, database_url):
+def test_a_standby_and_a_server_that_is_gone_ask_to_come_back(where, database_url):
     def write():
         return str(make_tenant("Somebody"))
 
@@ -207,25 +238,21 @@ def test_a_standby_and_a_server_that_is_gone_ask_to_come_back(fresh_app, databas
         return write()
 
     for view in (gone, standby):
-        fresh_app.add_url_rule(f"/api/v1/{view.__name__}", view_func=view)
-        fresh_app.add_url_rule(f"/{view.__name__}", f"page of {view.__name__}", view)
-    for name in ("gone", "standby"):
-        answer = fresh_app.test_client().get(f"/api/v1/{name}")
+        answer = where(view).get("/api/v1/spare")
         assert_problem(answer, 503, "unavailable")
         assert answer.headers["Retry-After"] == "5"
         assert "connection" not in answer.json["detail"]
-        page = fresh_app.test_client().get(f"/{name}")
+        page = where(view).get("/spare")
         assert (page.status_code, page.mimetype, page.headers["Retry-After"]) == (503, "text/html", "5")
     assert Tenant.select().count() == 0
     make_tenant("Somebody")  # by a connection of its own again
 
 
-def test_what_a_rule_knows_is_told(fresh_app):
+def test_what_a_rule_knows_is_told(where):
     def fail():
         raise Conflict("It is leased.", code="leased", state="leased")
 
-    fresh_app.add_url_rule("/api/v1/rule", view_func=fail)
-    answer = fresh_app.test_client().get("/api/v1/rule")
+    answer = where(fail).get("/api/v1/spare")
     assert_problem(answer, 409, "leased")
     assert answer.json["info"] == {"state": "leased"}
 
@@ -398,28 +425,26 @@ OURS, STRANGER, CALLER = "127.0.0.1", "203.0.113.9", "198.51.100.7"
     ],
 )
 def test_a_forwarded_address_counts_as_far_as_known_proxies_wrote_it(
-    database, settings, proxies, sender, forwarded, seen
+    behind, database, proxies, sender, forwarded, seen
 ):
-    assert who_called(settings, proxies, sender, forwarded) == f"{seen} portal.example.org True"
+    assert who_called(behind(proxies), sender, forwarded) == f"{seen} portal.example.org True"
 
 
 @pytest.mark.parametrize(
     ("proxies", "sender"), [("", OURS), (OURS, STRANGER), (OURS, ""), ("unix", OURS), ("10.0.0.0/8", STRANGER)]
 )
-def test_what_anybody_else_says_about_itself_counts_for_nothing(database, settings, proxies, sender):
-    assert who_called(settings, proxies, sender, CALLER) == f"{sender} localhost False"
+def test_what_anybody_else_says_about_itself_counts_for_nothing(behind, database, proxies, sender):
+    assert who_called(behind(proxies), sender, CALLER) == f"{sender} localhost False"
 
 
-def who_called(settings, proxies, sender, forwarded):
+def who_called(client, sender, forwarded):
     """Address, host and whether by TLS, as the portal sees a request with forwarding headers."""
-    app = create_app(dataclasses.replace(settings, trusted_proxies=proxies))
-    app.add_url_rule("/who", view_func=lambda: f"{request.remote_addr} {request.host} {request.is_secure}")
     headers = {
         "X-Forwarded-For": forwarded,
         "X-Forwarded-Proto": "https",
         "X-Forwarded-Host": "portal.example.org",
     }
-    return app.test_client().get("/who", environ_base={"REMOTE_ADDR": sender}, headers=headers).text
+    return client.get("/who", environ_base={"REMOTE_ADDR": sender}, headers=headers).text
 
 
 def test_who_comes_past_the_proxy_cannot_choose_the_address_that_is_throttled_and_kept(database, settings, operator):
