@@ -24,11 +24,13 @@ import re
 import shlex
 import ssl
 import struct
+import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +281,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
             self.inventory.add_group(group)
         for each in machines:
             self._add(each, known_hosts)
+        if any(each.password for each in machines):
+            share_resource_tracker()
 
     def _document(self, path: Path, *, use_cache: bool) -> Any:
         if self.get_option("document"):
@@ -379,6 +383,14 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):  # type: i
         self._set_composite_vars(self.get_option("compose"), variables, host, strict=strict)
         self._add_host_to_composed_groups(self.get_option("groups"), variables, host, strict=strict)
         self._add_host_to_keyed_groups(self.get_option("keyed_groups"), variables, host, strict=strict)
+
+
+def share_resource_tracker() -> None:
+    """Ansible hands a password to ssh in shared memory. Before Python 3.13 each block of it wants a process that tracks
+    it: one that is there before the tasks are forked serves them all, and no task starts its own.
+    """
+    if sys.version_info < (3, 13):
+        resource_tracker.ensure_running()
 
 
 def _without_secrets(document: Any) -> Any:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,6 +180,20 @@ def test_a_host_is_told_to_accept_its_pinned_key_alone(source: Path) -> None:
     assert variables["ansible_host_key_checking"] is True, "ansible-runner switches it off by environment"
     assert variables["remotegpu_machine_id"] == 7
     assert "ansible_password" not in variables
+
+
+@pytest.mark.parametrize(("password", "shared"), [("correct horse", sys.version_info < (3, 13)), (None, False)])
+def test_the_tasks_of_a_run_by_password_share_one_tracker_of_its_memory(
+    source: Path, monkeypatch: pytest.MonkeyPatch, password: str | None, shared: bool
+) -> None:
+    """Else each of 150 tasks starts a Python for the block that it hands the password to ssh in."""
+    tracker = resource_tracker.ResourceTracker()
+    monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
+    try:
+        listed(source, host(password=password))
+        assert (tracker._fd is not None) is shared
+    finally:
+        tracker._stop()
 
 
 def test_one_odd_host_is_left_out_and_the_others_stay(source: Path) -> None:
