@@ -68,7 +68,7 @@ class World:
     def machine(self, host: Host) -> Any:
         return self.admin.get(f"admin/machines/{self.machines[host.name]}").body
 
-    def wait_for_state(self, host: Host, *states: str, timeout_s: float) -> Any:
+    def wait_for_state(self, host: Host, *states: str, timeout_s: float, every_s: float = 0.3) -> Any:
         """The machine once it is in one of these states. Fails at once when it got stuck elsewhere for good."""
 
         def reached() -> Any:
@@ -77,9 +77,8 @@ class World:
             assert machine["state"] not in stuck, f"{host.name}: {machine['state']}: {machine['state_reason']}"
             return machine if machine["state"] in states else None
 
-        return until(
-            reached, f"{host.name} to be {' or '.join(states)}", timeout_s=timeout_s, every_s=0.3, also=self.tell
-        )
+        wanted = f"{host.name} to be {' or '.join(states)}"
+        return until(reached, wanted, timeout_s=timeout_s, every_s=every_s, also=self.tell)
 
     def wait_until_healthy(self, host: Host) -> Any:
         def healthy() -> Any:
