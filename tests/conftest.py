@@ -157,9 +157,14 @@ def built_app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 @pytest.fixture
 def app(built_app: Flask, database: Any, settings: Settings) -> Flask:
     """The application, on this test's database and settings."""
+    return lend(built_app, settings)
+
+
+def lend(application: Flask, settings: Settings) -> Flask:
+    """An application that was built once, with the settings of one test."""
     start.bind(settings)
-    built_app.config.from_mapping(config_of(settings))
-    return built_app
+    application.config.from_mapping(config_of(settings))
+    return application
 
 
 @pytest.fixture

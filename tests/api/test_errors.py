@@ -18,14 +18,13 @@ from flask_jwt_extended import create_access_token, create_refresh_token
 from playhouse.pool import MaxConnectionsExceeded
 from werkzeug.routing import AnyConverter
 
-from portal import start
-from portal.app import build, config_of, create_app
+from portal.app import build, create_app
 from portal.db import db
 from portal.errors import Conflict
 from portal.models import AuditEntry, Tenant, User
 from portal.services import sessions
 from portal.services.sessions import Caller
-from tests.conftest import settings_in
+from tests.conftest import lend, settings_in
 from tests.factories import PASSWORD, make_tenant
 
 MEMBERS = {"type", "title", "status", "detail", "code"}
@@ -43,9 +42,7 @@ def app_with_a_spare_route(tmp_path_factory):
 @pytest.fixture
 def where(app_with_a_spare_route, database, settings):
     """`where(view)`: a client of a portal in which `view` answers at /api/v1/spare and, as a page, at /spare."""
-    app = app_with_a_spare_route
-    start.bind(settings)
-    app.config.from_mapping(config_of(settings))
+    app = lend(app_with_a_spare_route, settings)
 
     def client_of(view):
         app.view_functions["spare"] = view
