@@ -6,8 +6,8 @@ is compared. Both download the same packages. Seconds of a run are those between
 had of them is told by the runner's callback.
 
 Then one prepared host (it has the packages already: no mirror is in the figure) and ten of them, all told to provision
-at once, as a site does with new machines: a run each, of which a worker executes eight at a time. Ten take from the
-first one's start to the last one's end. At last a run over all ten that changes nothing. `--hosts N` for fewer.
+at once, as a site does with new machines: a run each, of which a worker executes four at a time on two cores. Ten take
+from the first one's start to the last one's end. At last a run over all ten that changes nothing. `--hosts N`: fewer.
 """
 
 from __future__ import annotations

@@ -40,6 +40,14 @@ class SettingsError(ValueError):
     """A setting is missing or wrong. The message names the setting, the reason and the way out."""
 
 
+def runs_for(cores: int) -> int:
+    """How many runs a worker executes at a time: one over one host keeps a core busy for half of its time.
+
+    At least four, so that one that hangs until its limit does not hold up the others; at most eight, of 150 MB each.
+    """
+    return min(8, max(4, 2 * cores))
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything the portal can be told from outside.
@@ -61,6 +69,7 @@ class Settings:
     sweep_interval_s: float = 1.0
     run_lock_s: float = 30.0  # a worker renews its lock at a third of this
     run_timeout_s: int = 3600
+    runs_at_once: int = field(default_factory=lambda: runs_for(len(os.sched_getaffinity(0))))
     log_quota_bytes: int = 256 * 1024 * 1024
     log_retain_s: int = 30 * 24 * 3600  # from the end of the lease on
     default_retain_s: int = 24 * 3600
@@ -147,6 +156,7 @@ RANGES = {
     "sweep_interval_s": (0.05, 60),
     "run_lock_s": (1, 3600),
     "run_timeout_s": (1, 7 * 24 * 3600),
+    "runs_at_once": (1, 256),
     "log_quota_bytes": (1, 2**53 - 1),
     "log_retain_s": (3600, 10 * 366 * 24 * 3600),
     "monitoring_silent_s": (10, 24 * 3600),

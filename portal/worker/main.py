@@ -28,7 +28,6 @@ from portal.worker.sweeper import sweep_until
 LOG = logging.getLogger(__name__)
 
 HEARERS = (drift,)  # told of the end of a run, and needed by nobody else here
-SLOTS = 8  # runs at a time: one that hangs until its limit does not hold up the others
 LOOK_S = 1.0  # how long a run whose bell was not heard waits
 SWEEP_DIRECTORIES_S = 60
 
@@ -76,7 +75,7 @@ class Worker:
         self._rounds += 1
         self._take_over()
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        while len(self._threads) < SLOTS and not self._stopping.is_set():
+        while len(self._threads) < self._settings.runs_at_once and not self._stopping.is_set():
             token = str(uuid.uuid4())
             run = runs.claim(token, lock_s=self._settings.run_lock_s)
             if run is None:

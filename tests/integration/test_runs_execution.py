@@ -131,6 +131,22 @@ def test_a_run_over_its_time_is_ended_and_does_not_hold_up_another(
     assert done.child["mark"] not in marked().values()
 
 
+def test_of_the_runs_that_are_queued_as_many_go_on_at_once_as_the_setting_says(
+    work: Work, settings: Settings, tmp_path: Path
+) -> None:
+    object.__setattr__(settings, "runs_at_once", 2)
+    queued = [runs.queue("gpu_hosts", [make_machine(f"gpu-{number}")], by=SYSTEM) for number in range(3)]
+    go_on = tmp_path / "go-on"
+    work(f"- name: Wait\n  ansible.builtin.wait_for: {{path: {go_on}, sleep: 1}}\n  delegate_to: localhost")
+    for run in queued[:2]:
+        until(lambda run=run: runs.output_after(run.id, 0), f"run {run.id} to begin")  # type: ignore[misc]
+    assert runs.get_run(queued[2].id).state == "queued"
+    go_on.touch()
+    assert [ended(run).state for run in queued] == ["succeeded"] * 3
+    first_ends = min(ended(run).ended_at for run in queued[:2])
+    assert ended(queued[2]).started_at >= first_ends
+
+
 DUMP = """\
 - name: Tell everything
   ansible.builtin.debug: {{var: "hostvars[inventory_hostname]"}}

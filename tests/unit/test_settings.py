@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 
 from portal.integrations import protocol
 from portal.services import leases
-from portal.settings import RANGES, SECRET_FILES, Settings, SettingsError, load
+from portal.settings import RANGES, SECRET_FILES, Settings, SettingsError, load, runs_for
 
 PORTAL = Path(__file__).parents[2] / "portal"
 
@@ -90,6 +91,7 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
         ("SWEEP_INTERVAL_S", "0", "is not between"),
         ("DEFAULT_RETAIN_S", "-1", "is not between"),
         ("WORKERS", "0", "is not between"),
+        ("RUNS_AT_ONCE", "0", "is not between"),
         ("ACCESS_TOKEN_S", "86400", "longer than REFRESH_TOKEN_S, 3600"),
         ("PEOPLE_LIMIT", "many", "is not a limit such as"),
         ("TRUSTED_PROXIES", "1", "write the addresses of the proxies"),
@@ -103,6 +105,16 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
 def test_a_wrong_setting_is_named_with_the_reason(environ: dict[str, str], name: str, value: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}: .*{reason}"):
         load({**environ, "REFRESH_TOKEN_S": "3600", name: value})
+
+
+@pytest.mark.parametrize(("cores", "runs"), [(1, 4), (2, 4), (3, 6), (4, 8), (64, 8)])
+def test_a_worker_executes_as_many_runs_as_the_cores_take(cores: int, runs: int) -> None:
+    assert runs_for(cores) == runs
+
+
+def test_the_operator_may_say_how_many_runs_there_are_at_once(environ: dict[str, str]) -> None:
+    assert load(environ).runs_at_once == runs_for(len(os.sched_getaffinity(0)))
+    assert load({**environ, "RUNS_AT_ONCE": "20"}).runs_at_once == 20
 
 
 def test_every_number_has_a_range_and_the_defaults_lie_in_it(environ: dict[str, str]) -> None:
