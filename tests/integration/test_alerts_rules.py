@@ -14,6 +14,7 @@ from portal.errors import Invalid
 from portal.services import alerts_own, alerts_rules, alerts_samples, alerts_tenants, monitoring_samples
 from portal.services.actors import SYSTEM
 from portal.web import alerts_words
+from tests.support.rendering import variables_of
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "roles" / "prometheus" / "files" / "remotegpu.alerting.rules.yml"
@@ -36,7 +37,11 @@ METRIC = re.compile(r"\bremotegpu:\w+\b|\b(?:remotegpu|node|nvidia_smi|DCGM|prob
 
 
 def every_rule() -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    return rules_of(RULES)
+
+
+def rules_of(file: Path) -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
 
 
 def rules() -> dict[str, dict[str, Any]]:
@@ -107,6 +112,19 @@ def test_every_series_that_an_alert_rests_on_is_made_by_somebody() -> None:
     asked = {metric for rule in every_rule() for metric in METRIC.findall(rule["expr"])} - recorded
     assert asked - ours - of_exporters() == set()
     assert len(asked) > 25
+
+
+def test_of_a_host_nothing_is_taken_that_speaks_of_others() -> None:
+    """Whoever is root there says at its exporters' ports what he likes; every other label than the host's is free."""
+    theirs = re.compile(variables_of("prometheus", "trixie")["__prometheus_names_of_others"])
+    asked = {metric for rule in every_rule() for metric in METRIC.findall(rule["expr"])}
+    recorded = {rule["record"] for file in RULES.parent.glob("*.yml") for rule in rules_of(file) if "record" in rule}
+    of_portal = {metric for metric in asked if metric.startswith("remotegpu")}
+    assert len(of_portal) > 25
+    for name in {*of_portal, *recorded, "up", "ALERTS", "ALERTS_FOR_STATE", "probe_ssl_earliest_cert_expiry"}:
+        assert theirs.fullmatch(name), name
+    for name in {*of_exporters() - {"up", "probe_ssl_earliest_cert_expiry"}, "go_goroutines", "smartmon_temperature"}:
+        assert not theirs.fullmatch(name), name
 
 
 @pytest.mark.parametrize("name", ["node_memory_MemAvailable", "nvidia_smi_temperature_gpu_celsius", "nvidia_smi_xid"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from portal import start
 from portal.db import db, utcnow
@@ -24,6 +28,7 @@ from tests.conftest import close_database
 from tests.factories import actor_of, make_user
 from tests.support import prometheus, rental
 from tests.support.portal import Portal, running
+from tests.support.rendering import render
 from tests.support.rental import Host
 from tests.support.waiting import until
 
@@ -136,3 +141,64 @@ def test_prometheus_own_checkers_take_both_answers(site: Site, tmp_path: Path) -
     text = requests.get(f"{site.portal.url}/metrics", headers=headers, verify=str(site.portal.ca_file), timeout=10).text
     linted = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
     assert (linted.returncode, linted.stderr) == (0, "")
+
+
+SAID = """\
+node_load1 3
+remotegpu_redis_up 1
+remotegpu_machine_maintenance{host="gpu-2"} 1
+host:cpu_percent:avg5m{host="gpu-2"} 1
+ALERTS{alertname="RedisDown",alertstate="firing"} 1
+up{job="portal"} 1
+"""
+
+
+def test_whoever_is_root_on_a_host_speaks_for_that_host_alone(tmp_path: Path) -> None:
+    """His exporter says what he likes; what another alert rests on is not taken, nor without end."""
+    with exporter(SAID) as liar, exporter("".join(f"made_up_{each} 1\n" for each in range(201))) as babbler:
+        given = {"prometheus_portal_url": "http://127.0.0.1:9", "prometheus_host_sample_limit": 200}
+        told = yaml.safe_load(render("prometheus", "prometheus.yml.j2", "bookworm", **given))
+        (hosts,) = [each for each in told["scrape_configs"] if each["job_name"] == "hosts"]
+        del hosts["http_sd_configs"]
+        hosts["static_configs"] = [
+            {"targets": [address], "labels": {"job": "node", "instance": name, "host": name}}
+            for name, address in (("liar", liar), ("babbler", babbler))
+        ]
+        quick = {"scrape_interval": "1s", "scrape_timeout": "1s"}
+        with prometheus.server({"global": quick, "scrape_configs": [hosts]}) as server:
+            server.start()
+            asking = Prometheus(server.url)
+            until(lambda: asking.query('node_load1{host="liar"}'), "the host's own value", also=server.tail)
+            assert named(asking, '{instance="liar",__name__!~"scrape_.*"}') == {"node_load1", "up"}
+            (up,) = until(lambda: asking.query('up{host="babbler"}'), "the other to be asked", also=server.tail)
+            assert up.value == 0, "too much is as good as nothing"
+            assert named(asking, '{__name__=~"remotegpu.*|made_up.*|.*:.*|ALERTS"}') == set()
+
+
+def named(asking: Prometheus, selector: str) -> set[str]:
+    return {series.labels["__name__"] for series in asking.query(selector)}
+
+
+@contextmanager
+def exporter(text: str) -> Iterator[str]:
+    """Where something answers with this, whatever is asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nobody reads it."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
