@@ -57,7 +57,7 @@ COMMIT
 -I FORWARD 1 -i docker0 ! -o docker0 -j ACCEPT
 -I FORWARD 1 -o docker0 -j DOCKER
 -I FORWARD 1 -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--I FORWARD 1 -j DOCKER-USER
+{jump}
 -A DOCKER -p tcp -d {address} --dport 80 -j ACCEPT
 -A DOCKER-USER -j RETURN
 COMMIT
@@ -100,14 +100,18 @@ class Net:
         )
         return done.returncode == 0
 
-    def play_docker(self, published: Sequence[int]) -> None:
-        """What an engine writes at its start for a container that publishes these ports: in front of what is there."""
+    def play_docker(self, published: Sequence[int], *, asks_user: bool = True) -> None:
+        """What an engine writes at its start for a container that publishes these ports: in front of what is there.
+
+        One that found DOCKER-USER made may forget to ask it (moby#48560).
+        """
         for program, family in (("iptables", 4), ("ip6tables", 6)):
             self.on(self.host, program, "-N", "DOCKER-USER", check=False)  # kept, where it is there
             target = {4: f"{CONTAINER[4]}:80", 6: f"[{CONTAINER[6]}]:80"}[family]
             to = f"-j DNAT --to-destination {target}"
             lines = [f"-A DOCKER ! -i docker0 -p tcp --dport {each} {to}" for each in published]
-            text = _DOCKER.format(dnat="\n".join(lines), address=CONTAINER[family])
+            jump = "-I FORWARD 1 -j DOCKER-USER" if asks_user else ""
+            text = _DOCKER.format(dnat="\n".join(lines), address=CONTAINER[family], jump=jump)
             self.on(self.host, f"{program}-restore", "--noflush", stdin=text)
 
 

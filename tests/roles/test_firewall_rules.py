@@ -113,6 +113,16 @@ def test_what_docker_publishes_is_closed_unless_it_is_open(backend: str, net: Ne
 
 
 @every_writer
+def test_what_docker_publishes_is_closed_where_docker_never_asks_the_chain_for_others(
+    backend: str, net: Net, load: Any
+) -> None:
+    load(backend)()
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US], asks_user=False)
+    load(backend)()
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US]
+
+
+@every_writer
 def test_what_docker_has_published_before_is_closed_too(backend: str, net: Net, load: Any) -> None:
     net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
     assert net.answering([PUBLISHED]) == [PUBLISHED]
@@ -439,20 +449,39 @@ def test_what_is_taken_out_leaves_everything_else(net: Net, load: Any, tmp_path:
     assert filtered() == before
 
 
+def is_loaded(net: Net, tmp_path: Path) -> bool:
+    """What the host's program says when asked to `check`; whether ufw itself is at work is another question."""
+    program = (tmp_path / "program").read_text()
+    (tmp_path / "asked").write_text(re.sub("^ +ufw .*return 1$|^ +ufw_lets.*return 1$", "", program, flags=re.M))
+    said = net.on(net.host, "sh", "-c", f"sh {tmp_path}/asked check && echo yes || echo no")
+    return said.strip() == "yes"
+
+
 def test_check_sees_a_rule_that_somebody_has_taken_out_of_ours(net: Net, load: Any, tmp_path: Path) -> None:
     load("iptables")()
-
-    def is_loaded() -> bool:
-        said = net.on(net.host, "sh", "-c", f"sh {tmp_path}/program check && echo yes || echo no")
-        return said.strip() == "yes"
-
-    assert is_loaded()
+    assert is_loaded(net, tmp_path)
     net.on(net.host, "ip6tables", "-D", "REMOTEGPU-REFUSED", "-j", "DROP")
-    assert not is_loaded()
+    assert not is_loaded(net, tmp_path)
     load("iptables")()
-    assert is_loaded()
+    assert is_loaded(net, tmp_path)
     net.on(net.host, "iptables", "-D", "DOCKER-USER", "-j", "REMOTEGPU-FORWARD")
-    assert not is_loaded()
+    assert not is_loaded(net, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["iptables", "ufw"])
+def test_check_sees_that_docker_is_before_ours(backend: str, net: Net, load: Any, tmp_path: Path) -> None:
+    """One that asks DOCKER-USER first asks ours first."""
+    load(backend)()
+    for program in ("iptables", "ip6tables"):
+        net.play_docker([PUBLISHED])
+        assert is_loaded(net, tmp_path)
+        assert net.answering([PUBLISHED]) == []
+        net.on(net.host, program, "-D", "FORWARD", "-j", "DOCKER-USER")
+        assert not is_loaded(net, tmp_path)
+        load(backend)()
+        assert is_loaded(net, tmp_path)
+    net.on(net.host, "ip6tables", "-D", "FORWARD", "-j", "REMOTEGPU-FORWARD")
+    assert not is_loaded(net, tmp_path)
 
 
 def tasks_of_role(file: str) -> list[dict[str, Any]]:
@@ -508,7 +537,7 @@ def test_ufw_keeps_what_it_owns_and_our_chains_ask_only_about_containers(net: Ne
     load("ufw")()
     rules = net.on(net.host, "iptables", "-S")
     assert "REMOTEGPU-INPUT" not in rules, "what comes in is ufw's to say"
-    assert re.findall("-A (INPUT|FORWARD) ", rules) == []
+    assert re.findall("-A (INPUT|FORWARD) (.*)", rules) == [("FORWARD", "-j REMOTEGPU-FORWARD")]
     assert net.answering([CLOSED]) == [CLOSED]
 
 
