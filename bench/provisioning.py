@@ -54,6 +54,7 @@ FILES = (
     "etc/remotegpu/firewall.nft",
     "etc/remotegpu/operator_keys",
     "etc/systemd/system/nftables.service.d/remotegpu.conf",
+    "etc/systemd/system/prometheus-node-exporter.service.d/remotegpu.conf",
     "etc/systemd/system/remotegpu-agent.service",
     "etc/systemd/system/remotegpu-firewall.service",
     "etc/systemd/system/remotegpu-lease-guard.service",

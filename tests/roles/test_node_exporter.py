@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,32 @@ def test_the_distributions_own_package_service_and_file_are_meant(distribution: 
     assert role.value("__node_exporter_packages") == ["prometheus-node-exporter"]
     assert role.value("__node_exporter_service") == "prometheus-node-exporter.service"
     assert role.value("__node_exporter_arguments_file") == "/etc/default/prometheus-node-exporter"
+
+
+@every_distribution
+def test_it_never_gives_up_on_an_address_that_comes_late(distribution: str) -> None:
+    role = Role("node_exporter", distribution)
+    folder = f"/etc/systemd/system/{role.value('__node_exporter_service')}.d"
+    assert role.value("__node_exporter_dropin") == f"{folder}/remotegpu.conf"
+    assert role.lines("service.conf.j2") == [
+        "[Unit]",
+        "Wants=network-online.target",
+        "After=network-online.target",
+        "StartLimitIntervalSec=0",
+        "[Service]",
+        "Restart=always",
+        "RestartSec=5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "differs"),
+    [
+        ({"changed": False}, False),
+        ({"changed": True}, True),
+        ({"changed": False, "msg": "Destination directory does not exist"}, True),
+    ],
+)
+def test_a_unit_that_is_not_there_yet_differs(answer: dict[str, Any], differs: bool) -> None:
+    role = Role("node_exporter", __node_exporter_dropin_change=answer)
+    assert role.value("__node_exporter_dropin_differs") is differs

@@ -216,7 +216,7 @@ def test_a_scenario_tries_the_role(name: str) -> None:
 
 
 def test_what_disrupts_a_lease_waits_for_maintenance() -> None:
-    ours = ("desktop", "docker", "firewall", "gpu_agent", "reboot", "ssh_hardening")
+    ours = ("desktop", "docker", "firewall", "gpu_agent", "node_exporter", "ssh_hardening")
     for name in (*ours, "nvidia_driver", "nvidia_container_toolkit", "nvidia_gpu_exporter"):
         loader = DataLoader()
         path = ROOT / "roles" / name / "defaults/main.yml"
@@ -230,6 +230,11 @@ def test_what_disrupts_a_lease_waits_for_maintenance() -> None:
         }
         assert answers == {(False, False): True, (False, True): True, (True, False): False, (True, True): True}
         assert Templar(loader, variables={}).template(rule) is True
+
+
+def test_a_reboot_under_a_lease_takes_a_word_of_its_own() -> None:
+    """Maintenance is what keeps the next lease away while the host is drained, so it cannot be that word."""
+    assert read(ROOT / "roles/reboot/defaults/main.yml")["reboot_disruption_allowed"] is False
 
 
 @pytest.mark.parametrize(
