@@ -268,6 +268,7 @@ def _chart(measure: Measure, grid: Grid, lines: Iterable[dict[str, Any]], *, is_
 # Why there is no value
 
 CAUSES = ("host_down", "exporter_failing", "gpu_gone", "mig", "not_reported", "no_data")
+ANSWERED_S = 86400  # an exporter that has not answered for so long may never have been let in
 
 
 def _facts_expression(host: str, window_s: int) -> str:
@@ -282,7 +283,9 @@ def _facts_expression(host: str, window_s: int) -> str:
         "exporter": f'max(max_over_time(up{{job="nvidia_gpu",{only}}}{window}))',
         "exit_code": f"max(last_over_time(nvidia_smi_command_exit_code{{{only}}}{window}))",
         "collected": f"min(last_over_time(nvidia_smi_last_collect_success{{{only}}}{window}))",
+        "answered": f'max(max_over_time(up{{job="node",{only}}}[{ANSWERED_S}s]))',
         "agent": f"max(last_over_time(remotegpu_agent_online{{{only}}}{window}))",
+        "portal": f'max(max_over_time(up{{job="portal"}}{window}))',
         "trouble": f'max(last_over_time(remotegpu_agent_nvml{{state!="ok",{only}}}{window}))',
         "answers": f"max by (uuid) (last_over_time(remotegpu_gpu_up{{{only}}}{window}))",
         "seen": f"max by (uuid) (last_over_time(nvidia_smi_gpu_info{{{only}}}{window}))",
@@ -310,7 +313,8 @@ def cause_of(facts: Facts, moment: int, uuid: str | None, measure: Measure) -> s
     """Why there is no value at this moment: one of CAUSES. A cause that is nearer to the GPU comes first."""
     node, exporter, agent = (facts.at(moment, fact) for fact in ("node", "exporter", "agent"))
     if not any((node, exporter, agent)):  # nobody there has answered
-        return "no_data" if (node, exporter, agent) == (None, None, None) else "host_down"
+        is_asked = (node, exporter, agent) != (None, None, None)
+        return "host_down" if is_asked and _would_be_heard(facts, moment) else "no_data"
     if not measure.is_of_gpus or uuid is None:
         return "not_reported" if node else "exporter_failing"
     if measure.name == "utilization" and facts.at(moment, "mig", uuid) == 1:
@@ -324,6 +328,14 @@ def cause_of(facts: Facts, moment: int, uuid: str | None, measure: Measure) -> s
     if failing or not exporter or facts.at(moment, "trouble") == 1:
         return "exporter_failing"
     return "gpu_gone"
+
+
+def _would_be_heard(facts: Facts, moment: int) -> bool:
+    """Whether a host that is up would not be silent. While the portal is down nobody has the agent's word, and an
+    exporter that has never answered may not have been let in. The rule MachineOffline goes by the same.
+    """
+    is_agent_told = facts.at(moment, "agent") is not None or facts.at(moment, "portal") == 1
+    return is_agent_told or facts.at(moment, "answered") == 1
 
 
 def gaps_of(

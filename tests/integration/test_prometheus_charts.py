@@ -103,6 +103,27 @@ def with_an_agent_alone(now: float) -> list[Sample]:
     return past.samples
 
 
+def with_the_portal_down(now: float) -> list[Sample]:
+    """The portal is down from minute 20 to 30. The exporters of one host were never let in; it is down from minute 40 to
+    50. The other host, whose exporters answered, goes down together with the portal.
+    """
+    portal, never_let_in, down = (Past(name, now) for name in ("portal", "gpu-5", "gpu-6"))
+    portal.add("up", 1, 0, 20, job="portal")
+    portal.add("up", 0, 20, 30, job="portal")
+    portal.add("up", 1, 30, 60, job="portal")
+    never_let_in.exporter(0)
+    for begins, ends, online in ((0, 20, 1), (30, 40, 1), (40, 50, 0), (50, 60, 1)):
+        never_let_in.add("remotegpu_agent_online", online, begins, ends)
+        if online:
+            never_let_in.add("remotegpu_host_cpu_ratio", 0.5, begins, ends)
+    down.exporter(1, 0, 20)
+    down.exporter(0, 20, 60)
+    down.add("remotegpu_agent_online", 1, 0, 20)
+    down.add("remotegpu_host_cpu_ratio", 0.5, 0, 20)
+    down.add("remotegpu_agent_online", 0, 30, 60)
+    return portal.samples + never_let_in.samples + down.samples
+
+
 def with_a_control_plane(now: float) -> list[Sample]:
     """The host of the fleet uses a quarter of what it has, the control plane's own machine all."""
     samples = []
@@ -159,6 +180,7 @@ def history(now: datetime) -> Iterator[str]:
             [
                 *with_exporters(end),
                 *with_an_agent_alone(end),
+                *with_the_portal_down(end),
                 *with_a_control_plane(end),
                 *before_and_in_a_lease(end, short, "gpu-3"),
                 *recorded(end, long, "gpu-4"),
@@ -217,6 +239,17 @@ def test_every_gap_of_a_host_with_exporters_has_its_cause(chart: Callable[..., d
     assert [at_minute(second, minute) for minute in middles] == [90, None, None, None, None, 70]
     assert causes(drawn, first, *middles) == [None, "host_down", "exporter_failing", None, None, None]
     assert causes(drawn, second, *middles) == [None, "host_down", "exporter_failing", "gpu_gone", "mig", None]
+
+
+def test_while_the_portal_is_down_a_host_that_it_alone_hears_is_not_called_down(
+    chart: Callable[..., dict[str, Any]],
+) -> None:
+    minutes = (10, 25, 35, 45, 55)
+    drawn = {name: chart(name, "cpu") for name in ("gpu-5", "gpu-6")}
+    assert {name: causes(each, each["lines"][0], *minutes) for name, each in drawn.items()} == {
+        "gpu-5": [None, "no_data", None, "host_down", None],
+        "gpu-6": [None, "host_down", "host_down", "host_down", "host_down"],
+    }
 
 
 def test_a_divided_gpu_still_has_a_temperature(chart: Callable[..., dict[str, Any]]) -> None:

@@ -22,10 +22,15 @@ def facts(**known: float) -> Facts:
     ("cause", "known"),
     [
         ("no_data", {}),
-        ("host_down", {"node": 0}),
-        ("host_down", {"node": 0, "exporter": 0}),
-        ("host_down", {"node": 0, "exporter": 0, "agent": 0}),
+        ("no_data", {"portal": 1}),
+        ("no_data", {"node": 0, "exporter": 0, "answered": 0}),  # the portal was not asked either
+        ("no_data", {"node": 0, "exporter": 0, "answered": 0, "portal": 0}),
+        ("host_down", {"node": 0, "answered": 1}),
+        ("host_down", {"node": 0, "exporter": 0, "answered": 1, "portal": 0}),
+        ("host_down", {"node": 0, "exporter": 0, "answered": 0, "portal": 1}),
+        ("host_down", {"node": 0, "exporter": 0, "answered": 0, "agent": 0}),
         ("host_down", {"agent": 0}),
+        ("exporter_failing", {"node": 0, "exporter": 1, "exit_code": 6, "answered": 0, "portal": 0}),
         ("exporter_failing", {"node": 1, "exporter": 0}),
         ("exporter_failing", {"node": 1, "exporter": 1, "exit_code": 6}),
         ("exporter_failing", {"node": 1, "exporter": 1, "exit_code": 0, "collected": 0}),
@@ -48,6 +53,8 @@ def test_the_cause_of_a_gap(cause: str, known: dict[str, float]) -> None:
     ("cause", "known"),
     [
         ("no_data", {}),
+        ("no_data", {"node": 0, "answered": 0, "portal": 0}),
+        ("host_down", {"node": 0, "answered": 1, "portal": 0}),
         ("host_down", {"node": 0, "agent": 0}),
         ("exporter_failing", {"node": 0, "agent": 1}),
         ("not_reported", {"node": 1, "agent": 1}),
@@ -64,7 +71,13 @@ def test_mig_takes_nothing_but_the_utilisation() -> None:
 
 def test_moments_with_one_cause_are_one_gap_and_zero_is_none() -> None:
     grid = Grid(0, 105, SPANS["1h"])
-    known = Facts({("node", ""): [1, 0, 0, 1, 1, 1, 0, None], ("exporter", ""): [1, 0, 0, 1, 0, 1, 0, None]})
+    known = Facts(
+        {
+            ("node", ""): [1, 0, 0, 1, 1, 1, 0, None],
+            ("exporter", ""): [1, 0, 0, 1, 0, 1, 0, None],
+            ("answered", ""): [1.0] * 8,
+        }
+    )
     values = [0.0, None, None, 1.0, None, 0.0, None, None]
     assert gaps_of(values, known, GPU, MEASURES["utilization"], grid) == [
         {"from": 15, "to": 30, "cause": "host_down"},
