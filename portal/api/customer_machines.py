@@ -55,7 +55,9 @@ class HeldOut(Schema):
     maintenance_until = ma.fields.AwareDateTime(attribute="machine.machine.maintenance_until", allow_none=True)
     maintenance_reason = ma.fields.String(attribute="machine.machine.maintenance_reason", allow_none=True)
     gpus = ma.fields.List(ma.fields.Nested(GpuOut), attribute="machine.gpus", required=True)
-    metrics = ma.fields.Raw(attribute="machine.report.metrics", allow_none=True)
+    metrics = ma.fields.Raw(
+        attribute="machine.metrics", allow_none=True, metadata={"description": "Of the host, now; null: it is silent"}
+    )
     may_connect = ma.fields.Boolean(required=True)
     alerts = ma.fields.List(ma.fields.Nested(ToldOut), required=True)
 

@@ -78,7 +78,9 @@ class GpuOut(Schema):
     name = ma.fields.String(attribute="gpu.name", allow_none=True)
     serial = ma.fields.String(attribute="gpu.serial", allow_none=True)
     memory_bytes = ma.fields.Integer(attribute="gpu.memory_bytes", allow_none=True)
-    live = ma.fields.Raw(allow_none=True, metadata={"description": "As last reported; null: not seen"})
+    live = ma.fields.Raw(
+        allow_none=True, metadata={"description": "As the host says now; null: it says nothing of it, or is silent"}
+    )
 
 
 class OfferedKey(Schema):
@@ -130,7 +132,7 @@ class MachineOut(Schema):
     problems = ma.fields.List(ma.fields.Nested(ReasonPart), attribute="health.problems", required=True)
     agent_version = ma.fields.String(attribute="report.agent_version", allow_none=True)
     facts = ma.fields.Raw(attribute="machine.facts", allow_none=True)
-    metrics = ma.fields.Raw(attribute="report.metrics", allow_none=True)
+    metrics = ma.fields.Raw(allow_none=True, metadata={"description": "Of the host, now; null: it is silent"})
     gpus = ma.fields.List(ma.fields.Nested(GpuOut), required=True)
     lease = ma.fields.Nested(HolderOut, allow_none=True)
     reclaim = ma.fields.Nested(ReclaimOut, allow_none=True)

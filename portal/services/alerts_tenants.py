@@ -36,13 +36,14 @@ def of_leases(leases: Sequence[Lease]) -> dict[int, list[Told]]:
     """Lease id → what was wrong with its machine since it began, newest first: for a page of open leases.
 
     An alert that comes and goes every minute is there thousands of times, so it is the database that finds the newest.
-    A machine has one open lease at most.
+    A machine has one open lease at most. A lease begins when it is activated: one that was planned may have waited for
+    the machine, which was somebody else's until then.
     """
     told: dict[int, list[Told]] = {lease.id: [] for lease in leases}
     by_machine: dict[int | None, Lease] = {lease.machine_id: lease for lease in leases}
     for alert in _newest(list(told)):
         lease = by_machine[alert.machine_id]
-        told[lease.id].append(Told(alert.name, alert.severity, max(alert.starts_at, lease.starts_at), _end(alert)))
+        told[lease.id].append(Told(alert.name, alert.severity, max(alert.starts_at, lease.activated_at), _end(alert)))
     return told
 
 
@@ -53,7 +54,7 @@ def _newest(lease_ids: Sequence[int]) -> peewee.ModelSelect[Alert]:
         Alert.select(Alert.id, place.alias("place"))
         .join(Lease, on=(Lease.machine == Alert.machine))
         .where(Lease.id << list(lease_ids), Alert.name << TOLD)
-        .where((Alert.state << ALERT_OPEN) | (ended_at >= Lease.starts_at))
+        .where((Alert.state << ALERT_OPEN) | (ended_at >= Lease.activated_at))
     )
     newest = placed.select_from(placed.c.id).where(placed.c.place <= MOST)
     shown = (Alert.machine, Alert.name, Alert.severity, Alert.state, Alert.starts_at, Alert.ends_at, Alert.resolved_at)

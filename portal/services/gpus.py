@@ -49,6 +49,14 @@ def xids(gpu: Mapping[str, Any]) -> dict[int, datetime]:
     return {told["xid"]: datetime.fromisoformat(told["last_at"]) for told in gpu.get("xids", ())}
 
 
+def told_since(gpu: Mapping[str, Any], begin: datetime) -> dict[str, Any]:
+    """The same without the XIDs of before: the driver may have told them of somebody else's work."""
+    if "xids" not in gpu:
+        return dict(gpu)
+    told = xids(gpu)
+    return {**gpu, "xids": [each for each in gpu["xids"] if told[each["xid"]] >= begin]}
+
+
 def notes(gpu: Mapping[str, Any]) -> tuple[str, ...]:
     """Why a value is not known, and what to know besides: in the words of the driver and of the agent, each once."""
     told = [f"{error['field']}: {error['message']}" for error in gpu["errors"]]

@@ -6,7 +6,7 @@ Read only. Pages and API show the same, because both take it from here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import reduce
 from operator import or_
@@ -23,7 +23,7 @@ from portal.services.health import Health, Problem
 
 @dataclass(frozen=True)
 class GpuView:
-    """An expected GPU and what the last report says of it; None where it says nothing of it."""
+    """An expected GPU and what the host says of it now; None where it says nothing of it."""
 
     gpu: Gpu
     live: dict[str, Any] | None
@@ -34,7 +34,8 @@ class MachineView:
     """A machine as it is now. `lease` has it, `reclaim` is its newest.
 
     `gpus` are those that are expected, `unexpected` what is reported besides. Where GPUs are not told of at all (the
-    driver hangs, the host never reported), none of them is missing.
+    driver hangs, the host is silent), none of them is missing. `report` is the last one, of whatever age: its values
+    are those of now only while the host is online.
     """
 
     machine: Machine
@@ -45,6 +46,16 @@ class MachineView:
     health: Health
     lease: Lease | None
     reclaim: Reclaim | None
+
+    @property
+    def report_of_now(self) -> MachineReport | None:
+        """The last report, while what it says is so now."""
+        return self.report if self.health.is_online else None
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """What the host measures of itself now."""
+        return self.report_of_now.metrics if self.report_of_now is not None else None
 
     @property
     def host_key_fingerprint(self) -> str | None:
@@ -133,7 +144,8 @@ def _view(
     reclaim: Reclaim | None,
     now: datetime,
 ) -> MachineView:
-    told = gpus.of_now(report)
+    state = health.of(machine, expected, report, now, machines.limits())
+    told = gpus.of_now(report if state.is_online else None)
     live = told or {}
     return MachineView(
         machine=machine,
@@ -141,7 +153,7 @@ def _view(
         unexpected=tuple(live[uuid] for uuid in sorted(live.keys() - {gpu.uuid for gpu in expected})),
         are_gpus_told=told is not None,
         report=report,
-        health=health.of(machine, expected, report, now, machines.limits()),
+        health=state,
         lease=lease,
         reclaim=reclaim,
     )
@@ -206,14 +218,36 @@ class HeldView:
 
 
 def held(rows: Sequence[Lease], user: User, now: datetime) -> list[HeldView]:
-    """The views of these open leases, in the same order, and whether this user may log in."""
+    """The views of these open leases, in the same order, and whether this user may log in. No alert and no XID of
+    before the lease is in them.
+    """
     usable = set(tenants.ids_of(user, "use"))
     lease_views = of_leases(rows, now)
     machine_views = of_machines([lease.machine for lease in rows], now)
-    told = alerts_tenants.of_leases(rows)
+    told, begun = alerts_tenants.of_leases(rows), _had_since(rows)
     return [
         HeldView(
-            lease, machine, lease.lease.tenant_id in usable and lease.lease.state == "active", told[lease.lease.id]
+            view,
+            _told_since(machine, begun[view.lease.id]),
+            view.lease.tenant_id in usable and view.lease.state == "active",
+            told[view.lease.id],
         )
-        for lease, machine in zip(lease_views, machine_views, strict=True)
+        for view, machine in zip(lease_views, machine_views, strict=True)
     ]
+
+
+def _had_since(rows: Sequence[Lease]) -> dict[int, datetime]:
+    """Lease id → since when its people have had the machine: a lease that continues another began with that one."""
+    firsts = Lease.select(Lease.id, Lease.activated_at).where(Lease.id << [lease.host_id for lease in rows])
+    begun = {first.id: first.activated_at for first in firsts}
+    return {lease.id: begun[lease.host_id] for lease in rows}
+
+
+def _told_since(view: MachineView, begin: datetime) -> MachineView:
+    """The driver tells XIDs until it is loaded again, and no cleaning does that."""
+    live = [None if entry.live is None else gpus.told_since(entry.live, begin) for entry in view.gpus]
+    return replace(
+        view,
+        gpus=tuple(GpuView(entry.gpu, told) for entry, told in zip(view.gpus, live, strict=True)),
+        unexpected=tuple(gpus.told_since(gpu, begin) for gpu in view.unexpected),
+    )

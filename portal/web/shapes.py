@@ -53,7 +53,7 @@ class GpuRow:
 
 
 def gpu_rows(view: MachineView) -> list[GpuRow]:
-    """Every expected GPU in its order, then those that nobody expected; the live values are the last report's."""
+    """Every expected GPU in its order, then those that nobody expected; a value is that of now, or none."""
     rows = [
         _row(entry.gpu.uuid, entry.gpu.__data__, entry.live or {}, is_missing=view.are_gpus_told and entry.live is None)
         for entry in view.gpus
@@ -108,7 +108,7 @@ class Usage:
 
 
 def usage(view: MachineView) -> Usage:
-    metrics = view.report.metrics if view.report else None
+    metrics = view.metrics
     if metrics is None:
         return Usage()
     return Usage(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,77 @@ def test_the_tenant_before_sees_nothing_of_the_one_after(
     assert sign_in(stranger).get(f"/customer/machines/{host.id}").status_code == 200
 
 
+# What its GPUs say
+
+
+def page_of(person: Any) -> str:
+    """The customer's own page of machines."""
+    text: str = person.client.get("/my/machines", headers=person.headers).get_data(as_text=True)
+    return text
+
+
+def has_told(host: Host, *xids: tuple[int, datetime], foreign: tuple[int, datetime]) -> None:
+    """Its driver has told these of the first GPU, and one of a GPU that nobody expected."""
+    told = [{"xid": xid, "last_at": rental.told(at)} for xid, at in xids]
+    of_another = [{"xid": foreign[0], "last_at": rental.told(foreign[1])}]
+    seen = [rental.gpu(host.gpu_uuids[0], xids=told), rental.gpu(host.gpu_uuids[1], 1)]
+    host.report(gpu=rental.gpu_report([*seen, rental.gpu("GPU-new", 2, xids=of_another)]))
+
+
+def xids_in(told: dict[str, Any]) -> list[list[int] | None]:
+    """Those of each GPU; an agent of before tells none at all."""
+    lives = [gpu["live"] for gpu in told["gpus"]]
+    return [[each["xid"] for each in live["xids"]] if "xids" in live else None for live in lives]
+
+
+def test_no_xid_of_the_tenant_before_is_told(
+    host: Host, lease: Lease, customer: User, operator: User, sign_in: SignIn
+) -> None:
+    """The driver tells them until it is loaded again, and cleaning does not do that."""
+    assert lease.activated_at is not None
+    before = lease.activated_at - timedelta(seconds=1)
+    has_told(host, (13, before), (43, lease.activated_at), foreign=(31, before))
+    person, staff = sign_in(customer), sign_in(operator)
+    assert xids_in(person.get("/customer/machines").json["items"][0]) == [[43], None]
+    assert xids_in(person.get(f"/customer/machines/{host.id}").json) == [[43], None]
+    page = page_of(person)
+    assert re.findall(r"XID \d+|GPU-new", page) == ["XID 43", "GPU-new"]
+    assert xids_in(staff.get(f"/admin/machines/{host.id}").json) == [[13, 43], None], "for staff they are all there"
+
+
+def test_the_xids_of_a_lease_are_told_to_the_one_that_continues_it(
+    host: Host, lease: Lease, customer: User, sign_in: SignIn
+) -> None:
+    assert lease.activated_at is not None
+    before = lease.activated_at - timedelta(seconds=1)
+    has_told(host, (13, before), (43, utcnow()), foreign=(31, before))
+    rental.end(host, lease)
+    following = leases.extend(leases.get(lease.id), until=tomorrow() + timedelta(days=1), by=SYSTEM)
+    told = sign_in(customer).get(f"/customer/machines/{host.id}").json
+    assert told["lease_id"] == following.id != lease.id
+    assert xids_in(told) == [[43], None]
+
+
+def test_what_a_silent_host_said_last_is_no_value_of_now(
+    host: Host, lease: Lease, customer: User, sign_in: SignIn
+) -> None:
+    hot = rental.gpu(host.gpu_uuids[0], utilization_percent=97, temperature_c=88)
+    seen = rental.gpu_report([hot, rental.gpu("GPU-new", 1)])
+    person = sign_in(customer)
+    host.report(gpu=seen)
+    assert {"97 %", "88 °C", "GPU-new", "missing"} <= words_of(page_of(person))
+    last_seen_at = utcnow() - timedelta(days=3)
+    host.report(gpu=seen, received_at=last_seen_at)
+    assert not {"97 %", "88 °C", "GPU-new", "missing"} & words_of(page_of(person))
+    for told in (*person.get("/customer/machines").json["items"], person.get(f"/customer/machines/{host.id}").json):
+        assert (told["reachability"], told["last_seen_at"]) == ("offline", last_seen_at.isoformat())
+        assert ([gpu["live"] for gpu in told["gpus"]], told["metrics"]) == ([None, None], None)
+
+
+def words_of(page: str) -> set[str]:
+    return {text.strip() for text in re.split(r"<[^>]*>", page)}
+
+
 # What was wrong with it
 
 
@@ -168,8 +240,9 @@ def raised(machine: Machine, name: str, *, from_h: float, until_h: float | None 
 
 @pytest.fixture
 def begun(lease: Lease) -> Lease:
-    """It began ten hours ago."""
-    Lease.update(starts_at=utcnow() - timedelta(hours=10)).where(Lease.id == lease.id).execute()
+    """It began ten hours ago, and was planned for five hours earlier: the machine was not ready then."""
+    times = {"starts_at": utcnow() - timedelta(hours=15), "activated_at": utcnow() - timedelta(hours=10)}
+    Lease.update(times).where(Lease.id == lease.id).execute()
     return leases.get(lease.id)
 
 
@@ -189,12 +262,11 @@ def test_a_customer_is_told_what_was_wrong_with_the_machine_during_the_lease_and
     raised(ready_host("gpu-2").machine, "GpuLost", from_h=-1, fingerprint="another")
     assert told_to(customer, sign_in) == [
         ("GpuLost", lost.starts_at.isoformat(), None),
-        ("GpuFailing", begun.starts_at.isoformat(), since_before.ends_at.isoformat()),
+        ("GpuFailing", begun.activated_at.isoformat(), since_before.ends_at.isoformat()),
     ]
     assert told_to(viewer, sign_in) == told_to(customer, sign_in)
     whole = sign_in(customer).get("/customer/machines").get_data(as_text=True)
-    who = sign_in(customer)
-    page = who.client.get("/my/machines", headers=who.headers).get_data(as_text=True)
+    page = page_of(sign_in(customer))
     assert "A GPU is lost: fewer answer than you have leased." in page
     for of_staff in ("rack 12", "again him", "RunFailed"):
         assert of_staff not in whole + page

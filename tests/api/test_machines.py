@@ -231,6 +231,28 @@ def test_the_detail_shows_what_is_there_now(staff: Any, tenant: Tenant) -> None:
     assert staff.get("/admin/machines/999999").status_code == 404
 
 
+def test_what_a_silent_host_said_last_is_no_value_of_now(staff: Any) -> None:
+    """Three days ago it was hot, had lost a GPU and got another one; its problems stay those of its last word."""
+    host = ready_host("gpu-1")
+    hot = rental.gpu(host.gpu_uuids[0], utilization_percent=97, temperature_c=88)
+    given = {"gpu": rental.gpu_report([hot, rental.gpu("GPU-new", 1)]), "clock_offset_s": 4.2}
+    values = ("97 %", "88 °C", "GPU-new</div>", "missing</span>", "clock 4.2 s", "500.0 of 1000.0 GiB free")
+
+    def shown() -> list[str]:
+        page = staff.client.get(f"/machines/{host.id}", headers={**staff.headers, "HX-Request": "true"}).text
+        return [value for value in values if value in page]
+
+    host.report(**given)
+    assert shown() == list(values)
+    last_seen_at = utcnow() - timedelta(days=3)
+    host.report(**given, received_at=last_seen_at)
+    assert shown() == []
+    for told in (staff.get(f"/admin/machines/{host.id}").json, *staff.get("/admin/machines").json["items"]):
+        assert (told["reachability"], told["last_seen_at"]) == ("offline", last_seen_at.isoformat())
+        assert ([gpu["live"] for gpu in told["gpus"]], told["metrics"]) == ([None, None], None)
+        assert [problem["code"] for problem in told["problems"]] == ["gpu_missing", "gpu_unexpected"]
+
+
 # Confirm the host key
 
 

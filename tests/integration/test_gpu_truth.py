@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from portal.app import config_of
 from portal.db import utcnow
 from portal.integrations.prometheus import Prometheus
 from portal.integrations.wake import wake
+from portal.models import MachineReport
 from portal.services import agents, config, heartbeats, monitoring_samples, sessions, vault
 from portal.services.actors import SYSTEM
 from portal.services.sessions import Caller
@@ -236,6 +238,13 @@ class Portal:
         first, second = (gpu["uuid"] for gpu in well["gpus"])
         return Machine(row.id, name, (first, second))
 
+    def fall_silent(self, *machines: Machine) -> None:
+        """Nothing was heard of them for days."""
+        heartbeats.flush()
+        ids = [machine.id for machine in machines]
+        long_ago = utcnow() - timedelta(days=3)
+        MachineReport.update(received_at=long_ago).where(MachineReport.machine << ids).execute()
+
     def remember(self, seen: list[Seen]) -> None:
         """Everybody's samples, from a minute before this moment on, and for as long as the asking may take."""
         self.moment = math.floor(utcnow().timestamp() / STEP_S) * STEP_S
@@ -371,6 +380,8 @@ def walk(number: int, quirk: Quirk, driver: Driver, portal: Portal) -> Seen:
         True: portal.take_in(f"q{number}", well, report),
         False: portal.take_in(f"q{number}-alone", renamed(well), renamed(report)),
     }
+    if quirk.is_silent:
+        portal.fall_silent(*machines.values())
     return Seen(report, code, cells_in(output) if code == 0 else None, exporter.text, machines)
 
 
@@ -466,11 +477,11 @@ def test_the_api_tells_it(seen: Seen, quirk: Quirk, has_exporter: bool) -> None:
     live = {gpu["uuid"]: gpu["live"] for gpu in machine.told["gpus"]}
     for right, uuid in pairs(quirk, machine.uuids):
         told, device = live[uuid], machine.devices[uuid]
-        is_told = quirk.report == "ok" and right.state is not None
+        is_told = quirk.is_told and right.state is not None
         assert (told is not None) == is_told
         if told is not None:
             assert {m: of(told) for m, of in MEASURED.items()} == {m: nearly(right.value(m)) for m in OF_AGENTS}
-        assert device["state"] == (right.device if quirk.report == "ok" else "unknown")
+        assert device["state"] == (right.device if quirk.is_told else "unknown")
         assert device["mig"] == (right.mig if is_told else None)
         assert {
             "utilization": device["utilization_percent"],
@@ -486,7 +497,7 @@ def test_the_page_tells_it(seen: Seen, quirk: Quirk) -> None:
     machine = seen.machines[False]
     for right, uuid in pairs(quirk, machine.uuids):
         name, *cells = machine.rows[uuid]
-        assert cells == cells_of(right if quirk.report == "ok" else UNHEARD)
+        assert cells == cells_of(right if quirk.is_told else UNHEARD)
         assert re.findall(r"\b(missing|unknown|lost|error)\b", name.partition("GPU-")[0]) == badge_of(quirk, right)
         noted = [f"{note}: " for note, _code in right.notes if quirk.report == "ok"]
         noted += [f"XID {xid}: " for xid in right.xids]
@@ -507,7 +518,7 @@ def cells_of(right: Truth) -> list[str]:
 
 
 def badge_of(quirk: Quirk, right: Truth) -> list[str]:
-    if quirk.report != "ok":
+    if not quirk.is_told:
         return ["unknown"]
     return [] if right.state == "ok" else [right.state or "missing"]
 

@@ -104,8 +104,8 @@ def with_an_agent_alone(now: float) -> list[Sample]:
 
 
 def with_the_portal_down(now: float) -> list[Sample]:
-    """The portal is down from minute 20 to 30. The exporters of one host were never let in; it is down from minute 40 to
-    50. The other host, whose exporters answered, goes down together with the portal.
+    """The portal is down from minute 20 to 30. One host is down from minute 40 to 50, its exporters were never let in.
+    The other, whose exporters answered, goes down together with the portal.
     """
     portal, never_let_in, down = (Past(name, now) for name in ("portal", "gpu-5", "gpu-6"))
     portal.add("up", 1, 0, 20, job="portal")

@@ -85,7 +85,8 @@ class Quirk:
 
     `driver` is a build of the library, or none at all. `is_fresh`: the agent has not seen the GPUs before.
     `is_upgraded`: a new file lies where the library was. `fields` are what the exporter asks for besides, `spelt` what
-    it calls otherwise. `spoils`: nvidia-smi exits well and the exporter can make nothing of it.
+    it calls otherwise. `spoils`: nvidia-smi exits well and the exporter can make nothing of it. `is_silent`: the agent
+    said so days ago, and nothing since.
     """
 
     sentence: str
@@ -99,6 +100,7 @@ class Quirk:
     is_fresh: bool = False
     is_upgraded: bool = False
     spoils: bool = False
+    is_silent: bool = False
     fields: tuple[str, ...] = ()
     spelt: tuple[tuple[str, str], ...] = ()
 
@@ -108,16 +110,23 @@ class Quirk:
     def charted(self, right: Truth, measure: str, *, has_exporter: bool) -> float | None:
         """In the chart, and live where there is a Prometheus: of both sources the exporter comes first."""
         is_told = has_exporter and self.is_exported
-        if measure in OF_EXPORTERS and not is_told:
+        if not is_told and (measure in OF_EXPORTERS or self.is_silent):
             return None
         known = right.exporter.get(measure) if is_told else None
         return right.value(measure) if known is None else known
 
     def why_not(self, right: Truth, measure: str, *, has_exporter: bool) -> str:
         """The cause that the chart names where it has no value; divided, a card lacks its utilisation alone."""
+        if self.is_silent:
+            return "host_down"
         if right.gap is not None and (right.gap != "mig" or measure == "utilization"):
             return right.gap
         return "exporter_failing" if has_exporter and not self.is_exported else "not_reported"
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the portal knows from the agent what the GPUs do now."""
+        return self.report == "ok" and not self.is_silent
 
     @property
     def is_exported(self) -> bool:
@@ -499,6 +508,11 @@ def of_the_driver() -> Iterator[Quirk]:
         report="stale",
         says="the driver hangs, a reboot may be needed",
         code=-1,
+    )
+    yield Quirk(
+        "What a host said before it fell silent is no value of now",
+        lambda scenario: scenario,
+        is_silent=True,
     )
     yield Quirk(
         "A driver that is slow is waited for",  # netdata#14522
