@@ -92,6 +92,16 @@ def test_there_is_no_release_without_somebody_who_vouches_for_it() -> None:
     )
 
 
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(("architecture", "digit"), [("x86_64", "1"), ("aarch64", "2")])
+def test_an_architecture_has_the_checksum_of_its_own_archive(suite: str, architecture: str, digit: str) -> None:
+    facts = {**FACTS, "architecture": architecture}
+    vouched = {"aarch64": "2" * 64, "x86_64": "1" * 64}
+    given = {"ansible_facts": facts, "nvidia_gpu_exporter_sha256": vouched}
+    assert evaluate("{{ __nvidia_gpu_exporter_checksum }}", ROLE, suite, **given) == digit * 64
+    assert str(evaluate("{{ __nvidia_gpu_exporter_folder }}", ROLE, suite, **given)).endswith(f"-{digit * 12}")
+
+
 # -- when the exporter is restarted ------------------------------------------------------------------------------------
 
 
@@ -120,6 +130,26 @@ def test_the_exporter_is_restarted_when_the_driver_is_back_or_another(
     before: dict[str, Any], now: dict[str, Any], why: str | None
 ) -> None:
     assert recover.decide(before, now) == why
+
+
+def test_a_driver_that_changes_again_right_after_a_restart_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemctl only says which start it is, and counts."""
+    started, driver, state = tmp_path / "started", tmp_path / "driver", tmp_path / "state.json"
+    started.write_text("1")
+    program = tmp_path / "systemctl"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = show ] && exec cat {started}\necho $(($(cat {started}) + 1)) >{started}.new\n'
+        f"mv {started}.new {started}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    argv = ["--url=http://127.0.0.1:1", f"--driver={driver}", f"--state={state}", "--timeout=1", "--", "/bin/false"]
+    for release, start in (("570", "1"), ("580", "2"), ("590", "3"), ("590", "3")):
+        driver.write_text(release)
+        assert recover.main(argv) == 0
+        assert started.read_text().strip() == start
 
 
 def test_a_program_that_hangs_or_is_missing_does_not_answer(tmp_path: Path) -> None:

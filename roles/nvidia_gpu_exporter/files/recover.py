@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
         code = subprocess.run(["systemctl", "try-restart", UNIT], check=False).returncode
         reason = "another driver is loaded" if why == "changed" else "nvidia-smi answers again"
         sys.stdout.write(f"{UNIT} was restarted, status {code}: {reason}\n")
+        # What it was started under is known: a driver that is another by the next look is noticed then.
+        options.state.write_text(json.dumps({**now, "invocation": invocation(), "fails": False}))
         return code
     options.state.write_text(json.dumps(now))
     return 0
