@@ -85,7 +85,7 @@ class Site:
         assert run["state"] == state, f"{run['reason']}\n{self.world.run_output(run_id)[-5000:]}"
         return run
 
-    def from_a_shell(self, playbook: str, *words: str) -> str:
+    def from_a_shell(self, playbook: str, *words: str, key: Path | None = None) -> str:
         """As the guide tells it, with an API token, by somebody whose key the host takes; answers what was printed."""
         if self.token is None:
             until_at = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
@@ -97,7 +97,7 @@ class Site:
             "REMOTEGPU_URL": self.world.portal.url,
             "REMOTEGPU_TOKEN": self.token,
             "REMOTEGPU_CA_FILE": str(self.world.portal.ca_file),
-            "ANSIBLE_PRIVATE_KEY_FILE": str(self.world.portal.instance / "secrets" / "ssh_ed25519"),
+            "ANSIBLE_PRIVATE_KEY_FILE": str(key or self.world.portal.instance / "secrets" / "ssh_ed25519"),
         }
         argv = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventory/portal.remotegpu.yml"]
         done = subprocess.run(
@@ -271,6 +271,26 @@ def test_credentials_are_rotated_the_old_ones_open_nothing_and_no_cleaning_bring
     assert "the agent uses credential" in site.from_a_shell("rotate_credentials")
     assert site.credential() != by_the_portal
     assert can_sign_in(host, "installer", new_key), "a shell without keys rotates the agent's credential alone"
+
+
+def test_an_operator_replaces_his_own_key_from_a_shell_and_the_portals_next_run_leaves_it(site: Site) -> None:
+    host, of_portal = site.host, site.world.portal.instance / "secrets" / "ssh_ed25519"
+    old, new = (site.world.folder / f"{name}-of-an-operator" for name in ("old", "new"))
+    for file in (old, new):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True, timeout=30)
+    there = host.read(AUTHORIZED_KEYS)
+    host.put(AUTHORIZED_KEYS, there + old.with_suffix(".pub").read_text(), owner="installer:installer", mode="0600")
+    assert can_sign_in(host, "installer", old)
+
+    words = ["-e", f"rotate_credentials_key_file={new}", "-e", f"rotate_credentials_old_key_file={old}"]
+    assert "the new login key opens, the old one is refused" in site.from_a_shell("rotate_credentials", *words, key=old)
+    assert not can_sign_in(host, "installer", old)
+    assert can_sign_in(host, "installer", new)
+    assert can_sign_in(host, "installer", of_portal), "the portal's own was not asked for"
+
+    site.run("gpu_hosts", tags=["base"])
+    assert can_sign_in(host, "installer", new), "the portal took it for its own, and has put its own in its place"
+    assert not can_sign_in(host, "installer", old)
 
 
 def test_drift_is_found_on_a_host_that_was_changed_by_hand_and_gone_after_the_repair(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,15 @@ class Decided:
     meanwhile: list[str]  # until they are gone
 
 
-def decide(role: Role, recorded: list[str]) -> Decided:
+def decide(role: Role, recorded: list[str], opens: Sequence[str] = ()) -> Decided:
     tasks = yaml.safe_load((ROLES / "base/tasks/keys.yml").read_text())
-    said: dict[str, Any] = {"__base_look": {"stdout_lines": [f"listed {each}" for each in recorded]}}
+    look = [*(f"listed {each}" for each in recorded), *(f"opens {each}" for each in opens)]
+    said: dict[str, Any] = {"__base_look": {"stdout_lines": look}}
     said["__base_listed"] = sorted({*role.lines("operator_keys.j2")} - {"None"})  # for nothing at all
     for task in tasks[1:]:
-        said |= {name: role.expression(text, **said) for name, text in task.get("ansible.builtin.set_fact", {}).items()}
+        if facts := task.get("ansible.builtin.set_fact"):
+            own = {name: role.expression(text, **said) for name, text in task.get("vars", {}).items()}
+            said |= {name: role.expression(text, **own, **said) for name, text in facts.items()}
         if task["name"] == "Ensure our list names every key that we bring":
             said["__base_going"] = role.expression(task["vars"]["__base_going"], **said)
             said["__base_lines"] = role.expression(task["vars"]["__base_lines"], **said)
@@ -98,6 +102,25 @@ def test_a_key_that_both_have_listed_stays_until_neither_does() -> None:
 def test_a_list_of_before_the_mark_gets_it_from_the_portals_next_run() -> None:
     marked = [f"ops {PORTAL} portal"]
     assert decide(base(remotegpu_operator_keys=[PORTAL]), [f"ops {PORTAL}"]) == Decided([], marked, marked)
+
+
+def test_lists_that_only_add_take_nobodys_key_away_but_the_one_that_is_refused() -> None:
+    """So a key is rotated by a run that knows of this key alone."""
+    recorded = [f"ada {ADA}", f"ops {ADA}", f"ops {PORTAL} portal"]
+    adding = base(base_operator_keys=[FOREIGN], base_keys_exclusive=False)
+    more = sorted([*recorded, f"ops {FOREIGN}"])
+    assert decide(adding, recorded) == Decided([], more, more)
+    refusing = base(base_operator_keys=[FOREIGN], base_keys_exclusive=False, base_refused_keys=[f"{ADA} ada@work"])
+    left = [f"ada {ADA}", f"ops {FOREIGN}", f"ops {PORTAL} portal"]
+    assert decide(refusing, more) == Decided([f"ops {ADA}"], left, more)
+
+
+def test_a_key_that_is_refused_goes_whoever_has_put_it_there() -> None:
+    role = base(base_refused_keys=[FOREIGN])
+    opens = [f"ops {ADA} ada", f"ops no-pty {FOREIGN} an installer", f"ada {PORTAL}"]
+    assert decide(role, [], opens) == Decided([f"ops {FOREIGN}"], [], [])
+    assert decide(role, [], [f"ops # {FOREIGN}", f"ada {FOREIGN}"]).gone == [], "it opens this login no more"
+    assert decide(role, [f"ops {FOREIGN} portal"], opens).gone == [f"ops {FOREIGN}"]
 
 
 def test_where_nothing_is_recorded_nothing_is_ours_and_nothing_goes() -> None:
