@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ Rule = dict[str, Any]
 def test_a_limit_or_a_time_that_is_a_little_off_is_seen(tmp_path: Path) -> None:
     unseen = {what for rule in every_rule() for what, _ in a_little_off(rule, step_s=1)}
     assert len(unseen) > 150
-    for file in TESTS:  # what one has shown no other need show
-        unseen -= shown_by(yaml.load(file.read_text(), yaml.CSafeLoader), unseen, tmp_path)
+    for file in TESTS:
+        told = yaml.load(file.read_text(), yaml.CSafeLoader)
+        for test in told["tests"]:  # what one has shown no other need show
+            unseen -= shown_by(test, unseen, tmp_path, step_s=seconds(told["evaluation_interval"]))
     assert unseen == set()
 
 
@@ -43,6 +46,7 @@ def test_every_limit_is_a_number_right_of_its_comparison() -> None:
         assert len(COMPARISON.findall(expr)) == len(LIMIT.findall(expr)), rule
 
 
+@cache
 def every_rule() -> list[Rule]:
     return [rule for group in yaml.load(RULES.read_text(), yaml.CSafeLoader)["groups"] for rule in group["rules"]]
 
@@ -71,43 +75,42 @@ def seconds(text: str) -> int:
     return sum(int(number) * UNITS_S[unit] for number, unit in re.findall(r"(\d+)([smh])", text))
 
 
-def shown_by(file: dict[str, Any], unseen: set[str], folder: Path) -> set[str]:
-    """What of it at least one test of this file shows."""
-    files = []
-    for number, test in enumerate(file["tests"]):
-        asked = {check["alertname"] for check in test["alert_rule_test"]}
-        rules, alerts = beside(asked, unseen, step_s=seconds(file["evaluation_interval"]))
-        checks = [
-            {**check, "alertname": alert}
-            for check in test["alert_rule_test"]
-            for alert in alerts
-            if alert.startswith(f"{check['alertname']} if ")
-        ]
-        (folder / f"{number}.rules.yml").write_text(json.dumps({"groups": [{"name": "off", "rules": rules}]}))
-        if checks:
-            files.append(folder / f"{number}.yml")
-            tests = [{**test, "alert_rule_test": checks}]
-            files[-1].write_text(json.dumps({**file, "rule_files": [f"{number}.rules.yml"], "tests": tests}))
-    if not files:
+def shown_by(test: dict[str, Any], unseen: set[str], folder: Path, *, step_s: int) -> set[str]:
+    """What of it this test shows."""
+    asked = {check["alertname"] for check in test["alert_rule_test"]}
+    rules = list(beside(asked, unseen, step_s=step_s))
+    checks = [
+        {**check, "alertname": rule["alert"]}
+        for rule in rules
+        for check in test["alert_rule_test"]
+        if rule.get("alert", "").startswith(f"{check['alertname']} if ")
+    ]
+    if not checks:
         return set()
-    done = subprocess.run(["promtool", "test", "rules", *files], capture_output=True, text=True, timeout=300)
+    (folder / "off.rules.yml").write_text(json.dumps({"groups": [{"name": "off", "rules": rules}]}))
+    tests = [{**test, "alert_rule_test": checks}]
+    told = {"rule_files": ["off.rules.yml"], "evaluation_interval": f"{step_s}s", "tests": tests}
+    (folder / "off.yml").write_text(json.dumps(told))
+    done = subprocess.run(
+        ["promtool", "test", "rules", folder / "off.yml"], capture_output=True, text=True, timeout=300
+    )
     return set(ASKED.findall(done.stderr + done.stdout))
 
 
-def beside(asked: set[str], unseen: set[str], *, step_s: int) -> tuple[list[Rule], list[str]]:
-    """What is recorded, each of the asked alerts once for everything that may be off of it, and their names."""
-    told = every_rule()
-    rules = [rule for rule in told if "record" in rule]
-    names = []
-    for rule in told:
+def beside(asked: set[str], unseen: set[str], *, step_s: int) -> Iterator[Rule]:
+    """The asked alerts, each once for everything that may be off of it or of what it rests on; what is recorded comes
+    before those who ask for it."""
+    alerts = [rule for rule in every_rule() if rule.get("alert") in asked]
+    for rule in every_rule():
+        resting = [alert for alert in alerts if rule.get("record", "no record") in alert["expr"]]
+        if resting:
+            yield rule
         for number, (what, off) in enumerate(a_little_off(rule, step_s=step_s)):
-            for alert in (alert for alert in told if alert.get("alert") in asked and what in unseen):
-                if alert is rule:
-                    names.append(f"{alert['alert']} if {what}")
-                    rules.append({**off, "alert": names[-1]})
-                elif "record" in rule and rule["record"] in alert["expr"]:
-                    names.append(f"{alert['alert']} if {what}")
-                    recorded = f"{rule['record']}_{number}"
-                    rules.append({**off, "record": recorded})
-                    rules.append({**alert, "alert": names[-1], "expr": alert["expr"].replace(rule["record"], recorded)})
-    return rules, names
+            if what in unseen and rule in alerts:
+                yield {**off, "alert": f"{rule['alert']} if {what}"}
+            elif what in unseen and resting:
+                recorded = f"{rule['record']}_{number}"
+                yield {**off, "record": recorded}
+                for alert in resting:
+                    expr = alert["expr"].replace(rule["record"], recorded)
+                    yield {**alert, "alert": f"{alert['alert']} if {what}", "expr": expr}
