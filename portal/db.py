@@ -185,3 +185,12 @@ def connection() -> Iterator[None]:
     finally:
         if opened and not db.is_closed():
             db.close()
+
+
+def release_connection() -> None:
+    """Give this thread's connection back before it waits for somebody else; the next query opens one again.
+
+    A process has few of them: those who wait must leave them to the others. Inside a transaction it is kept.
+    """
+    if db.obj is not None and not db.is_closed() and not db.in_transaction():
+        db.close()

@@ -18,9 +18,9 @@ from werkzeug.exceptions import LengthRequired, UnsupportedMediaType
 from portal.api import problems
 from portal.api.blueprint import Blueprint
 from portal.api.guard import says_who
+from portal.db import release_connection
 from portal.errors import NotSignedIn
 from portal.integrations import protocol
-from portal.integrations.wake import release_connection
 from portal.services import agents, sync
 
 PREFIX = "/api/v1/agent"

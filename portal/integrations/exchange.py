@@ -1,7 +1,8 @@
 """One HTTP exchange with another program of the site, over by its deadline whatever the other side does.
 
-No proxy is asked and no redirection followed: credentials go where the settings say, and nowhere else. What is asked
-and what the answer means is told by who asks (prometheus.py, alertmanager.py).
+No proxy is asked and no redirection followed: credentials go where the settings say, and nowhere else. Whoever waits
+here holds no database connection. What is asked and what the answer means is told by who asks (prometheus.py,
+alertmanager.py, pipeline.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit
+
+from portal.db import release_connection
 
 MAX_BYTES = 64 * 1024 * 1024
 
@@ -34,6 +37,7 @@ def exchange(
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=deadline_s)
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    release_connection()  # or one that hangs would leave none for those who never ask it
     with contextlib.closing(connection), _deadline(deadline_s) as (expired, cut):
         try:
             connection.connect()

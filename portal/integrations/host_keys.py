@@ -8,6 +8,7 @@ import ipaddress
 import re
 import subprocess
 
+from portal.db import release_connection
 from portal.errors import Invalid, Unavailable
 
 TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")  # best first
@@ -15,13 +16,15 @@ NAME = re.compile(r"(?!-)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z
 
 
 def scan(address: str, port: int, timeout_s: float = 5) -> list[dict[str, str]]:
-    """The keys that answer at `address`:`port`, best type first: [{type, line, fingerprint}].
+    """The keys that answer at `address`:`port`, best type first: [{type, line, fingerprint}]. Meanwhile no database
+    connection is held.
 
     Raises Invalid if the address or port cannot be one, Unavailable if nothing answers as SSH within `timeout_s`.
     """
     host = _checked(address, port)
     wait = max(1, round(timeout_s))
     argv = ["ssh-keyscan", "-T", str(wait), "-p", str(port), "-t", "ed25519,ecdsa,rsa", "--", host]
+    release_connection()
     try:
         answer = subprocess.run(argv, capture_output=True, text=True, timeout=wait * 4 + 5, check=False)
     except subprocess.TimeoutExpired:

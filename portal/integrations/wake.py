@@ -30,7 +30,7 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
-from portal.db import db, is_sqlite, utcnow
+from portal.db import db, is_sqlite, release_connection, utcnow
 from portal.models import Event
 
 INTERVAL_S = 0.05
@@ -91,12 +91,6 @@ class Ear:
     def tell(self, heard: Heard) -> None:
         self._heard.append(heard)
         self._rung.set()
-
-
-def release_connection() -> None:
-    """Give this thread's database connection back, so that a waiting call holds none."""
-    if not db.is_closed() and not db.in_transaction():
-        db.close()
 
 
 class Wake:

@@ -22,7 +22,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, utcnow
+from portal.db import atomic, release_connection, utcnow
 from portal.errors import Conflict, Invalid, NotFound, Unavailable
 from portal.integrations import prometheus
 from portal.integrations.prometheus import Series
@@ -285,6 +285,7 @@ def find_trouble(text: str) -> str | None:
         file = Path(folder) / "own.rules.yml"
         file.write_text(text)
         argv = [promtool, "check", "rules", str(file)]
+        release_connection()
         try:
             done = subprocess.run(argv, capture_output=True, text=True, timeout=PROMTOOL_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired):

@@ -2,7 +2,8 @@
 
 Nothing here is the truth, and losing all of it costs time alone. While one computes, the others wait for its answer: in
 this process by a lock, in the others by a lock in Redis that ends by itself. An answer is never older than it may be:
-its age counts from the moment in which it was computed, wherever it lies.
+its age counts from the moment in which it was computed, wherever it lies. A failure is told to all as well, for a few
+seconds. Who waits here holds no database connection.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import redis
 from redis.exceptions import LockError
 from redis.lock import Lock
 
+from portal.db import release_connection
 from portal.errors import Unavailable
 from portal.services import config
 from portal.settings import Settings
@@ -64,6 +66,7 @@ class Cache:
         """The value under `key`, at most `keep_s` old. Raises what `compute` raises."""
         if (kept := self._find(key)) is not None:
             return kept.told()
+        release_connection()
         with self._lock_of(key):
             if (kept := self._find(key)) is None:  # else somebody has computed it while we waited
                 kept = self._fetch_or_compute(key, compute, keep_s)
@@ -117,10 +120,12 @@ class Cache:
             self._tell_all(server, lock, key, kept)
 
     def _tell_all(self, server: redis.Redis, lock: Lock, key: str, kept: Kept | None) -> None:
-        """What was computed, if it was, and that the others need not wait any longer."""
+        """What was computed, or why it could not be, and that the others need not wait any longer."""
         try:
-            if kept is not None and kept.failure is None:
-                server.set(PREFIX + key, _packed(kept), px=max(1, int((kept.until - self.clock()) * 1000)))
+            if kept is not None:
+                left_ms = max(1, int((kept.until - self.clock()) * 1000))
+                # A failure never takes the place of an answer that somebody else had meanwhile.
+                server.set(PREFIX + key, _packed(kept), px=left_ms, nx=kept.failure is not None)
             with suppress(LockError):  # it took too long, and the lock is somebody else's by now
                 lock.release()
         except redis.RedisError as error:
@@ -147,11 +152,15 @@ class Cache:
 
 
 def _packed(kept: Kept) -> bytes:
+    if kept.failure is not None:
+        return orjson.dumps({"until": kept.until, "code": kept.failure.code, "message": kept.failure.message})
     return orjson.dumps({"until": kept.until, "value": kept.value})
 
 
 def _unpacked(found: Any) -> Kept:
     held = orjson.loads(found)
+    if "code" in held:
+        return Kept(held["until"], failure=Unavailable(held["message"], code=held["code"]))
     return Kept(held["until"], held["value"])
 
 

@@ -1,6 +1,7 @@
 """Routes are asked of SQLite in `make test`, and of PostgreSQL as well in `make test-slow`.
 
-Where the database decides (who comes first, what a restoration brings back, how often a list asks) it is always both.
+Where the database decides (who comes first, what a restoration brings back, how often a list asks, who has its
+connections) it is always both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ON_BOTH = {
     "test_agents_restored",
     "test_agents_sync",
     "test_allocation_race",
+    "test_connections",
     "test_events_stream",
     "test_keys",
     "test_leases",

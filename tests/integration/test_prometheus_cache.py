@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from portal.services.monitoring_cache import LOCK_S, PREFIX, Cache
+from portal.errors import Unavailable
+from portal.integrations.prometheus import PrometheusDown
+from portal.services.monitoring_cache import LOCK_S, PREFIX, REFUSED_S, Cache
 from tests.support.redis import Server
 from tests.support.redis import server as redis_server
 from tests.support.waiting import until
@@ -44,6 +46,64 @@ def test_of_several_processes_one_computes(server: Server) -> None:
         together = manager.Barrier(PROCESSES)
         answers = pool.starmap(ask_at_once, [(server.url, together)] * PROCESSES)
     assert answers == [1] * PROCESSES
+
+
+def fail_at_once(url: str, together: multiprocessing.synchronize.Barrier) -> tuple[str, str]:
+    """The same, but Prometheus does not answer whoever computes."""
+    together.wait(60)
+
+    def compute() -> None:
+        own = redis.Redis.from_url(url)
+        own.incr("computed")
+        until(lambda: len(own.client_list()) > PROCESSES, "the others to have asked meanwhile")
+        raise PrometheusDown("Prometheus does not answer.")
+
+    try:
+        Cache(url).get("key", compute, keep_s=30)
+    except Unavailable as error:
+        return error.code, error.message
+    return "", ""
+
+
+def test_nor_do_they_wait_for_the_same_deadline_in_turn(server: Server) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(PROCESSES) as pool:
+        together = manager.Barrier(PROCESSES)
+        told = pool.starmap(fail_at_once, [(server.url, together)] * PROCESSES)
+    assert told == [("prometheus_down", "Prometheus does not answer.")] * PROCESSES
+    assert redis.Redis.from_url(server.url).get("computed") == b"1"
+
+
+def test_a_failure_is_told_for_a_while_and_then_tried_again(server: Server) -> None:
+    now = [1000.0]
+    first, second = (Cache(server.url, clock=lambda: now[0]) for _ in range(2))
+
+    def fail() -> None:
+        raise Unavailable("Prometheus does not answer.", code="prometheus_down")
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        first.get("key", fail, keep_s=30)
+    now[0] += REFUSED_S - 0.1
+    with pytest.raises(Unavailable, match="does not answer"):
+        second.get("key", lambda: "well again", keep_s=30)
+    assert 0 < redis.Redis.from_url(server.url).pttl(f"{PREFIX}key") <= 1000 * REFUSED_S
+    now[0] += 0.1
+    redis.Redis.from_url(server.url).delete(f"{PREFIX}key")  # Redis goes by its own clock
+    assert second.get("key", lambda: "well again", keep_s=30) == "well again"
+
+
+def test_a_failure_does_not_take_the_place_of_an_answer(server: Server) -> None:
+    """Whoever takes longer than the lock is held has been overtaken by another process."""
+    slow, other = Cache(server.url), Cache(server.url)
+
+    def overtaken() -> None:
+        redis.Redis.from_url(server.url).delete(f"{PREFIX}lock:key")  # its time is up
+        assert other.get("key", lambda: "theirs", keep_s=30) == "theirs"
+        raise Unavailable("Prometheus does not answer.")
+
+    with pytest.raises(Unavailable):
+        slow.get("key", overtaken, keep_s=30)
+    assert Cache(server.url).get("key", lambda: "ours", keep_s=30) == "theirs"
 
 
 def test_an_answer_that_came_between_the_look_and_the_lock_is_taken(

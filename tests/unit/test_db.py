@@ -219,7 +219,7 @@ def test_a_writer_whose_round_breaks_writes_in_the_next(database: Any, monkeypat
 def test_a_waker_that_cannot_even_let_go_of_its_connection_wakes_all_the_same(
     database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, faults = wake.release_connection, [ZeroDivisionError("letting go"), ZeroDivisionError("looking")]
+    real, faults = db.release_connection, [ZeroDivisionError("letting go"), ZeroDivisionError("looking")]
 
     def release() -> None:
         if threading.current_thread().name == "wake" and faults:
