@@ -39,6 +39,14 @@ def get(machine_id: int) -> Machine:
     return machine
 
 
+def named(name: str) -> Machine:
+    """By the name that somebody typed. Raises Invalid."""
+    machine: Machine | None = Machine.get_or_none(Machine.name == name)
+    if machine is None:
+        raise Invalid({"machine": [f"There is no machine called {name}."]})
+    return machine
+
+
 def lock(machine: Machine) -> Machine:
     """The machine's row as it is now, held until the transaction ends: checks made after this line stay true.
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import peewee
 
-from portal.errors import Invalid
 from portal.integrations.network_format import names, records
 from portal.models import (
     AppliedNetwork,
@@ -271,14 +270,6 @@ def _unsettled(rows: peewee.ModelSelect[Opening]) -> peewee.ModelSelect[Opening]
 def names_of(lease: Lease) -> list[Row]:
     """The names under which an active lease is found."""
     return network_names.of_lease_wanted(lease) if lease.state == "active" else []
-
-
-def find_machine(name: str) -> Machine:
-    """By the name that somebody typed. Raises Invalid."""
-    machine: Machine | None = Machine.get_or_none(Machine.name == name)
-    if machine is None:
-        raise Invalid({"machine": [f"There is no machine called {name}."]})
-    return machine
 
 
 def value_lines(record: DnsRecord) -> list[str]:

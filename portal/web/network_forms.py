@@ -9,7 +9,7 @@ from flask_babel import gettext
 
 from portal.errors import Error, Invalid, NotFound
 from portal.models import Lease, Machine
-from portal.services import leases, network_openings, network_views
+from portal.services import leases, machines, network_openings
 from portal.services.network_openings import Wish
 from portal.web.forms import Form
 from portal.web.frame import told
@@ -48,7 +48,7 @@ def wish(form: Form) -> Wish:
 
 def whose(form: Form) -> tuple[Machine | None, Lease | None]:
     """The machine and the lease that were typed. Raises Invalid where there is none."""
-    machine = network_views.find_machine(form.text("machine")) if form.text("machine") else None
+    machine = machines.named(form.text("machine")) if form.text("machine") else None
     number = optional_number(form, "lease")
     try:
         return machine, None if number is None else leases.get(number)
