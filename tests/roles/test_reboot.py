@@ -60,11 +60,23 @@ def test_a_gateway_is_not_rebooted_under_those_who_go_through_it(tmp_path: Path)
     said = refusal(tmp_path, gateways_rules() + FORWARDS)
     assert "gateway is a gateway, and open forwards lead through it (ports 20017, 20018)" in said
     assert "Nothing has been done" in said
-    assert "maintenance" in said
+    assert "reboot_disruption_allowed" in said
 
 
-def test_a_gateway_in_maintenance_is_rebooted(tmp_path: Path) -> None:
-    assert refusal(tmp_path, gateways_rules() + FORWARDS, remotegpu_maintenance=True) == ""
+def test_maintenance_keeps_the_next_one_away_and_says_nothing_of_those_who_are_in(tmp_path: Path) -> None:
+    assert refusal(tmp_path, gateways_rules() + FORWARDS, remotegpu_maintenance=True)
+
+
+@pytest.mark.parametrize("allowed", [True, "true"])
+def test_a_gateway_is_rebooted_where_it_is_said_that_they_may_be_cut_off(tmp_path: Path, allowed: bool | str) -> None:
+    assert refusal(tmp_path, gateways_rules() + FORWARDS, reboot_disruption_allowed=allowed) == ""
+
+
+@pytest.mark.parametrize("maintained", [True, False])
+def test_no_machine_is_rebooted_under_a_lease_that_the_inventory_tells_of(tmp_path: Path, maintained: bool) -> None:
+    said = refusal(tmp_path, "", remotegpu_lease_active=True, remotegpu_maintenance=maintained)
+    assert "gateway is leased (as the inventory says)" in said
+    assert refusal(tmp_path, "", remotegpu_lease_active=True, reboot_disruption_allowed="true") == ""
 
 
 @pytest.mark.parametrize("rules", ["", "gateway"])
