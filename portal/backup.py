@@ -69,7 +69,8 @@ def restore(file: Path, *, force: bool = False) -> dict[str, int]:
         manifest = _unpack(file, Path(scratch))
         if manifest["ledger"] != _ledger():
             raise Conflict(
-                "The backup is of another schema. Restore it with the version that made it, then migrate.",
+                "The backup is of another schema. Restore it into an empty database with the version that made it, then"
+                " migrate.",
                 code="other_schema",
             )
         with atomic():

@@ -110,6 +110,24 @@ def test_a_database_with_rows_is_not_overwritten_by_accident(database: Any, tmp_
     assert content() == before
 
 
+def test_a_backup_of_another_schema_is_refused_whatever_is_forced_and_taken_by_that_schema(
+    database: Any, tmp_path: Path
+) -> None:
+    """As an upgrade leaves it: the ledger has one more. An empty database of before the upgrade takes it."""
+    fill()
+    before = content()
+    backup(tmp_path / "backup.tar")
+    late = make_user("admin", username="late")
+    database.execute_sql("INSERT INTO schema_migration (name, applied) VALUES ('9999', CURRENT_TIMESTAMP)")
+    with pytest.raises(Conflict, match=r"into an empty database with the version that made it") as refused:
+        restore(tmp_path / "backup.tar", force=True)
+    assert refused.value.code == "other_schema"
+    assert User.select().where(User.id == late.id).exists(), "nothing was deleted"
+    open_empty(f"sqlite:///{tmp_path / 'other.db'}")
+    restore(tmp_path / "backup.tar")
+    assert content() == before
+
+
 def test_one_changed_byte_is_noticed_and_nothing_is_restored(database: Any, tmp_path: Path) -> None:
     fill()
     good, bad = tmp_path / "good.tar", tmp_path / "bad.tar"
