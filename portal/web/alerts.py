@@ -5,24 +5,24 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from flask import Response, flash, redirect, render_template, request, url_for
+from flask import Response, flash, redirect, render_template, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext, lazy_gettext
 
 from portal.api.guard import actor, requires
 from portal.db import utcnow
-from portal.errors import Error
+from portal.errors import Error, Invalid
 from portal.models import Alert, AlertRule
 from portal.models.states import ALERT_SEVERITIES
 from portal.services import alerts as known
-from portal.services import alerts_rules, alerts_silences, audit, overviews
+from portal.services import alerts_rules, alerts_silences, audit, machines, overviews
 from portal.services.actors import STAFF
-from portal.web.acting import acting, page_asked
+from portal.web.acting import PAGE_SIZE, Page, acting, page_asked
 from portal.web.blueprint import bp
 from portal.web.forms import Form
 from portal.web.frame import is_fragment
 
-FILTERS = ("severity", "acknowledged", "silenced", "name")
+FILTERS = ("severity", "acknowledged", "silenced", "machine", "since", "until", "name")
 RULE_FIELDS = (
     *("name", "metric", "condition", "threshold", "duration_min", "severity", "region", "machines", "summary"),
     *("way_out", "is_on", "hours"),
@@ -51,17 +51,16 @@ METRIC_WORDS = {
 @bp.get("/alerts")
 @requires(*STAFF)
 def alerts() -> ResponseReturnValue:
-    page = page_asked(known.search(is_open=True, **_filters()), *FILTERS)
+    shown, status = _asked(is_open=True)
     template = "alerts/_rows.html" if is_fragment() else "alerts/open.html"
-    return render_template(template, **_shown(page), truncated=known.find_truncated())
+    return render_template(template, **shown, truncated=known.find_truncated()), status
 
 
 @bp.get("/alerts/history")
 @requires(*STAFF)
 def alert_history() -> ResponseReturnValue:
-    return render_template(
-        "alerts/history.html", **_shown(page_asked(known.search(is_open=False, **_filters()), *FILTERS))
-    )
+    shown, status = _asked(is_open=False)
+    return render_template("alerts/history.html", **shown), status
 
 
 @bp.get("/alerts/offline")
@@ -73,20 +72,33 @@ def offline_machines() -> ResponseReturnValue:
     return render_template(template, page=page, machines=overviews.of_machines(page.items, now))
 
 
-def _filters() -> dict[str, Any]:
-    """What the address asks for; a word that is none asks for nothing."""
+def _asked(*, is_open: bool) -> tuple[dict[str, Any], int]:
+    """The list that the address asks for, and the status. Where a filter cannot be read nothing is listed, but what is
+    wrong with it: what was not asked for would be taken for what was."""
+    form = Form.of_address(keep=FILTERS)
+    try:
+        page, status = page_asked(known.search(is_open=is_open, **_filters(form)), *FILTERS), 200
+    except Invalid as error:
+        if is_fragment():
+            raise
+        form, page, status = form.refused(error), Page([], 1, PAGE_SIZE, 0, dict(form.values)), 422
+    views = known.views(page.items)
+    return {"form": form, "page": page, "views": views, "severity_words": SEVERITY_WORDS}, status
+
+
+def _filters(form: Form) -> dict[str, Any]:
+    """A word that is none of a choice's asks for nothing. Raises Invalid that names the field."""
     flags = {"yes": True, "no": False}
-    severity = request.args.get("severity")
+    severity = form.text("severity")
     return {
         "severity": severity if severity in ALERT_SEVERITIES else None,
-        "acknowledged": flags.get(request.args.get("acknowledged", "")),
-        "silenced": flags.get(request.args.get("silenced", "")),
-        "name": request.args.get("name", "").strip()[:128] or None,
+        "acknowledged": flags.get(form.text("acknowledged")),
+        "silenced": flags.get(form.text("silenced")),
+        "machine_id": machines.named(form.text("machine")).id if form.text("machine") else None,
+        "since": form.moment("since") if form.text("since") else None,
+        "until": form.moment("until") if form.text("until") else None,
+        "name": form.text("name")[:128] or None,
     }
-
-
-def _shown(page: Any) -> dict[str, Any]:
-    return {"page": page, "views": known.views(page.items), "severity_words": SEVERITY_WORDS}
 
 
 @bp.get("/alerts/<int:alert_id>")

@@ -29,6 +29,12 @@ class Form:
         sent = {name: value for name, value in request.form.items() if name != "csrf_token"}
         return cls({name: sent[name] for name in keep if name in sent}, {}, None, sent)
 
+    @classmethod
+    def of_address(cls, *, keep: Sequence[str]) -> Form:
+        """The filters of a list, as its address has them: read like a form, and shown again like one."""
+        sent = {name: request.args[name] for name in keep if request.args.get(name)}
+        return cls(sent, {}, None, sent)
+
     def refused(self, error: Error) -> Form:
         """The same form with the reason; a fault of a field stands at the field."""
         if isinstance(error, Invalid):

@@ -56,6 +56,53 @@ def test_an_alert_appears_by_itself_is_acknowledged_and_leaves_the_list_when_it_
     expect(page.get_by_role("row").filter(has_text=f"of {name} has 97")).to_contain_text("FAN-7 → 22:00")
 
 
+def test_alerts_are_found_by_machine_and_by_when_they_were_open(house: House, open_as: Open) -> None:
+    name, other = house.ready_host().machine.name, house.ready_host().machine.name
+    alert = fire(name)
+    fire(other)
+    page = open_as(house.admin, "/alerts")
+    rows = page.get_by_role("row").filter(has_text="97 °C")
+    ask(page, Machine=name)
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text(f"of {name} has 97")
+    ask(page, Before=a_time(hours=-1))
+    expect(page.get_by_text("No alert fits.")).to_be_visible()
+    expect(page.get_by_label("Name of a machine")).to_have_value(name)
+    alerts.end(Alert.get_by_id(alert.id), reason="It is over.", now=utcnow())
+    page.get_by_role("link", name="History").click()
+    ask(page, Machine=name, From=a_time(hours=-1), Before=a_time(hours=1))
+    expect(rows).to_contain_text(f"of {name} has 97")
+    ask(page, From=a_time(hours=1), Before="")
+    expect(page.get_by_text("No alert fits.")).to_be_visible()
+
+
+def ask(page: Page, **filters: str) -> None:
+    for label, value in filters.items():
+        page.get_by_label("Name of a machine" if label == "Machine" else f"{label} (UTC)").fill(value)
+    page.get_by_role("button", name="Search").click()
+
+
+def a_time(*, hours: int) -> str:
+    return (utcnow() + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M")
+
+
+def test_a_filter_that_cannot_be_read_is_named_and_nothing_is_listed(house: House, open_as: Open) -> None:
+    alert = fire(house.ready_host().machine.name)
+    page = open_as(house.admin)
+    for path in ("/alerts", "/alerts/history"):
+        for name, text, fault in (
+            ("machine", "no-such-host", "There is no machine called no-such-host."),
+            ("since", "yesterday", "Write a time such as"),
+            ("until", "2026-13-01T00:00", "Write a time such as"),
+        ):
+            answer = page.goto(f"{path}?{name}={text}")
+            assert answer is not None
+            assert answer.status == 422, (path, name)
+            expect(page.locator(f"#fault-{name}")).to_contain_text(fault)
+            expect(page.locator(f"#field-{name}")).to_have_attribute("aria-invalid", "true")
+            assert alert.labels["uuid"] not in page.content()
+
+
 def test_a_silence_wants_a_reason_and_ends_before_its_time(house: House, open_as: Open) -> None:
     alert = fire(house.ready_host().machine.name)
     page = open_as(house.admin, f"/alerts/{alert.id}")
