@@ -28,22 +28,35 @@ import socketserver, sys, threading
 class Echo(socketserver.BaseRequestHandler):
     def handle(self):
         self.request.sendall(self.request.recv(100))
+class EchoUDP(socketserver.BaseRequestHandler):
+    def handle(self):
+        word, answering = self.request
+        answering.sendto(word, self.client_address)
 class Server(socketserver.ThreadingTCPServer):
     address_family, daemon_threads, allow_reuse_address = 10, True, True
+class ServerUDP(socketserver.ThreadingUDPServer):
+    address_family, daemon_threads = 10, True
 for port in sys.argv[1:]:
-    threading.Thread(target=Server(("::", int(port)), Echo).serve_forever).start()
+    for server in (Server(("::", int(port)), Echo), ServerUDP(("::", int(port)), EchoUDP)):
+        threading.Thread(target=server.serve_forever).start()
 """
 _KNOCK = """
 import concurrent.futures, socket, sys
+kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[sys.argv[1]]
 def knock(end):
     address, port = end.split()
     try:
-        socket.create_connection((address, int(port)), timeout=1.2).close()
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as asking:
+            asking.settimeout(1.2)
+            asking.connect((address, int(port)))
+            if kind == socket.SOCK_DGRAM:
+                asking.send(b"who is there?")
+                asking.recv(100)
         return end
     except OSError:
         return ""
 with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    print(*pool.map(knock, sys.argv[1:]), sep="\\n")
+    print(*pool.map(knock, sys.argv[2:]), sep="\\n")
 """
 _DOCKER = """
 *nat
@@ -59,6 +72,7 @@ COMMIT
 -I FORWARD 1 -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 {jump}
 -A DOCKER -p tcp -d {address} --dport 80 -j ACCEPT
+-A DOCKER -p udp -d {address} --dport 80 -j ACCEPT
 -A DOCKER-USER -j RETURN
 COMMIT
 """
@@ -80,10 +94,10 @@ class Net:
         assert not check or done.returncode == 0, f"{argv}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    def answering(self, ports: Sequence[int], at: Mapping[int, str] = HOST) -> list[int]:
+    def answering(self, ports: Sequence[int], at: Mapping[int, str] = HOST, *, protocol: str = "tcp") -> list[int]:
         """Which of these ports answer somebody outside. On both families alike, or it is an error."""
         ends = [f"{at[family]} {port}" for family in (4, 6) for port in ports]
-        heard = self.on(self.outside, "python3", "-c", _KNOCK, *ends).splitlines()
+        heard = self.on(self.outside, "python3", "-c", _KNOCK, protocol, *ends).splitlines()
         v4, v6 = ([port for port in ports if f"{at[family]} {port}" in heard] for family in (4, 6))
         assert v4 == v6, f"IPv4 answers on {v4}, IPv6 on {v6}"
         return v4
@@ -109,7 +123,8 @@ class Net:
             self.on(self.host, program, "-N", "DOCKER-USER", check=False)  # kept, where it is there
             target = {4: f"{CONTAINER[4]}:80", 6: f"[{CONTAINER[6]}]:80"}[family]
             to = f"-j DNAT --to-destination {target}"
-            lines = [f"-A DOCKER ! -i docker0 -p tcp --dport {each} {to}" for each in published]
+            ends = itertools.product(("tcp", "udp"), published)
+            lines = [f"-A DOCKER ! -i docker0 -p {protocol} --dport {port} {to}" for protocol, port in ends]
             jump = "-I FORWARD 1 -j DOCKER-USER" if asks_user else ""
             text = _DOCKER.format(dnat="\n".join(lines), address=CONTAINER[family], jump=jump)
             self.on(self.host, f"{program}-restore", "--noflush", stdin=text)
@@ -164,8 +179,8 @@ def _connect(one: str, at: str, other: str, there: str) -> None:
 def _listening(net: Net, name: str, ports: Sequence[int]) -> Iterator[None]:
     process = subprocess.Popen(["ip", "netns", "exec", name, "python3", "-c", _LISTEN, *map(str, ports)])
     try:
-        wanted = len(ports)
-        until(lambda: net.on(name, "ss", "-Hltn").count("LISTEN") >= wanted, f"{name} to listen", timeout_s=10)
+        wanted = 2 * len(ports)
+        until(lambda: len(net.on(name, "ss", "-Hltun").splitlines()) >= wanted, f"{name} to listen", timeout_s=10)
         yield
     finally:
         process.kill()

@@ -92,6 +92,7 @@ def test_without_rules_everything_answers_or_the_rest_proves_nothing(net: Net) -
     net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
     assert net.answering(EVERY) == list(EVERY)
     assert net.answering([80], at=CONTAINER) == [80]
+    assert net.answering(EVERY, protocol="udp") == list(EVERY)
     net.on(net.host, "nft", "flush", "ruleset")
 
 
@@ -110,6 +111,31 @@ def test_what_docker_publishes_is_closed_unless_it_is_open(backend: str, net: Ne
     assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US], "rules first, Docker later"
     load(backend)()
     assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == [PUBLISHED_FOR_US], "and loaded again"
+
+
+BY_UDP = [{**each, "protocol": "udp"} for each in ALLOW if each["port"] != ECHO]
+
+
+@owns_everything
+def test_udp_is_closed_but_for_whom_it_is_allowed_and_opens_nothing_else(backend: str, net: Net, load: Any) -> None:
+    """How ufw and firewalld close the host itself is for their scenarios to say."""
+    load(backend)()
+    assert net.answering([FOR_US, FOR_OTHERS, CLOSED], protocol="udp") == [], "what is allowed is TCP"
+    load(backend, firewall_allow=BY_UDP)()
+    assert net.answering([FOR_US, FOR_OTHERS, CLOSED], protocol="udp") == [FOR_US]
+    assert net.answering([FOR_US, FOR_OTHERS, CLOSED]) == []
+
+
+@every_writer
+def test_what_docker_publishes_by_udp_is_closed_unless_it_is_open(backend: str, net: Net, load: Any) -> None:
+    load(backend)()
+    net.play_docker([PUBLISHED, PUBLISHED_FOR_US])
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US], protocol="udp") == [], "what is allowed is TCP"
+    load(backend, firewall_allow=BY_UDP)()
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US], protocol="udp") == [PUBLISHED_FOR_US]
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US]) == []
+    open_for(net, backend, PUBLISHED, OUTSIDE, protocol="udp")
+    assert net.answering([PUBLISHED, PUBLISHED_FOR_US], protocol="udp") == [PUBLISHED, PUBLISHED_FOR_US]
 
 
 @every_writer
