@@ -45,6 +45,8 @@ CENSORED = "what it is about is a secret"
 TOO_MUCH = "left out: there is too much of it"
 NOT_SHOWN = (HIDDEN, CENSORED, TOO_MUCH)  # in the place of a difference: the portal's pages have words for each
 MASK = "•••"
+WHOLE = "remotegpu_drift_is_whole"  # the fact that the last play of all sets
+CUT_SHORT = "not all of it was looked at: the run was over before, by what failed on other hosts"
 
 # No two repetitions meet the same characters unbounded: a host's file may be one line of a megabyte.
 _SECRET_LINE = re.compile(
@@ -129,9 +131,11 @@ def noted(changes: list[dict[str, Any]], change: dict[str, Any]) -> list[dict[st
     return [*(each for each in changes if each not in asked), change]
 
 
-def verdict(changes: list[dict[str, Any]], *, failed: str | None, unreachable: str | None) -> dict[str, Any]:
-    """What is known of one host. It is "none" only if all of it was looked at."""
-    reason = unreachable or failed
+def verdict(
+    changes: list[dict[str, Any]], *, failed: str | None, unreachable: str | None, whole: bool
+) -> dict[str, Any]:
+    """What is known of one host. It is "none" only if all of it was looked at, to the last task."""
+    reason = unreachable or failed or (None if whole else CUT_SHORT)
     state = "drifted" if changes else "unknown" if reason else "none"
     return {"state": state, "reason": reason and masked(reason)[:MOST_REASON_CHARS], "changes": _bounded(changes)}
 
@@ -162,11 +166,14 @@ class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
         self._changes: dict[str, list[dict[str, Any]]] = {}
         self._failed: dict[str, str] = {}
         self._unreachable: dict[str, str] = {}
+        self._whole: set[str] = set()
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         self.disabled = Path(str(playbook._file_name)).name != PLAYBOOK
 
     def v2_runner_on_ok(self, result: Any) -> None:
+        if WHOLE in (result.result.get("ansible_facts") or {}):
+            self._whole.add(result.host.get_name())
         if not result.task.loop:  # its items have told already
             self._note(result)
 
@@ -196,6 +203,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
                 # One that was rescued is no failure.
                 failed=self._failed.get(host) if stats.failures.get(host) else None,
                 unreachable=self._unreachable.get(host) if stats.dark.get(host) else None,
+                whole=host in self._whole,
             )
             self._say(host, found)
             if folder := self.get_option("output"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from portal.integrations import queue
 from portal.models import AuditEntry, Machine, Run
@@ -48,7 +49,8 @@ def look(database: Any, settings: Settings, tmp_path: Path) -> Iterator[Look]:
         def start(tasks: str, *machines: Machine, more: str = "") -> Run:
             where = project(tmp_path / "project", tasks, playbook="drift")
             book = where / "playbooks" / "drift.yml"
-            book.write_text(book.read_text() + more)
+            *_, last = yaml.safe_load((ROOT / "playbooks" / "drift.yml").read_text())
+            book.write_text(book.read_text() + more + yaml.safe_dump([last]))
             (where / "playbooks" / "callback_plugins").mkdir()
             shutil.copy(PLUGIN, where / "playbooks" / "callback_plugins")
             run = runs.queue(drift.PLAYBOOK, machines, by=SYSTEM)
@@ -143,9 +145,11 @@ def test_a_host_that_cannot_be_reached_is_unknown(look: Look, files: Path) -> No
     here, away = make_machine("gpu-1"), make_machine("gpu-2", address="192.0.2.1", ssh_port=1)
     more = """
 - name: There
-  hosts: gpu-2
+  hosts: gpu_hosts
   gather_facts: false
-  vars: {ansible_ssh_common_args: -o ConnectTimeout=1, ansible_connection: ssh}
+  vars:
+    ansible_ssh_common_args: -o ConnectTimeout=1
+    ansible_connection: "{{ 'ssh' if inventory_hostname == 'gpu-2' else 'local' }}"
   tasks:
     - name: Ask
       ansible.builtin.command: 'true'
@@ -161,6 +165,33 @@ def test_a_host_that_cannot_be_reached_is_unknown(look: Look, files: Path) -> No
     assert rows["gpu-2"].state == "unknown"
     assert "192.0.2.1" in rows["gpu-2"].reason
     assert [machine.name for machine in drift.search(state="unknown")] == ["gpu-2"]
+
+
+def test_a_host_that_was_not_asked_any_more_since_others_failed_is_unknown(look: Look) -> None:
+    """Where all hosts of a play have failed, Ansible plays no other, on nobody."""
+    plain, with_card = make_machine("gpu-1"), make_machine("gpu-2")
+    more = """
+- name: Cards
+  hosts: gpu-2
+  gather_facts: false
+  tasks:
+    - name: Refuse
+      ansible.builtin.fail: {msg: Nobody has vouched for it.}
+- name: Agents
+  hosts: gpu_hosts
+  gather_facts: false
+  tasks:
+    - name: Would change it
+      ansible.builtin.debug: {msg: x}
+      changed_when: true
+"""
+    run = look("- name: Look\n  ansible.builtin.debug: {msg: fine}", plain, with_card, more=more)
+    assert run.state == "failed"
+    here, there = drift.find(plain), drift.find(with_card)
+    assert here is not None
+    assert (here.state, "not all of it was looked at" in (here.reason or "")) == ("unknown", True)
+    assert there is not None
+    assert (there.state, there.reason) == ("unknown", "Refuse: Nobody has vouched for it.")
 
 
 def test_a_host_that_was_looked_at_in_part_is_not_without_drift(look: Look) -> None:

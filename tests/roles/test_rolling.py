@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
+ROLES = PLAYBOOKS.with_name("roles")
 NO_FACTS = """#!/bin/sh
 echo '{"ansible_facts": {}}'
 """
@@ -62,8 +63,10 @@ UPGRADE: Tasks = [
     }
 ]
 REACH: dict[str, Any] = {"name": "Reach it", "ansible.builtin.command": "true", "when": "inventory_hostname in away"}
-# Of the role reboot: what it looks at beforehand and again in a host's turn, what it waits for, and what it does.
+# Of the role reboot: what it looks at beforehand and again in a host's turn, what it waits for, and what it does; the
+# order of a turn is its own.
 REBOOT: Mapping[str, Tasks] = {
+    "reboot/tasks/ready.yml": yaml.safe_load((ROLES / "reboot" / "tasks" / "ready.yml").read_text()),
     "reboot/tasks/look.yml": [
         {"name": "Look", "ansible.builtin.assert": {"that": "inventory_hostname not in refused"}},
         {**REACH, "when": "inventory_hostname in away and not is_late"},
@@ -102,7 +105,7 @@ def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int,
     shutil.copy(PLAYBOOKS / playbook, folder)
     told = {
         "ansible_become": False,
-        "ansible_connection": "{{ 'ssh' if inventory_hostname in away else 'local' }}",
+        "ansible_connection": "{{ 'ssh' if inventory_hostname in away or cut_off | default(false) else 'local' }}",
         "ansible_facts_modules": ["no_facts"],  # nobody asks for any, and all of them take a second a host
         "ansible_host": "127.0.0.1",
         "ansible_port": 1,  # where nobody answers
@@ -121,8 +124,10 @@ def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int,
     return Played(run.returncode, json.loads(run.stdout)["plays"])
 
 
-def upgrade(folder: Path, *, hosts: int, **given: Any) -> Played:
-    roles = {"gpu_agent/tasks/upgrade_refusals.yml": REFUSALS, "gpu_agent/tasks/upgrade.yml": UPGRADE}
+def upgrade(folder: Path, *, hosts: int, then: Tasks | None = None, **given: Any) -> Played:
+    """`then` comes after it."""
+    upgrade = "gpu_agent/tasks/upgrade.yml"
+    roles = {"gpu_agent/tasks/upgrade_refusals.yml": REFUSALS, upgrade: [*UPGRADE, *(then or [])]}
     return play("upgrade_agent.yml", folder, roles, hosts=hosts, **given)
 
 
@@ -157,6 +162,15 @@ def test_an_agent_comes_to_a_tenth_at_a_time_and_stops_with_the_batch_that_one_o
 def test_a_host_that_is_refused_keeps_nobody_waiting_and_is_told_at_the_end(tmp_path: Path) -> None:
     played = upgrade(tmp_path, hosts=2, refused=["gpu-02"])
     assert played.batches("Upgrade") == [["gpu-01"], ["gateway"]]
+    assert played.rc != 0
+
+
+def test_a_host_that_its_new_agent_has_cut_off_is_the_last_one(tmp_path: Path) -> None:
+    """Nothing has failed there, and nobody could put the agent of before back."""
+    cut: dict[str, Any] = {"name": "Cut it off", "ansible.builtin.set_fact": {"cut_off": True}}
+    here = {"when": "inventory_hostname == 'gpu-03'"}
+    played = upgrade(tmp_path, hosts=20, then=[{**cut, **here}, {**REACH, **here}])
+    assert played.batches("Upgrade") == [["gpu-01"], ["gpu-02", "gpu-03"]]
     assert played.rc != 0
 
 

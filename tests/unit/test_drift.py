@@ -102,17 +102,21 @@ def test_a_task_that_only_asked_about_a_file_makes_room_for_the_one_that_changes
 
 
 def test_silence_is_not_agreement() -> None:
-    judge = plugin.verdict
-    assert judge([], failed=None, unreachable=None)["state"] == "none"
-    assert judge([], failed="it broke", unreachable=None) == {"state": "unknown", "reason": "it broke", "changes": []}
-    assert judge([], failed=None, unreachable="no route")["state"] == "unknown"
-    found = judge([CHANGE], failed="password=hunter22", unreachable=None)
-    assert (found["state"], found["reason"]) == ("drifted", "password=•••")
+    def judge(*changes: Any, failed: str | None = None, unreachable: str | None = None, whole: bool = False) -> Any:
+        found = plugin.verdict(list(changes), failed=failed, unreachable=unreachable, whole=whole)
+        return found["state"], found["reason"]
+
+    assert judge(whole=True) == ("none", None)
+    assert judge() == ("unknown", plugin.CUT_SHORT)
+    assert judge(failed="it broke") == ("unknown", "it broke")
+    assert judge(unreachable="no route") == ("unknown", "no route")
+    assert judge(CHANGE, failed="password=hunter22") == ("drifted", "password=•••")
+    assert judge(CHANGE) == ("drifted", plugin.CUT_SHORT)
 
 
 def test_a_host_that_differs_in_everything_is_told_in_bounds() -> None:
     many = [{**CHANGE, "path": f"/{number}", "diff": "x" * 3_000} for number in range(150)]
-    kept = plugin.verdict(many, failed=None, unreachable=None)["changes"]
+    kept = plugin.verdict(many, failed=None, unreachable=None, whole=True)["changes"]
     assert len(kept) == plugin.MOST_CHANGES + 1
     assert kept[-1]["task"] == "and 50 more"
     assert sum(len(change["diff"] or "") for change in kept) < plugin.MOST_CHARS + 100 * 50
