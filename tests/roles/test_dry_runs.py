@@ -175,3 +175,23 @@ def test_a_tag_alone_can_be_tried(tmp_path: Path) -> None:
     """As `--check --tags redis_configure`, where nothing was asked about packages."""
     told = dry_run("redis", "service", tmp_path, {"systemctl": "echo LoadState=loaded; echo ActiveState=inactive"})
     assert told["Ensure the server runs now and at every start"]["changed"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_a_desktop_shows_its_visitors_is_compared_and_not_guessed(tmp_path: Path, is_there: bool) -> None:
+    """The fingerprint goes into a file: one that a dry run leaves unread would differ on every host, for ever."""
+    certificate = tmp_path / "cert.pem"
+    if is_there:
+        certificate.write_text("of the site")
+    openssl = 'test -e "$3" && echo sha256 Fingerprint=2E:0A'
+    told = dry_run(
+        "desktop_xrdp",
+        "certificate",
+        tmp_path,
+        {"openssl": openssl},
+        __desktop_xrdp_certificate=str(certificate),
+        __desktop_xrdp_own=True,
+        ansible_facts={"fqdn": "gpu-1.example.org"},
+        __desktop_xrdp_install={"changed": False},
+    )
+    assert told["Read its fingerprint"].get("stdout", "") == ("sha256 Fingerprint=2E:0A" if is_there else "")
