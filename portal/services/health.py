@@ -105,13 +105,17 @@ def _clock(report: MachineReport, limits: Limits) -> Iterable[Problem]:
 
 
 def _gpus(expected: Sequence[Gpu], report: dict[str, Any] | None) -> Iterable[Problem]:
+    said = f": {report['message']}" if report is not None and report["message"] else ""
+    if not expected and report is not None and report["state"] == "no_library":
+        # Where no GPU should be, the driver that is not there does not fail. Leased to anybody the machine is not.
+        yield Problem("gpus_unknown", f"No GPU of this machine is known, and there is no NVML{said}.")
+        return
     if not expected:
         yield Problem("gpus_unknown", "No GPU of this machine is known yet; see what the agent says about NVML.")
     if report is None:
         yield Problem("gpu_report", "The agent has not reported any GPU data yet.")
         return
     if report["state"] != "ok":
-        said = f": {report['message']}" if report["message"] else ""
         yield Problem("nvml", f"NVML does not answer ({report['state']}){said}.")
         return
     seen = {gpu["uuid"]: gpu for gpu in report["gpus"]}

@@ -86,7 +86,8 @@ class Quirk:
     `driver` is a build of the library, or none at all. `is_fresh`: the agent has not seen the GPUs before.
     `is_upgraded`: a new file lies where the library was. `fields` are what the exporter asks for besides, `spelt` what
     it calls otherwise. `spoils`: nvidia-smi exits well and the exporter can make nothing of it. `is_silent`: the agent
-    said so days ago, and nothing since.
+    said so days ago, and nothing since. `has_none`: no GPU was ever there, and none is expected. `problem` is what is
+    wrong with a machine whose NVML does not answer.
     """
 
     sentence: str
@@ -101,6 +102,8 @@ class Quirk:
     is_upgraded: bool = False
     spoils: bool = False
     is_silent: bool = False
+    has_none: bool = False
+    problem: str = "nvml"
     fields: tuple[str, ...] = ()
     spelt: tuple[tuple[str, str], ...] = ()
 
@@ -498,6 +501,16 @@ def of_the_driver() -> Iterator[Quirk]:
         code=12,
         driver="none",
         is_fresh=True,
+    )
+    yield Quirk(
+        "On a host without GPUs the driver that is not there does not fail",
+        without_gpus,
+        report="no_library",
+        code=12,
+        driver="none",
+        is_fresh=True,
+        has_none=True,
+        problem="gpus_unknown",
     )
     # gpud#117, nvidia-docker#377, sonar#92
     yield Quirk(

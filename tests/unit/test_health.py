@@ -121,6 +121,14 @@ def test_nvml_that_does_not_answer_is_told_with_its_own_words(state: str) -> Non
     assert "the driver was upgraded" in message(answer)
 
 
+def test_where_no_gpu_is_expected_a_driver_that_is_not_there_does_not_fail() -> None:
+    answer = of(expected=(), gpu=gpu_report([], state="no_library", message="no libnvidia-ml.so.1"))
+    assert codes(answer) == ["gpus_unknown"], "leased to anybody it is not"
+    assert "no libnvidia-ml.so.1" in message(answer)
+    for state in ("stale", "driver_not_loaded", "mismatch", "error"):
+        assert codes(of(expected=(), gpu=gpu_report([], state=state))) == ["gpus_unknown", "nvml"], state
+
+
 def test_no_gpu_data_at_all_is_not_healthy() -> None:
     assert codes(of(gpu=None)) == ["gpu_report"]
 
