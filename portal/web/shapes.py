@@ -41,6 +41,7 @@ class GpuRow:
     uuid: str
     is_missing: bool
     slot: int | None
+    pci_bus_id: str | None
     name: str | None
     state: str
     is_divided: bool
@@ -66,6 +67,7 @@ def _row(uuid: str, written: Mapping[str, Any], live: Mapping[str, Any], *, is_m
         uuid=uuid,
         is_missing=is_missing,
         slot=written.get("slot"),
+        pci_bus_id=live.get("pci_bus_id") or written.get("pci_bus_id"),
         name=live.get("name") or written.get("name"),
         state=live.get("state", "unknown"),
         is_divided=bool(live.get("mig")),
