@@ -42,8 +42,10 @@ class Site:
 
 
 def hour_of(host: Host, now: float) -> list[Sample]:
-    """Busy, but for ten minutes in which nvidia-smi fails, five divided and ten down; the second GPU is gone since."""
-    samples = []
+    """Busy, but for ten minutes in which nvidia-smi fails, five divided and ten down; the second GPU is gone since. Of
+    the first one's power a single sample is known, which is one step of a day's chart."""
+    labels = {"host": host.machine.name, "uuid": normalised(host.gpu_uuids[0])}
+    samples = [Sample("nvidia_smi_power_draw_watts", labels, (int(now) - 1800) // 120 * 120 + 40, 300)]
     for at in range(int(now) - 3600, int(now) + 1, STEP_S):
         minute = (at - int(now) + 3600) / 60
         is_up, is_failing, is_divided = not 30 <= minute < 40, 5 <= minute < 15, 20 <= minute < 25
@@ -122,6 +124,13 @@ def test_a_machine_has_its_charts_and_names_every_hole(house: House, open_as: Op
     empty = drawn(page, "ecc", "ecc 1h ")
     expect(empty.get_by_text("Nothing was measured in this time.")).to_be_visible()
     expect(page.locator("[data-chart]")).to_have_count(len(MEASURES))
+
+
+def test_a_value_between_two_holes_is_seen(house: House, open_as: Open) -> None:
+    page = open_as(house.admin, f"/machines/{house.leased.id}")
+    drawn(page, "power", "power 1h ")
+    page.get_by_role("button", name="1 day").click()
+    assert has_ink(drawn(page, "power", "power 1d "))
 
 
 def has_ink(card: Locator) -> bool:

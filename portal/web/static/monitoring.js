@@ -47,6 +47,13 @@ const shade = (chart) => (plot) => {
   ctx.restore();
 };
 
+// A value between two holes makes no line: those alone are drawn as points.
+const alone = ({ data }, series) => {
+  const values = data[series];
+  const isHole = (index) => values[index] == null;
+  return [...values.keys()].filter((index) => !isHole(index) && isHole(index - 1) && isHole(index + 1));
+};
+
 // Every gap once, with the lines that have it.
 const gapsOf = (chart, words) => {
   const found = new Map();
@@ -82,7 +89,7 @@ const optionsOf = (chart, words, width) => ({
       stroke: COLOURS[index % COLOURS.length],
       width: 1.5,
       spanGaps: false,
-      points: { show: false },
+      points: { show: false, filter: alone, size: 5, fill: COLOURS[index % COLOURS.length] },
       value: (_plot, value) => told(chart.unit, value),
     })),
   ],
