@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,15 +67,37 @@ def test_the_socket_moves_where_systemd_listens_and_only_with_other_ports(
     assert reread == (SOCKET_TOO if moved else SERVICE_ALONE)
 
 
-def test_the_way_back_reads_the_old_ports_the_same_way() -> None:
-    tasks = yaml.safe_load((ROLES / "ssh_hardening/tasks/apply.yml").read_text())
-    (armed,) = [task["ansible.builtin.command"]["argv"] for task in tasks if task["name"] == "Arm the way back"]
-    role = Role("ssh_hardening", "Ubuntu 24", __ssh_hardening_ports_move=True)
-    script = str(role.expression(armed[-1]))
-    assert (
-        "systemctl daemon-reload; systemctl restart ssh.socket; systemctl try-reload-or-restart ssh.service;" in script
-    )
-    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+WAY_BACK_OF = [
+    ("Ubuntu 24", "Port 22\n", [*SOCKET_TOO]),
+    ("Ubuntu 24", "Port 2222\n", [*SERVICE_ALONE]),
+    ("Debian 13", "Port 22\n", [*SERVICE_ALONE]),
+]
+
+
+@pytest.mark.parametrize(("distribution", "before", "reread"), WAY_BACK_OF)
+def test_the_way_back_reads_the_old_ports_the_same_way(
+    distribution: str, before: str, reread: list[list[str]], tmp_path: Path
+) -> None:
+    """By what it finds: a second run has armed nothing anew, and knows nothing of the ports of before."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/dropin").write_text(before)
+    (tmp_path / "dropin").write_text("Port 2222\n")
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "systemctl $*" >>{tmp_path}/called\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    places = {
+        "__ssh_hardening_before": f"{tmp_path}/before",
+        "__ssh_hardening_dropin": f"{tmp_path}/dropin",
+        "__ssh_hardening_way_back": f"{tmp_path}/way_back",
+        "__ssh_hardening_at_boot": f"{tmp_path}/remotegpu-rollback-ssh.service",
+    }
+    script = Role("ssh_hardening", distribution, **places).template("way_back.sh.j2")
+    (tmp_path / "way_back").write_text(script.replace("PATH=", f"PATH={tmp_path}:", 1))
+    subprocess.run(["sh", tmp_path / "way_back", "back", "0"], check=True)
+    called = [line.split() for line in (tmp_path / "called").read_text().splitlines() if "is-enabled" not in line]
+    assert called[: len(reread)] == reread
+    assert called[len(reread) :] == [*SERVICE_ALONE * 2, ["systemctl", "stop", "remotegpu-ssh-rollback.timer"]]
+    assert (tmp_path / "dropin").read_text() == before
+    assert not (tmp_path / "before").exists()
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
