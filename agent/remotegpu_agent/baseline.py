@@ -22,6 +22,7 @@ The sections, and what each holds:
 - `special_files`: set-uid, set-gid and capability files · `stores`: mode and owner of folders that are not entered
 - `open_files`: what everybody may write to · `firewall`: the ruleset without its changing parts
 - `listening_ports`, `docker` (ids), `mounts`, `swaps`, `modules`, `gpu_holders`, `temporary_folders`, `packages`
+- `module_files`: kernel modules on disk, loaded or not, that no package answers for, with digests
 - `critical_packages`: the names that `packages` looks at
 
 Never in here: the content of a private key, or a password's hash. What is compared with it lies in `cleaning/` and
@@ -44,6 +45,7 @@ from remotegpu_agent.observe import (
     docker,
     files,
     firewall,
+    modules,
     mounts,
     operators,
     packages,
@@ -464,9 +466,22 @@ def read_sshd_effective() -> list[str] | None:
     return sorted(run(["sshd", "-T"]).splitlines())
 
 
-def read_modules() -> list[str]:
-    """Kernel modules that are loaded."""
-    return sorted(line.split()[0] for line in (read_text("/proc/modules") or "").splitlines())
+def module_files(sections: dict[str, Any]) -> dict[str, str]:
+    """The files of kernel modules that no package answered for, with their digests; none where it is older than that.
+
+    Only what lay there before any tenant: who has root writes what he likes into updates/dkms.
+    """
+    known: dict[str, str] = sections.get("module_files", {})
+    return known
+
+
+def strange_module(sections: dict[str, Any], name: str, path: str | None) -> str:
+    """What is said of a loaded module whose file is not as a package has brought it or as it was; None: it has none."""
+    if path in module_files(sections):
+        return f"kernel module {name} comes from {path}, which has another content than in the baseline"
+    where = "no file that is known" if path is None else f"{path}, which neither a package nor the baseline vouches for"
+    is_told = "module_files" in sections
+    return f"kernel module {name} comes from {where}{'' if is_told else ': the baseline is too old to know any'}"
 
 
 def read_gpu_holders() -> list[str]:
@@ -534,7 +549,8 @@ _READERS: dict[str, Callable[[], Any]] = {
     "docker": docker.everything,
     "mounts": mounts.lasting,
     "swaps": mounts.swaps,
-    "modules": read_modules,
+    "modules": modules.loaded,
+    "module_files": modules.read_unpackaged,
     "gpu_holders": read_gpu_holders,
     "temporary_folders": read_temporary_folders,
     "critical_packages": lambda: [*_CRITICAL_PACKAGES, *_TRUSTED_PACKAGES],

@@ -29,6 +29,7 @@ from remotegpu_agent.observe import (
     files,
     firewall,
     gpus,
+    modules,
     mounts,
     packages,
     ports,
@@ -644,7 +645,9 @@ def _not_as_packaged(paths: list[str]) -> list[str]:
 
 def _who_brought(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Package and path of those that a package has brought."""
-    return _who_has(_literally(each) for path in paths for each in sorted({path, path.removeprefix("/usr")}))
+    return _who_has(
+        _literally(each) for path in paths for each in sorted({packages.merged(path), path.removeprefix("/usr")})
+    )
 
 
 def _who_has(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -721,15 +724,42 @@ def _swap(asked: Asked) -> Iterator[str]:
 
 def _kernel_modules(asked: Asked) -> Iterator[str]:
     yield from _kernel_programs(asked)
-    if not os.path.exists("/proc/modules"):
+    if not os.path.exists(modules.LOADED):
         if "kernel_programs" in asked.sections:
             return
         raise NotApplicable("this kernel loads no modules")
-    for name in (line.split()[0] for line in run(["lsmod"]).splitlines()[1:]):
-        if name not in asked.sections["modules"]:
-            path = run(["modinfo", "-n", name], ok=(0, 1)).strip()
-            if not path or not run(["dpkg", "-S", path], ok=(0, 1)).strip():
-                yield f"kernel module {name} comes from no package"
+    loaded = [line.split()[0] for line in run(["cat", "--", modules.LOADED]).splitlines()]
+    known = baseline.module_files(asked.sections)
+    origins = {name: _module_files(name, known) for name in loaded if name not in asked.sections["modules"]}
+    unpackaged = set(_not_as_packaged(sorted({path for paths in origins.values() for path in paths})))
+    digests = dict(_digests(sorted(unpackaged.intersection(known))))
+    for name, paths in origins.items():
+        if not paths:
+            yield baseline.strange_module(asked.sections, name, None)
+        for path in paths:
+            if path in unpackaged and (path not in digests or digests[path] != known[path]):
+                yield baseline.strange_module(asked.sections, name, path)
+            elif _name_in_module(path) != name:
+                yield f"kernel module {name} comes from no file that is known: {path} is another's"
+
+
+def _module_files(name: str, known: Iterable[str]) -> list[str]:
+    """Where it really lies, by the name of the file; else of those of the baseline, by the name that is in them."""
+    said = run(["modinfo", "-n", "--", name], ok=(0, 1)).splitlines()
+    found = _regular(_really(path) for path in said if path.startswith("/"))
+    if found:
+        return found
+    here = _really(os.path.join(modules.ROOT, run(["uname", "-r"]).strip()))
+    among = _regular(path for path in known if path.startswith(f"{here}/") and _really(path) == path)
+    return [path for path in among if _name_in_module(path) == name]
+
+
+def _name_in_module(path: str) -> str:
+    return run(["modinfo", "-F", "name", "--", path], ok=(0, 1)).strip()
+
+
+def _really(path: str) -> str:
+    return run(["readlink", "-f", "--", path], ok=(0, 1)).removesuffix("\n")
 
 
 def _kernel_programs(asked: Asked) -> Iterator[str]:

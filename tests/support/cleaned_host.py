@@ -103,7 +103,7 @@ class CleanedHost:
         host.run(IMPORT_IMAGE.format(options="", tag="kept:image"))
         host.run("docker volume create kept-volume && docker run -d --name kept -v kept-volume:/data kept:image"
                  " $(command -v sleep) 80001")  # fmt: skip
-        _push(host)
+        push_agent(host)
         made = cls(host, _call(host, "baseline", {}), Tenant("nobody", 0, 0, key))
         made.let_in()
         return made
@@ -148,7 +148,7 @@ def result_of(items: list[dict[str, Any]], name: str) -> tuple[str, str]:
     return item["result"], item["reason"] or ""
 
 
-def _push(host: Host) -> None:
+def push_agent(host: Host) -> None:
     """The agent's source with the one package that reads GPUs, and its program, which is not built for this."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:

@@ -5,36 +5,49 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from remotegpu_agent import baseline
 from remotegpu_agent.cleaning.scope import Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable
-from remotegpu_agent.observe import special
-from remotegpu_agent.observe.tools import find_tool, run
+from remotegpu_agent.observe import modules, special
+from remotegpu_agent.observe.tools import find_tool
 
 
 def look_for_modules(scope: Scope) -> Iterator[Finding]:
-    """Modules loaded since the baseline that come from no package; those of packages load when first needed. And what
-    the kernel was told to start since, as root: an older baseline tells of none.
+    """Modules loaded since the baseline from a file that neither a package nor the baseline vouches for: those of
+    packages and of DKMS load when first needed. And what the kernel was told to start since, as root: an older baseline
+    tells of none.
     """
     known: dict[str, str] | None = scope.sections.get("kernel_programs")
     for path, text in ({} if known is None else baseline.read_kernel_programs()).items():
         if known is not None and known.get(path) != text:
             yield Finding((path, known.get(path)), f"{path} is not as in the baseline: {text.strip()}")
-    if not os.path.exists("/proc/modules"):
+    if not os.path.exists(modules.LOADED):
         if known is not None:
             return
         raise NotApplicable("this kernel loads no modules")
-    added = [name for name in baseline.read_modules() if name not in scope.sections["modules"]]
+    yield from (Finding(text, text) for text in _strange_modules(scope.sections))
+
+
+def _strange_modules(sections: dict[str, Any]) -> Iterator[str]:
+    added = [name for name in modules.loaded() if name not in sections["modules"]]
     if not added:
         return
     if find_tool("modinfo") is None:
         raise FileNotFoundError("modinfo is not installed: where new kernel modules come from is unknown")
-    packaged = special.packaged_paths()
-    for name in added:
-        path = run(["modinfo", "-n", name], ok=(0, 1)).strip()
-        if f"/usr{path}" not in packaged and path not in packaged:
-            yield Finding(name, f"kernel module {name} comes from no package")
+    known = baseline.module_files(sections)
+    origins = {name: modules.files_of(name, known) for name in added}
+    packaged = special.as_packaged(path for paths in origins.values() for path in paths)
+    for name, paths in origins.items():
+        if not paths:
+            yield baseline.strange_module(sections, name, None)
+        for path in paths:
+            is_intact = path in packaged or (path in known and special.sha256(path) == known[path])
+            if not is_intact:
+                yield baseline.strange_module(sections, name, path)
+            elif modules.name_in(path) != name:
+                yield f"kernel module {name} comes from no file that is known: {path} is another's"
 
 
 def put_back_programs(_scope: Scope, found: list[Finding]) -> Iterator[str]:

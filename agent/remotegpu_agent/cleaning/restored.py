@@ -376,7 +376,7 @@ def _is_upgraded(path: str, before: Entry | None, now: Entry) -> bool:
     """Whether nothing but the content differs, and that is what a package has brought: a security upgrade's."""
     content = ("sha256", "size")
     powers = [{key: value for key, value in (each or {}).items() if key not in content} for each in (before, now)]
-    return powers[0] == powers[1] and special.is_as_packaged(path)
+    return powers[0] == powers[1] and bool(special.as_packaged([path]))
 
 
 def disarm_special_files(_scope: Scope, found: Iterable[Finding]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from remotegpu_agent.observe import docker, files, mounts, packages
@@ -174,16 +174,38 @@ def packaged_paths() -> frozenset[str]:
     )
 
 
-def is_as_packaged(path: str) -> bool:
-    """Whether a file has the content that an installed package says it has brought."""
-    wanted = packages.merged(path)
+def answered_for(paths: Iterable[str]) -> frozenset[str]:
+    """Those of the paths that an installed package tells the content of, whichever way it spells them."""
+    wanted = {path: packages.merged(path) for path in paths}
+    brought = frozenset(wanted.values()).intersection(path for path, _ in _brought())
+    return frozenset(path for path, spelt in wanted.items() if spelt in brought)
+
+
+def as_packaged(paths: Iterable[str]) -> frozenset[str]:
+    """Those of the files that have the content which an installed package says it has brought."""
+    wanted = {path: packages.merged(path) for path in paths}
+    among = frozenset(wanted.values())
+    brought = {each for each in _brought() if each[0] in among}
+    return frozenset(path for path, spelt in wanted.items() if (spelt, md5(path)) in brought)
+
+
+def _brought() -> Iterator[tuple[str, str]]:
     listed = (each for listing in packages.listings("md5sums") for each in packages.digests(listing))
-    return md5(path) in {digest for each, digest in listed if packages.merged(each) == wanted}
+    return ((packages.merged(path), digest) for path, digest in listed)
 
 
 def md5(path: str) -> str | None:
     """The digest of a file as dpkg writes it; None where there is no file."""
-    digest = hashlib.md5(usedforsecurity=False)
+    return _digest(path, "md5")
+
+
+def sha256(path: str) -> str | None:
+    """The digest of a file of any size; None where there is no file."""
+    return _digest(path, "sha256")
+
+
+def _digest(path: str, algorithm: str) -> str | None:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             while piece := file.read(_PIECE_BYTES):

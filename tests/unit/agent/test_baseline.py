@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import baseline
-from remotegpu_agent.observe import files, mounts, packages, ports, processes, special
+from remotegpu_agent.observe import files, modules, mounts, packages, ports, processes, special
 from remotegpu_agent.observe.tools import ToolFailed, printable, run
 
 
@@ -454,3 +455,40 @@ def test_the_settings_that_dpkg_lists_are_those_of_its_packages() -> None:
     status = f"Package: a\nConffiles:\n /etc/a b {digest}\n /etc/old {digest} obsolete\n /etc/n newconffile\n"
     status += f"Description: of what\n /etc/no {digest}\n"
     assert packages.conffiles(status) == {"/etc/a b": digest, "/etc/old": digest}
+
+
+def test_the_files_of_modules_that_no_package_answers_for_are_told_where_they_lie_at_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's own is larger than what the baseline reads of other files."""
+    folder = tmp_path / "modules" / "6.1.0-9-amd64"
+    (folder / "updates" / "dkms").mkdir(parents=True)
+    names = ("a.ko", "b.ko.xz", "c.ko.zst", "d.ko.gz", "e.koala", "modules.dep", "packaged.ko")
+    for name in names:
+        (folder / "updates" / "dkms" / name).write_text(name)
+    os.truncate(folder / "updates" / "dkms" / "a.ko", files._DIGEST_LIMIT_BYTES + 1)
+    elsewhere = tmp_path / "elsewhere.ko"
+    elsewhere.write_text("his own")
+    (folder / "linked.ko").symlink_to(elsewhere)
+    (folder / "gone.ko").symlink_to(tmp_path / "gone.ko")
+    (folder / "build").symlink_to(tmp_path)
+    monkeypatch.setattr(modules, "ROOT", str(tmp_path / "modules"))
+    listing = f"{'0' * 32}  {str(folder)[1:]}/updates/dkms/packaged.ko\n"
+    monkeypatch.setattr(packages, "listings", lambda kind: iter([listing] if kind == "md5sums" else []))
+    built = [folder / "updates" / "dkms" / name for name in names[:4]]
+    assert modules.read_unpackaged() == {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [elsewhere, *built]
+    }
+    monkeypatch.setattr(modules, "ROOT", str(tmp_path / "none"))
+    assert modules.read_unpackaged() == {}, "a container has none"
+
+
+def test_a_file_is_as_packaged_by_its_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files_of_it = [tmp_path / name for name in ("intact", "changed", "strange")]
+    for path in files_of_it:
+        path.write_text("brought")
+    listing = "".join(f"{special.md5(str(path))}  {str(path)[1:]}\n" for path in files_of_it[:2])
+    files_of_it[1].write_text("changed")
+    monkeypatch.setattr(packages, "listings", lambda kind: iter([listing] if kind == "md5sums" else []))
+    assert special.as_packaged(map(str, files_of_it)) == {str(files_of_it[0])}
+    assert special.answered_for(map(str, files_of_it)) == {str(path) for path in files_of_it[:2]}

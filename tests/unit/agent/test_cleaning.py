@@ -18,7 +18,7 @@ from remotegpu_agent import baseline, cleaning, verify
 from remotegpu_agent.cleaning import data, kernel, network, processes, remove, restored, scope, settings
 from remotegpu_agent.cleaning.scope import Refused, Scope
 from remotegpu_agent.cleaning.step import Finding, NotApplicable, Step, evidence
-from remotegpu_agent.observe import accounts, files, firewall, mounts, packages, ports, special
+from remotegpu_agent.observe import accounts, files, firewall, modules, mounts, packages, ports, special
 from remotegpu_agent.portal import LARGEST_MESSAGE_BYTES
 from tests.support.dirt import WAYS
 
@@ -375,7 +375,7 @@ def test_what_the_kernel_was_told_to_start_is_put_back(tmp_path: Path, monkeypat
     pattern = tmp_path / "core_pattern"
     pattern.write_text("core\n")
     monkeypatch.setattr(baseline, "_STARTED_BY_THE_KERNEL", (str(pattern), str(tmp_path / "none")))
-    here = replace(SCOPE, sections=SECTIONS | {"modules": baseline.read_modules()})
+    here = replace(SCOPE, sections=SECTIONS | {"modules": modules.loaded()})
     known = replace(here, sections=here.sections | {"kernel_programs": baseline.read_kernel_programs()})
     asked = verify.Asked(None, None, None, known.sections)
     assert [list(kernel.look_for_modules(known)), list(verify._kernel_programs(asked))] == [[], []]

@@ -182,6 +182,11 @@ def test_a_program_that_an_upgrade_has_brought_is_no_tenants(tmp_path: Path) -> 
     assert f"{PACKAGED} lends other power than in the baseline" in verify._programs_that_lend(asked, paths, set())
 
 
+def test_a_file_is_its_packages_whichever_way_it_is_spelt() -> None:
+    """Debian 12 brings /lib/modules, Debian 13 /usr/lib/modules; dpkg knows a path by its package's word alone."""
+    assert list(verify._who_brought([PACKAGED.removeprefix("/usr")])) == [("passwd", PACKAGED)]
+
+
 def test_the_content_of_a_program_that_a_tenant_left_is_never_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
