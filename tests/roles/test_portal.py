@@ -17,7 +17,7 @@ import yaml
 from ansible.template import trust_as_template
 
 from tests.roles.rendering import Role
-from tests.support.rendering import evaluate, render
+from tests.support.rendering import FACTS, evaluate, render
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_hosts_trust_their_system_where_the_certificate_is_not_the_portals_own(t
     ("tls", "file"),
     [
         ("self_signed", "/var/lib/remotegpu/ca/portal.pem"),
-        ("own", "/etc/remotegpu-portal/served.pem"),
+        ("own", "/etc/remotegpu-portal/own.pem"),
         ("acme", "/etc/remotegpu-portal/served.pem"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_certificate_that_was_renewed_is_laid_where_the_portal_may_read_it(tmp
     """What certbot is told to run, at the first one and at each that follows: it names their folder."""
     (asked, *_) = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "acme.yml").read_text())
     served = tmp_path / "served.pem"
-    hook = evaluate(asked["vars"]["__portal_acme_hook"], "portal", "trixie", __portal_served_copy=str(served))
+    hook = evaluate(asked["vars"]["__portal_acme_hook"], "portal", "trixie", __portal_etc=str(tmp_path))
     (tmp_path / "fullchain.pem").write_text("a chain")
     (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/called\n')
     (tmp_path / "systemctl").chmod(0o755)
@@ -78,6 +78,11 @@ def test_a_certificate_that_was_renewed_is_laid_where_the_portal_may_read_it(tmp
     subprocess.run(["sh", "-c", hook], env=environ, check=True, umask=0o077)
     assert (served.read_text(), served.stat().st_mode & 0o777) == ("a chain", 0o644)
     assert (tmp_path / "called").read_text() == "reload nginx.service\n"
+
+
+def test_a_renewal_after_it_was_given_up_does_not_write_over_what_is_shown_by_now() -> None:
+    files = evaluate("{{ __portal_certificates }}", "portal", "trixie", portal_public_url=URL)
+    assert len({files[tls]["readable"] for tls in ("self_signed", "own", "acme")}) == 3
 
 
 def test_a_shell_and_systemd_read_the_settings_alike(tmp_path: Path) -> None:
@@ -249,10 +254,10 @@ def test_the_slot_that_serves_is_the_one_that_nginx_names(nginx: dict[str, Any],
     assert told.expression(task["ansible.builtin.set_fact"]["__portal_active"], **given) == active
 
 
-# -- what is no longer asked for goes; run on this machine, in folders of the test
+# -- tasks of the role, run on this machine in folders of the test
 
 
-def run_tasks(file: str, folder: Path, **variables: Any) -> str:
+def run_tasks(file: str, folder: Path, *, is_refused: bool = False, **variables: Any) -> str:
     """Run a tasks file of the role; returns what Ansible said. `systemctl` only writes down what it was called with."""
     systemctl = folder / "bin" / "systemctl"
     systemctl.parent.mkdir(exist_ok=True)
@@ -271,8 +276,103 @@ def run_tasks(file: str, folder: Path, **variables: Any) -> str:
     }
     argv = ["ansible-playbook", "--inventory", "localhost,", "--connection", "local", "-e", "@given.json", "play.yml"]
     run = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert (run.returncode == 2) if is_refused else (run.returncode == 0), run.stdout + run.stderr
     return run.stdout
+
+
+# -- what is looked at before anything is done
+
+
+def openssl(folder: Path, *words: str) -> None:
+    subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys (`ours`, the same behind a passphrase, `another`), and certificates of the first, each with its fault."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name in ("ours", "another"):
+        openssl(folder, "ecparam", "-genkey", "-name", "prime256v1", "-out", f"{name}.key")
+    openssl(folder, "pkey", "-in", "ours.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
+    openssl(folder, "req", "-new", "-key", "ours.key", "-subj", "/CN=portal.example.org", "-out", "request")
+    for name, days, names in (
+        ("good", "2", "DNS:portal.example.org"),
+        ("address", "2", "IP:192.0.2.10"),
+        ("ended", "-1", "DNS:portal.example.org"),
+        ("elsewhere", "2", "DNS:elsewhere.example.org"),
+        ("nameless", "2", ""),
+    ):
+        (folder / "names").write_text(f"subjectAltName={names}\n" if names else "basicConstraints=CA:FALSE\n")
+        words = ("-in", "request", "-signkey", "ours.key", "-days", days, "-extfile", "names", "-out", f"{name}.pem")
+        openssl(folder, "x509", "-req", *words)
+    (folder / "none.pem").write_text("no certificate")
+    return folder
+
+
+def looked_at(folder: Path, *, is_refused: bool = False, **given: Any) -> str:
+    """What the role says before it does anything, on a host that it knows and with a release at hand."""
+    (folder / "release.tar.gz").touch()
+    facts = {**FACTS, "distribution": "Debian", "distribution_major_version": "13", "distribution_version": "13.1"}
+    told = {"portal_archive": str(folder / "release.tar.gz"), "ansible_facts": facts, **given}
+    return " ".join(run_tasks("assert", folder, is_refused=is_refused, **told).split())
+
+
+def own(pairs: Path, certificate: str, key: str = "ours") -> dict[str, str]:
+    """Variables that name a certificate and a key of the site's own."""
+    files = {"portal_tls_certificate": f"{certificate}.pem", "portal_tls_key": f"{key}.key"}
+    return {"portal_tls": "own", **{name: str(pairs / file) for name, file in files.items()}}
+
+
+@pytest.mark.parametrize(("certificate", "url"), [("good", URL), ("address", "https://192.0.2.10:8443")])
+def test_a_certificate_of_the_sites_own_is_taken(tmp_path: Path, pairs: Path, certificate: str, url: str) -> None:
+    assert "failed=0" in looked_at(tmp_path, portal_public_url=url, **own(pairs, certificate))
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "said"),
+    [
+        ("good", "another", "do not belong together"),
+        ("good", "locked", "a key has to be without a passphrase"),
+        ("none", "ours", "are not both read by openssl"),
+        ("missing", "ours", "are PEM files on the machine that runs Ansible"),
+        ("ended", "ours", "(portal_tls_certificate) has ended (notAfter="),
+        ("elsewhere", "ours", "is not for portal.example.org: it names DNS:elsewhere.example.org"),
+        ("nameless", "ours", "is not for portal.example.org: it names no address at all"),
+    ],
+)
+def test_a_certificate_that_nobody_could_trust_takes_nothings_place(
+    tmp_path: Path, pairs: Path, certificate: str, key: str, said: str
+) -> None:
+    assert said in looked_at(tmp_path, is_refused=True, **own(pairs, certificate, key))
+
+
+def test_the_way_back_asks_for_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """Whoever takes it may have a bare checkout: no release, no wheels, no certificate."""
+    lacking = {"portal_archive": "/nowhere.tar.gz", "portal_wheelhouse": "/nowhere.tar", **own(tmp_path, "missing")}
+    assert "There is no file /nowhere.tar.gz" in looked_at(tmp_path, is_refused=True, **lacking)
+    assert "failed=0" in looked_at(tmp_path, portal_rollback="true", **lacking)
+
+
+@pytest.mark.parametrize("other", ["grafana", "guacd", "harbor"])
+def test_nor_do_the_roles_beside_it_which_ask_whatever_the_tag(other: str) -> None:
+    asked = (ROOT / "roles" / other / "tasks" / "assert.yml").read_text()
+    assert not re.search(r"is ansible[.]builtin[.]file|delegate_to: localhost", asked)
+
+
+def test_the_database_is_kept_with_the_settings_of_now_before_anything_touches_it_and_a_failure_is_undone() -> None:
+    """Their password may be another than that of before, which the server does not take any more."""
+    tasks = yaml.safe_load((ROOT / "roles" / "portal" / "tasks" / "switch.yml").read_text())
+    [switch] = [task for task in tasks if "block" in task]
+    order = [
+        "Give it its settings",
+        "Keep the database as it is before a release that may change it",
+        "Bring the database to the schema of this release",
+    ]
+    assert [task["name"] for task in switch["block"] if task["name"] in order] == order
+    assert "Bring the settings of before back" in {task["name"] for task in switch["rescue"]}
+
+
+# -- what is no longer asked for goes
 
 
 def test_an_environment_goes_with_the_last_release_that_stands_on_it(tmp_path: Path) -> None:
@@ -318,12 +418,13 @@ def test_the_sites_own_key_does_not_outlive_its_use(tmp_path: Path) -> None:
     etc = tmp_path / "etc"
     (etc / "tls").mkdir(parents=True)
     (etc / "tls" / "portal.key").write_text("key")
-    (etc / "tls" / "portal.pem").write_text("certificate")
+    for name in ("tls/portal.pem", "own.pem", "served.pem"):
+        (etc / name).write_text("certificate")
     given = {"__portal_home": str(tmp_path), "__portal_instance": str(tmp_path), "__portal_etc": str(etc)}
     run_tasks("forget", tmp_path, portal_tls="own", **given)
-    assert len(list((etc / "tls").iterdir())) == 2
+    assert sorted(path.name for path in etc.rglob("*")) == ["own.pem", "portal.key", "portal.pem", "tls"]
     run_tasks("forget", tmp_path, portal_tls="self_signed", **given)
-    assert list((etc / "tls").iterdir()) == []
+    assert [path.name for path in etc.rglob("*")] == ["tls"]
 
 
 @pytest.mark.slow  # it needs what `make setup` builds
