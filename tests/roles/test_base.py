@@ -123,6 +123,15 @@ def test_a_key_that_is_refused_goes_whoever_has_put_it_there() -> None:
     assert decide(role, [f"ops {FOREIGN} portal"], opens).gone == [f"ops {FOREIGN}"]
 
 
+def test_a_key_that_is_rotated_from_a_shell_is_an_operators_though_the_inventory_tells_the_portals() -> None:
+    shell = Role("rotate_credentials", remotegpu_operator_keys=[PORTAL])
+    assert shell.value("rotate_credentials_portal_keys") == []
+    run_of_the_portal = Role(
+        "rotate_credentials", remotegpu_operator_keys=[PORTAL], remotegpu_rotate_key_file="/secrets/ssh_ed25519"
+    )
+    assert run_of_the_portal.value("rotate_credentials_portal_keys") == [PORTAL]
+
+
 def test_where_nothing_is_recorded_nothing_is_ours_and_nothing_goes() -> None:
     assert decide(base(), []) == Decided([], [], [])
 
