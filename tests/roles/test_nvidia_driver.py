@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.roles.rendering import load_module
 from tests.support.rendering import DISTRIBUTIONS, FACTS, evaluate, render
@@ -15,6 +16,7 @@ from tests.support.rendering import DISTRIBUTIONS, FACTS, evaluate, render
 ROLE = Path(__file__).parents[2] / "roles/nvidia_driver"
 FAKE_ROOT = Path(__file__).parents[2] / "molecule/nvidia_driver/files/root"
 H100, H100_HGX, PASCAL, BLACKWELL = "10de:2330", "10de:2330", "10de:1b38", "10de:2901"
+NVIDIA: dict[str, Any] = {"nvidia_driver_source": "nvidia"}
 KERNEL, NEXT = "6.8.0-60-generic", "6.8.0-101-generic"
 nvidia_facts = load_module("nvidia_driver", "nvidia_facts")
 
@@ -25,6 +27,8 @@ def host(*devices: str, **changes: Any) -> dict[str, Any]:
     return {
         "gpus": gpus,
         "nvswitches": 0,
+        "switch_managers": 0,
+        "without_infiniband": [],
         "open_possible": all(nvidia_facts.generation(gpu) >= nvidia_facts.TURING for gpu in gpus),
         "open_required": any(nvidia_facts.generation(gpu) >= nvidia_facts.BLACKWELL for gpu in gpus),
         "loaded": None,
@@ -41,6 +45,10 @@ def host(*devices: str, **changes: Any) -> dict[str, Any]:
 
 
 def says(expression: str, suite: str, nvidia: dict[str, Any] | None = None, **given: Any) -> Any:
+    return told("{{ " + expression + " }}", suite, nvidia, **given)
+
+
+def told(text: str, suite: str, nvidia: dict[str, Any] | None = None, **given: Any) -> Any:
     distribution, major = DISTRIBUTIONS[suite]
     facts = {**FACTS, "distribution": distribution, "distribution_major_version": major, "architecture": "x86_64"}
     facts["nvidia"] = nvidia or host(H100)
@@ -51,7 +59,14 @@ def says(expression: str, suite: str, nvidia: dict[str, Any] | None = None, **gi
         "__nvidia_driver_release": "580.95.05",
     }
     given = {**asked, **given}
-    return evaluate("{{ " + expression + " }}", "nvidia_driver", suite, ansible_facts=facts, **given)
+    return evaluate(text, "nvidia_driver", suite, ansible_facts=facts, **given)
+
+
+def refusal(name: str) -> tuple[str, str]:
+    """What has to hold, and what is told where it does not."""
+    (task,) = [task for task in yaml.safe_load((ROLE / "tasks/ask.yml").read_text()) if task["name"] == name]
+    asked = task["ansible.builtin.assert"]
+    return asked["that"], asked["fail_msg"]
 
 
 # -- which packages --------------------------------------------------------------------------------------------------
@@ -153,14 +168,157 @@ def test_everything_of_a_release_is_asked_for_in_one_step(suite: str, source: st
         nvidia_driver_source=source,
         __nvidia_driver_release="580.95.05",
     )
-    assert "nvidia-fabricmanager-580=580.95.05-*" in names
+    branch = "-580" if source == "distribution" else ""  # NVIDIA has none in this name from 580 on
+    assert f"nvidia-fabricmanager{branch}=580.95.05-*" in names
+    assert not {"nvlsm", "infiniband-diags"} & {name.partition("=")[0] for name in names}, (
+        "these switches are on the bus"
+    )
+
+
+@pytest.mark.parametrize(
+    ("branch", "driver", "fabric_manager"),
+    [
+        ("570", "nvidia-open-570", "nvidia-fabricmanager-570"),
+        ("580", "nvidia-open-580", "nvidia-fabricmanager"),
+        ("595", "nvidia-open", "nvidia-fabricmanager"),
+    ],
+)
+def test_nvidias_repository_names_its_packages_by_the_branch(branch: str, driver: str, fabric_manager: str) -> None:
+    names = says("__nvidia_driver_exact", "noble", host(H100_HGX, nvswitches=4), **NVIDIA, nvidia_driver_branch=branch)
+    assert names == [driver, fabric_manager]
+
+
+# -- a board with NVLink 5 -------------------------------------------------------------------------------------------
+
+MANAGED = {"stdout": " nvlsm | 2025.10.14-1 | https://m  Packages\n nvlsm | 2025.06.11-1 | https://m  Packages\n"}
+EXTRA = f"linux-modules-extra-{KERNEL}"
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+def test_a_board_with_nvlink_5_gets_what_manages_its_switches(suite: str) -> None:
+    board = host(*[BLACKWELL] * 8, switch_managers=4)
+    names = says("__nvidia_driver_apt_names", suite, board, **NVIDIA, __nvidia_driver_madison=MANAGED)
+    assert {"nvidia-fabricmanager=580.95.05-*", "nvlsm=2025.10.14-1", "infiniband-diags", "libibumad3"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("release", "there", "asked"),
+    [
+        ("580.95.05", "hi  nvlsm 2025.06.11-1\n", []),
+        ("580.95.05", "", ["nvlsm=2025.10.14-1"]),
+        ("580.126.20", "hi  nvlsm 2025.06.11-1\n", ["nvlsm=2025.10.14-1"]),
+    ],
+)
+def test_it_moves_with_the_driver_and_stays_with_it(release: str, there: str, asked: list[str]) -> None:
+    dpkg = "".join(
+        f"hi  {name} 580.95.05-1\n" for name in ("nvidia-open-580", "nvidia-fabricmanager", "nvidia-persistenced")
+    )
+    given = {"__nvidia_driver_dpkg": {"stdout": dpkg + there}, "__nvidia_driver_madison": MANAGED, **NVIDIA}
+    board = host(BLACKWELL, switch_managers=4)
+    names = says("__nvidia_driver_apt_names", "trixie", board, **given, __nvidia_driver_release=release)
+    assert [name for name in names if "nvlsm" in name] == asked
+    assert ("nvlsm" in says("__nvidia_driver_missing", "trixie", board, **given)) is (there == "")
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("source", "board", "possible"),
+    [
+        ("distribution", {"switch_managers": 4}, []),
+        ("distribution", {"nvswitches": 4}, ["jammy", "noble"]),
+        ("distribution", {}, [*DISTRIBUTIONS]),
+        ("nvidia", {"switch_managers": 4}, [*DISTRIBUTIONS]),
+        ("nvidia", {"nvswitches": 4}, [*DISTRIBUTIONS]),
+    ],
+)
+def test_a_board_is_refused_where_nobody_would_manage_its_switches(
+    suite: str, source: str, board: dict[str, int], possible: list[str]
+) -> None:
+    holds, message = refusal("Refuse an HGX board without a fabric manager")
+    seen = host(BLACKWELL, **board)
+    assert says(holds, suite, seen, nvidia_driver_source=source) is (suite in possible)
+    sentence = told(message, suite, seen, nvidia_driver_source=source)
+    assert "Set nvidia_driver_source: nvidia." in sentence
+    assert ("nvlsm" in sentence) is ("switch_managers" in board)
+
+
+@pytest.mark.parametrize(
+    ("suite", "offered", "taken", "unreachable"),
+    [
+        ("noble", True, [EXTRA], []),
+        ("noble", False, [], [KERNEL]),
+        ("trixie", False, [], [KERNEL]),
+    ],
+)
+def test_a_kernel_without_the_way_to_the_switches_gets_it_where_apt_has_it(
+    suite: str, offered: bool, taken: list[str], unreachable: list[str]
+) -> None:
+    madison = {"stdout": f" {EXTRA} | 6.8.0-60.63 | http://archive noble/main\n" * offered}
+    given = {**NVIDIA, "__nvidia_driver_madison": madison}
+    board = host(BLACKWELL, switch_managers=4, without_infiniband=[KERNEL])
+    names = says("__nvidia_driver_plain", suite, board, **given)
+    assert [name for name in names if "modules-extra" in name] == taken
+    assert says("__nvidia_driver_unreachable", suite, board, **given) == unreachable
+
+
+def test_every_boot_loads_what_the_switches_are_reached_by() -> None:
+    text = render("nvidia_driver", "modules-load.conf.j2", "noble", ansible_managed="managed")
+    assert [line for line in text.splitlines() if line and not line.startswith("#")] == list(
+        nvidia_facts.INFINIBAND_MODULES
+    )
+
+
+def test_the_switches_of_nvlink_5_are_told_by_the_product_data_of_what_leads_to_them(tmp_path: Path) -> None:
+    board(tmp_path, *[(b"\x82\x00V3\x05SMDL\x06SW_MNG\xff", "0x020700")] * 4, (b"\x82\x00ConnectX-7", "0x020700"))
+    seen = nvidia_facts.look(tmp_path)
+    assert (len(seen["gpus"]), seen["nvswitches"], seen["switch_managers"]) == (8, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "vendor", "kind", "data"),
+    [
+        ("0x2330", "0x15b3", "0x020700", b"SW_MNG"),  # Hopper has its switches on the bus
+        ("0x2901", "0x8086", "0x020700", b"SW_MNG"),
+        ("0x2901", "0x15b3", "0x080100", b"SW_MNG"),
+        ("0x2901", "0x15b3", "0x020700", None),  # a virtual function
+    ],
+)
+def test_another_device_leads_to_no_switch(
+    tmp_path: Path, gpu: str, vendor: str, kind: str, data: bytes | None
+) -> None:
+    board(tmp_path, (data, kind), gpu=gpu, vendor=vendor)
+    assert nvidia_facts.look(tmp_path)["switch_managers"] == 0
+
+
+def test_a_kernel_has_a_way_to_the_switches_where_it_has_both_modules(tmp_path: Path) -> None:
+    board(tmp_path, (b"SW_MNG", "0x020700"))
+    for modules, lacking in ((["mlx5_ib", "ib_umad"], []), (["mlx5_ib"], [os.uname().release])):
+        known = " || ".join(f'[ "$5" = {module} ]' for module in modules)
+        put(tmp_path / "usr/sbin/modinfo", f"#!/bin/sh\n{{ {known}; }} && echo $5.ko\n").chmod(0o755)
+        assert nvidia_facts.look(tmp_path)["without_infiniband"] == lacking
+    (tmp_path / "sys/bus/pci/devices/0000:80:00.0/vpd").unlink()
+    assert nvidia_facts.look(tmp_path)["without_infiniband"] == [], "nobody needs them"
+
+
+def board(root: Path, *connectx: tuple[bytes | None, str], gpu: str = "0x2901", vendor: str = "0x15b3") -> None:
+    """Eight GPUs on the bus of `root`, and ConnectX devices by product data and class."""
+    devices = root / "sys/bus/pci/devices"
+    for number in range(8):
+        for name, text in (("vendor", "0x10de"), ("class", "0x030200"), ("device", gpu)):
+            put(devices / f"0000:{number + 16:02x}:00.0" / name, text)
+    for number, (data, kind) in enumerate(connectx):
+        place = devices / f"0000:{number + 128:02x}:00.0"
+        for name, text in (("vendor", vendor), ("class", kind), ("device", "0x1021")):
+            put(place / name, text)
+        if data is not None:
+            (place / "vpd").write_bytes(data)
 
 
 def test_from_590_on_a_package_pins_the_branch_that_names_no_longer_carry() -> None:
     names = says(
         "__nvidia_driver_apt_names",
         "noble",
-        host(BLACKWELL, nvswitches=2),
+        host(BLACKWELL, switch_managers=4),
         nvidia_driver_source="nvidia",
         nvidia_driver_branch="595",
         __nvidia_driver_release="595.71.05",
@@ -176,6 +334,7 @@ def test_from_590_on_a_package_pins_the_branch_that_names_no_longer_carry() -> N
         ("ii  firmware-nvidia-gsp 535.261.03-1", True),
         ("ii  libcuda1 535.261.03-1", True),
         ("ii  linux-modules-nvidia-580-server-open-generic 6.8.0-60.63", True),
+        ("ii  nvlsm 2025.10.14-1", True),
         ("ii  nvidia-container-toolkit 1.18.2-1", False),
         ("ii  libnvidia-container1 1.18.2-1", False),
         ("ii  openssl 3.0.17-1", False),
@@ -233,6 +392,49 @@ def test_what_is_of_the_branch_moves_to_the_very_release_where_apt_has_it(has: s
         __nvidia_driver_release="570.2",
     )
     assert [name for name in names if "persistenced" in name] == [f"nvidia-persistenced={wanted}"]
+
+
+# -- Secure Boot -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("seen", "given", "wants"),
+    [
+        ({"secure_boot": True}, NVIDIA, True),
+        ({"secure_boot": True, "loaded": "580.95.05"}, NVIDIA, False),
+        ({"secure_boot": True}, {**NVIDIA, "nvidia_driver_mok_enrolled": True}, False),
+        ({"secure_boot": False}, NVIDIA, False),
+        ({"secure_boot": None}, NVIDIA, False),
+    ],
+)
+def test_a_key_is_wanted_where_secure_boot_would_refuse_what_is_built_here(
+    suite: str, seen: dict[str, Any], given: dict[str, Any], wants: bool
+) -> None:
+    assert says("__nvidia_driver_wants_mok", suite, host(H100, **seen), **given) is wants
+
+
+@pytest.mark.parametrize("suite", ["jammy", "noble"])
+@pytest.mark.parametrize("prebuilt", [True, False])
+def test_ubuntus_signed_modules_want_no_key(suite: str, prebuilt: bool) -> None:
+    wants = says("__nvidia_driver_wants_mok", suite, host(H100, secure_boot=True), nvidia_driver_prebuilt=prebuilt)
+    assert wants is not prebuilt
+
+
+@pytest.mark.parametrize("suite", DISTRIBUTIONS)
+def test_the_words_name_the_certificate_that_the_key_is_made_with(suite: str) -> None:
+    """On Debian it is made by openssl; Ubuntu's own program knows where its DKMS looks."""
+    is_ubuntu = DISTRIBUTIONS[suite][0] == "Ubuntu"
+    certificate = "/var/lib/shim-signed/mok/MOK.der" if is_ubuntu else "/var/lib/dkms/mok.pub"
+    _, message = refusal("Refuse modules that Secure Boot will not load")
+    given = {"inventory_hostname": "gpu-1", "ansible_check_mode": False}
+    sentence = told(message, suite, host(H100, secure_boot=True), **given, __nvidia_driver_mok_own={"stdout": ""})
+    assert f"Run on gpu-1, as root: mokutil --import {certificate} " in sentence
+    assert ("nvidia_driver_prebuilt: true" in sentence) is is_ubuntu
+    made = says("__nvidia_driver_mok_maker", suite)
+    assert made == ["/usr/sbin/update-secureboot-policy", "--new-key"] if is_ubuntu else made[-1] == certificate
+    own = told(message, suite, host(H100), **given, __nvidia_driver_mok_own={"stdout": "/srv/site.der"})
+    assert "mokutil --import /srv/site.der " in own
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 #!/usr/bin/python3
 """The packages of one release of a driver, as a JSON list for apt_repository: `driver_packages KIND RELEASE [LESS…]`.
 
-KIND is debian (names of Debian's non-free) or nvidia (names of NVIDIA's repository, with a fabric manager); what starts
-with LESS is left out. The names, the versions and what depends on what are real; inside is nothing but a number where
-`modinfo` of the fake root looks for it, units that sleep, and one that does at boot what the kernel does: load the
-module that is on the disk.
+KIND is debian (names of Debian's non-free), nvidia (names of NVIDIA's repository, with a fabric manager) or subnet
+(what that needs beside it on a board with NVLink 5, of a release of its own); what starts with LESS is left out. The
+names, the versions and what depends on what are real; inside is nothing but a number where `modinfo` of the fake root
+looks for it, units that sleep, and one that does at boot what the kernel does: load the module that is on the disk.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ WantedBy=multi-user.target
 
 def packages(kind: str, release: str) -> list[dict[str, Any]]:
     version = f"{release}-1"
+    if kind == "subnet":
+        return [{"name": "nvlsm", "version": version}]
     module = {
         "files": {ON_DISK: f"{release}\n", "/lib/systemd/system/fake-nvidia-load.service": LOAD},
         "postinst": "systemctl daemon-reload; systemctl enable --quiet fake-nvidia-load.service",
@@ -75,12 +77,13 @@ def packages(kind: str, release: str) -> list[dict[str, Any]]:
             {"name": "nvidia-persistenced", "version": version, **daemon["nvidia-persistenced"]},
         ]
     branch = release.split(".")[0]
+    fabric_manager = "nvidia-fabricmanager" + (f"-{branch}" if int(branch) < 580 else "")
     return [
         {"name": f"nvidia-open-{branch}", "version": version, **depends("nvidia-kernel-open-dkms", version)},
         {"name": "nvidia-kernel-open-dkms", "version": version, **depends("libnvidia-compute", version), **module},
         {"name": "libnvidia-compute", "version": version},
         {"name": "nvidia-persistenced", "version": version, **daemon["nvidia-persistenced"]},
-        {"name": f"nvidia-fabricmanager-{branch}", "version": version, **daemon["nvidia-fabricmanager"]},
+        {"name": fabric_manager, "version": version, **daemon["nvidia-fabricmanager"]},
     ]
 
 

@@ -20,8 +20,8 @@ DOCUMENTATION = r"""
 module: nvidia_facts
 short_description: NVIDIA hardware and driver of a host
 description:
-  - Gives the fact C(nvidia) with the GPUs and switches on the PCI bus, the driver that is loaded, the one on disk for
-    this kernel and for the next boot's, and what stands in its way.
+  - Gives the fact C(nvidia) with the GPUs and switches on the PCI bus, what leads to switches that are not on it, the
+    driver that is loaded, the one on disk for this kernel and for the next boot's, and what stands in its way.
 options:
   root:
     description: Folder that stands for C(/); another one in tests, where no driver can be loaded.
@@ -31,7 +31,12 @@ options:
 
 VENDOR = "0x10de"
 GPU_CLASSES = ("0x0300", "0x0302")  # VGA and 3D controller; audio and USB of a card are other classes
-BRIDGE_CLASS = "0x0680"  # an NVSwitch of an HGX board
+BRIDGE_CLASS = "0x0680"  # an NVSwitch of an HGX board up to Hopper
+# From Blackwell on (NVLink 5) no NVSwitch is on the bus: ConnectX devices lead to them, which are told from network
+# cards with the same id by their product data alone. The fabric manager reaches them through the kernel's InfiniBand.
+CONNECTX_VENDOR, NETWORK = "0x15b3", "0x02"
+SWITCH_MANAGER = b"SW_MNG"
+INFINIBAND_MODULES = ("mlx5_ib", "ib_umad")
 # Variables of UEFI carry four bytes of attributes before their value.
 SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 TURING, BLACKWELL = 0x1E00, 0x2900  # the first PCI device ids of each; NVIDIA gives them out upwards
@@ -47,11 +52,17 @@ def look(root: Path) -> dict[str, Any]:
     kernel = os.uname().release
     next_kernel = newest_kernel(root) or kernel
     on_disk = modinfo(root, kernel, "version")
+    open_required = any(generation(gpu) >= BLACKWELL for gpu in gpus)
+    managers = switch_managers(root) if open_required else 0
     return {
         "gpus": gpus,
         "nvswitches": sum(device["class"] == BRIDGE_CLASS for device in devices),
         "open_possible": all(generation(gpu) >= TURING for gpu in gpus),
-        "open_required": any(generation(gpu) >= BLACKWELL for gpu in gpus),
+        "open_required": open_required,
+        "switch_managers": managers,
+        "without_infiniband": [
+            each for each in sorted({kernel, next_kernel}) if managers and not has_infiniband(root, each)
+        ],
         "loaded": version_in(loaded or ""),
         "loaded_open": None if loaded is None else "Open Kernel Module" in loaded,
         "on_disk": on_disk,
@@ -74,6 +85,23 @@ def nvidia_device(path: Path) -> dict[str, Any] | None:
     if code is None or kind is None:
         return None
     return {"address": path.name, "device": f"10de:{code[2:]}", "class": kind[:6]}
+
+
+def switch_managers(root: Path) -> int:
+    """The ConnectX devices that lead to NVSwitches, whether or not a module serves them already.
+
+    Product data takes its time to read, so it is asked for where such a board may be. A virtual function has none.
+    """
+    return sum(
+        SWITCH_MANAGER in find_bytes(path / "vpd")
+        for path in folder(root / "sys/bus/pci/devices")
+        if find_text(path / "vendor") == CONNECTX_VENDOR and (find_text(path / "class") or "").startswith(NETWORK)
+    )
+
+
+def has_infiniband(root: Path, kernel: str) -> bool:
+    """Whether this kernel has what the fabric manager reaches those devices by."""
+    return all(modinfo(root, kernel, "filename", module) is not None for module in INFINIBAND_MODULES)
 
 
 def generation(gpu: dict[str, Any]) -> int:
@@ -119,13 +147,13 @@ def by_number(release: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", release)]
 
 
-def modinfo(root: Path, kernel: str, field: str) -> str | None:
+def modinfo(root: Path, kernel: str, field: str, module: str = "nvidia") -> str | None:
     """A field of the module that this kernel would load, or None where there is none."""
     own = root / "usr/sbin/modinfo"
     program = str(own) if own.exists() else "modinfo"
     try:
         done = subprocess.run(
-            [program, "-k", kernel, "-F", field, "nvidia"],
+            [program, "-k", kernel, "-F", field, module],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -150,6 +178,13 @@ def find_text(path: Path) -> str | None:
         return path.read_text(errors="replace").strip()
     except OSError:
         return None
+
+
+def find_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def main() -> None:
