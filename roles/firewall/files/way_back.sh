@@ -1,10 +1,15 @@
 #!/bin/sh
 # shellcheck disable=SC2094 # words that are names of files in the folder, and of commands as well
-# The way back: `keep` remembers which firewall is at work on this host and what it does, `back SECONDS` makes it so again. Lies in /run while a change
-# is under way; a timer runs `back` if nobody takes it away. What others have in the kernel's tables is touched only where firewalld has flushed it.
+# The way back: `arm SECONDS` remembers which firewall is at work on this host and what it does, and has it made so again (`back`) by a timer after so many
+# seconds, or by the next boot, whichever comes first; `disarm` takes that away once the new one is proven. Lies here while a change is under way.
+# What others have in the kernel's tables is touched only where firewalld has flushed it.
 set -u
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
-before=/run/remotegpu-firewall.before
+before=/var/lib/remotegpu-firewall.before
+this=/var/lib/remotegpu-firewall-way-back
+timer=remotegpu-firewall-rollback
+at_boot=remotegpu-rollback-firewall.service # no name that `files` knows
+systemd=/etc/systemd/system
 program=/usr/local/sbin/remotegpu-firewall
 units='ufw firewalld nftables remotegpu-firewall remotegpu-firewall-docker remotegpu-gateway'
 tables='remotegpu remotegpu_openings remotegpu_gateway'
@@ -40,8 +45,46 @@ our_tables() {
     done
 }
 
-keep() {
+# Armed already: by a run that was cut off. What it remembers was proven, what is at work now was not.
+arm() {
     set -e
+    if ! [ -e $systemd/$at_boot ] || ! [ -d $before ]; then
+        keep
+        ready_for_boot
+    fi
+    stop $timer.timer $timer.service $at_boot
+    systemd-run --quiet --unit=$timer --on-active="$1" --timer-property=AccuracySec=1s --collect /bin/sh $this back "$1"
+}
+
+# The timer last: who is cut off in between leaves it armed.
+disarm() {
+    rm -f $systemd/multi-user.target.wants/$at_boot $systemd/$at_boot
+    stop $timer.timer
+    rm -rf $before $this
+}
+
+stop() { systemctl stop "$@" 2>/dev/null || true; }
+
+# Behind all who load rules, and before Docker writes its own. By hand: `systemctl enable` would make systemd reload, which takes the GPU from containers.
+# On the disk at once: whoever is locked out may take the power away.
+ready_for_boot() {
+    umask 022
+    cat >$systemd/$at_boot <<EOF
+[Unit]
+Description=RemoteGPU firewall: the one of before, since nobody has proven the new one
+After=remotegpu-firewall.service remotegpu-gateway.service ufw.service firewalld.service nftables.service netfilter-persistent.service
+Before=docker.service
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh $this back
+EOF
+    mkdir -p $systemd/multi-user.target.wants
+    ln -sf ../$at_boot $systemd/multi-user.target.wants/$at_boot
+    sync $this $before $before/* $systemd/$at_boot $systemd/multi-user.target.wants
+}
+
+keep() {
     umask 077
     rm -rf $before
     mkdir $before
@@ -63,15 +106,25 @@ keep() {
 }
 
 # back SECONDS: three times, with so many seconds in between. On a slow host a step of the change may still be under way when the time comes; what it
-# does after the way back was taken would stay, with nobody left who can get in.
+# does after the way back was taken would stay, with nobody left who can get in. After a boot nothing is under way, and once is enough.
 back() {
     cd $before || exit 1
-    for pause in "$1" "$1" ''; do
+    for pause in ${1:+"$1" "$1"} ''; do
         leave_the_new
         bring_the_files
         return_to_the_old
         if [ -n "$pause" ]; then sleep "$pause"; fi
     done
+    if [ -z "${1:-}" ]; then start_the_units; fi
+    cd /
+    disarm
+}
+
+# This boot has begun with the units of the new one. Not waited for: some come behind Docker, and Docker waits for this.
+start_the_units() {
+    while read -r unit state; do
+        if [ "$state" = enabled ]; then systemctl --no-block start "$unit.service"; fi
+    done <enabled
 }
 
 leave_the_new() {
