@@ -528,12 +528,56 @@ def test_a_card_is_a_display_controller_of_nvidia(tmp_path: Path, vendor: str, k
 
 
 def test_a_modinfo_that_fails_or_hangs_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia_facts, "MODINFO_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(nvidia_facts, "KMOD_TIMEOUT_S", 0.2)
     for script in ("exit 1", "exec sleep 60", "echo"):
         put(tmp_path / "usr/sbin/modinfo", f"#!/bin/sh\n{script}\n").chmod(0o755)
         assert nvidia_facts.look(tmp_path)["on_disk"] is None
     put(tmp_path / "usr/sbin/modinfo", f'#!/bin/sh\n[ "$2" = {os.uname().release} ] && echo 1.2\n').chmod(0o755)
     assert nvidia_facts.look(tmp_path)["on_disk"] == "1.2"
+
+
+@pytest.mark.parametrize(
+    ("told", "file"),
+    [
+        ("insmod /lib/modules/6.8.0/updates/dkms/nvidia.ko", "nvidia"),  # Ubuntu, and NVIDIA's packages
+        ("install modprobe -i nvidia-current-open $CMDLINE_OPTS ", "nvidia-current-open"),  # Debian, by its settings
+        ("install modprobe -i nvidia-current $CMDLINE_OPTS ", "nvidia-current"),
+        ("install modprobe -i nvidia-tesla-535 $CMDLINE_OPTS ", "nvidia-tesla-535"),
+        ("install /sbin/modprobe --ignore-install nvidia && /sbin/modprobe nvidia-uvm", "nvidia"),
+    ],
+)
+def test_the_driver_on_disk_is_the_one_that_would_be_loaded_whatever_its_file_is_called(
+    tmp_path: Path, told: str, file: str
+) -> None:
+    others = {"nvidia", "nvidia-current", "nvidia-current-open", "nvidia-tesla-535"} - {file}
+    put(tmp_path / "usr/sbin/modprobe", f"#!/bin/sh\necho '{told}'\n").chmod(0o755)
+    put(tmp_path / "usr/sbin/modinfo", by_name({file: "535.261.03"} | dict.fromkeys(others, "470.1"))).chmod(0o755)
+    for release in ("1.8.0-9-generic", "1.8.0-60-generic"):
+        (tmp_path / "lib/modules" / release).mkdir(parents=True)
+        put(tmp_path / f"boot/vmlinuz-{release}", "")
+    seen = nvidia_facts.look(tmp_path)
+    assert (seen["on_disk"], seen["next_on_disk"]) == ("535.261.03", "535.261.03")
+
+
+@pytest.mark.parametrize("there", ["nvidia", "nvidia-current"])
+def test_a_driver_that_modprobe_would_not_load_is_not_on_disk(tmp_path: Path, there: str) -> None:
+    put(tmp_path / "usr/sbin/modprobe", "#!/bin/sh\necho install modprobe -i nvidia-current-open\n").chmod(0o755)
+    put(tmp_path / "usr/sbin/modinfo", by_name({there: "535.261.03"})).chmod(0o755)
+    seen = nvidia_facts.look(tmp_path)
+    assert (seen["on_disk"], seen["next_on_disk"]) == (None, None)
+
+
+@pytest.mark.parametrize("file", ["nvidia", "nvidia-current", "nvidia-current-open"])
+def test_where_nothing_is_told_the_driver_on_disk_is_the_one_that_is_there(tmp_path: Path, file: str) -> None:
+    put(tmp_path / "usr/sbin/modprobe", "#!/bin/sh\nexit 1\n").chmod(0o755)
+    put(tmp_path / "usr/sbin/modinfo", by_name({file: "535.261.03", "nvidia-fs": "2.19.7"})).chmod(0o755)
+    assert nvidia_facts.look(tmp_path)["on_disk"] == "535.261.03"
+
+
+def by_name(versions: dict[str, str]) -> str:
+    """A `modinfo` that answers as the real one does, by the name of the file."""
+    cases = "".join(f"    {name}) echo {version} ;;\n" for name, version in versions.items())
+    return f'#!/bin/sh\ncase "$5" in\n{cases}    *) exit 1 ;;\nesac\n'
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 
 KIND is debian (names of Debian's non-free), nvidia (names of NVIDIA's repository, with a fabric manager) or subnet
 (what that needs beside it on a board with NVLink 5, of a release of its own); what starts with LESS is left out. The
-names, the versions and what depends on what are real; inside is nothing but a number where `modinfo` of the fake root
-looks for it, units that sleep, and one that does at boot what the kernel does: load the module that is on the disk.
+names, the versions and what depends on what are real, and so are the names of the modules' files, which are made where
+DKMS would build them; inside is nothing else but units that sleep, and one that does at boot what the kernel does: load
+the module that is on the disk.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import sys
 from typing import Any
 
 ROOT = "/opt/fake-root"
-ON_DISK = "/usr/share/fake-nvidia/on-disk"
-LOAD = f"""[Unit]
+LOAD = """[Unit]
 Description=Loads the fake driver, as the kernel does at boot
 Before=nvidia-persistenced.service nvidia-fabricmanager.service
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/mkdir -p {ROOT}/proc/driver/nvidia
+ExecStart=/bin/mkdir -p {0}/proc/driver/nvidia
 ExecStart=/bin/sh -c 'printf "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  %%s  Release Build\\n" \
-    "$(cat {ON_DISK})" >{ROOT}/proc/driver/nvidia/version'
+    "$(modinfo -b {0} -F version {1})" >{0}/proc/driver/nvidia/version'
 
 [Install]
 WantedBy=multi-user.target
+"""
+# Debian's, which come to this place by its alternatives.
+SETTINGS = """install nvidia modprobe -i nvidia-current-open $CMDLINE_OPTS
+install nvidia-uvm modprobe nvidia ; modprobe -i nvidia-current-open-uvm $CMDLINE_OPTS
 """
 SLEEPER = """[Unit]
 Description={0}
@@ -44,9 +48,11 @@ def packages(kind: str, release: str) -> list[dict[str, Any]]:
     version = f"{release}-1"
     if kind == "subnet":
         return [{"name": "nvlsm", "version": version}]
+    file = "nvidia-current-open" if kind == "debian" else "nvidia"
     module = {
-        "files": {ON_DISK: f"{release}\n", "/lib/systemd/system/fake-nvidia-load.service": LOAD},
-        "postinst": "systemctl daemon-reload; systemctl enable --quiet fake-nvidia-load.service",
+        "files": {"/lib/systemd/system/fake-nvidia-load.service": LOAD.format(ROOT, file)},
+        "postinst": f"/usr/local/sbin/kernel_module {ROOT} updates/dkms/{file}.ko name=nvidia version={release}\n"
+        "systemctl daemon-reload; systemctl enable --quiet fake-nvidia-load.service",
     }
     daemon = {
         name: {
@@ -69,8 +75,14 @@ def packages(kind: str, release: str) -> list[dict[str, Any]]:
             {
                 "name": "nvidia-open-kernel-dkms",
                 "version": version,
-                **depends("firmware-nvidia-gsp", version),
+                **depends("nvidia-open-kernel-support", version),
                 **module,
+            },
+            {
+                "name": "nvidia-open-kernel-support",
+                "version": version,
+                **depends("firmware-nvidia-gsp", version),
+                "files": {f"{ROOT}/etc/modprobe.d/nvidia.conf": SETTINGS},
             },
             {"name": "nvidia-smi", "version": version, **depends("libnvidia-ml1", version)},
             *({"name": name, "version": version} for name in libraries),

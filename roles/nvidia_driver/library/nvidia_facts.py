@@ -1,9 +1,9 @@
 #!/usr/bin/python
 """What a host says about NVIDIA hardware and its driver, without asking the driver: a hung one answers nobody.
 
-Read from sysfs, procfs and efivars, and from `modinfo` for the module of the kernel that runs, and of the one that the
-next boot would start. Unknown is None, never a guess. What to do about it is decided in tasks/ and vars/; here is only
-looked.
+Read from sysfs, procfs and efivars, and by `modprobe` and `modinfo` for the module of the kernel that runs, and of the
+one that the next boot would start. Unknown is None, never a guess. What to do about it is decided in tasks/ and vars/;
+here is only looked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ INFINIBAND_MODULES = ("mlx5_ib", "ib_umad")
 # Variables of UEFI carry four bytes of attributes before their value.
 SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 TURING, BLACKWELL = 0x1E00, 0x2900  # the first PCI device ids of each; NVIDIA gives them out upwards
-MODINFO_TIMEOUT_S = 20.0
+# The driver's module is called nvidia once it is loaded. Its file is by NVIDIA and Ubuntu; Debian has others for it.
+DRIVER_FILES = ("nvidia", "nvidia-current-open", "nvidia-current")
+MODPROBE_SETTINGS = ("etc", "run", "usr/local/lib", "usr/lib", "lib")
+KMOD_TIMEOUT_S = 20.0
 
 
 def look(root: Path) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def look(root: Path) -> dict[str, Any]:
     modules = (find_text(root / "proc/modules") or "").splitlines()
     kernel = os.uname().release
     next_kernel = newest_kernel(root) or kernel
-    on_disk = modinfo(root, kernel, "version")
+    on_disk = driver(root, kernel, "version")
     open_required = any(generation(gpu) >= BLACKWELL for gpu in gpus)
     managers = switch_managers(root) if open_required else 0
     return {
@@ -66,14 +69,14 @@ def look(root: Path) -> dict[str, Any]:
         "loaded": version_in(loaded or ""),
         "loaded_open": None if loaded is None else "Open Kernel Module" in loaded,
         "on_disk": on_disk,
-        "on_disk_signer": modinfo(root, kernel, "signer") if on_disk else None,
+        "on_disk_signer": driver(root, kernel, "signer") if on_disk else None,
         "has_programs": os.path.lexists(root / "usr/bin/nvidia-smi"),
         "nouveau_loaded": any(line.split(" ")[0] == "nouveau" for line in modules),
         "secure_boot": secure_boot(root),
         "kernel": kernel,
         "headers": (root / "lib/modules" / kernel / "build").exists(),
         "next_kernel": next_kernel,
-        "next_on_disk": on_disk if next_kernel == kernel else modinfo(root, next_kernel, "version"),
+        "next_on_disk": on_disk if next_kernel == kernel else driver(root, next_kernel, "version"),
     }
 
 
@@ -147,18 +150,40 @@ def by_number(release: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", release)]
 
 
-def modinfo(root: Path, kernel: str, field: str, module: str = "nvidia") -> str | None:
-    """A field of the module that this kernel would load, or None where there is none."""
-    own = root / "usr/sbin/modinfo"
-    program = str(own) if own.exists() else "modinfo"
+def driver(root: Path, kernel: str, field: str) -> str | None:
+    """A field of the driver's module that this kernel would load, or None where there is none."""
+    return modinfo(root, kernel, field, driver_file(root, kernel))
+
+
+def driver_file(root: Path, kernel: str) -> str:
+    """The name of the file that the driver is loaded from, as `modinfo` takes it.
+
+    Debian's packages build the module under names of their own, so that several can be there, and tell modprobe which
+    one it is. Where nothing is told it is the one that is there.
+    """
+    settings = [word for name in MODPROBE_SETTINGS for word in ("-C", str(root / name / "modprobe.d"))]
+    said = ask(root, "modprobe", "-d", str(root), *settings, "-S", kernel, "--show-depends", "nvidia")
+    told = re.search(r"^install .*?\bmodprobe(?: -\S+)* (nvidia\S*)", said or "", re.MULTILINE)
+    names = (told.group(1),) if told else DRIVER_FILES
+    return next((name for name in names if modinfo(root, kernel, "filename", name) is not None), names[0])
+
+
+def modinfo(root: Path, kernel: str, field: str, module: str) -> str | None:
+    """A field of the module in the file of that name, or None where this kernel has none."""
+    return ask(root, "modinfo", "-k", kernel, "-F", field, module, "-b", str(root))
+
+
+def ask(root: Path, name: str, *arguments: str) -> str | None:
+    """What a program of kmod says, or None where it fails, or says nothing."""
+    own = root / "usr/sbin" / name
     try:
         done = subprocess.run(
-            [program, "-k", kernel, "-F", field, module],
+            [str(own) if own.exists() else name, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=MODINFO_TIMEOUT_S,
+            timeout=KMOD_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
