@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,35 @@ def test_one_repository_serves_every_distribution(suite: str, architecture: str,
         "Suites": "/",
         "Signed-By": "/etc/apt/keyrings/nvidia-container-toolkit.asc",
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "is_the_driver"),
+    [
+        ("updates/dkms/nvidia.ko", True),  # NVIDIA's packages
+        ("updates/dkms/nvidia.ko.zst", True),
+        ("kernel/nvidia-580-server-open/nvidia.ko", True),  # Ubuntu's signed modules
+        ("updates/dkms/nvidia-current.ko", True),  # Debian's, by its DKMS's names
+        ("updates/dkms/nvidia-current-open.ko", True),
+        ("updates/dkms/nvidia-current-open.ko.xz", True),
+        ("updates/dkms/nvidia-tesla-535.ko.xz", True),
+        ("updates/dkms/nvidia-tesla.ko", True),
+        ("updates/dkms/nvidia-legacy-390xx.ko", True),
+        ("kernel/drivers/platform/x86/nvidia-wmi-ec-backlight.ko.xz", False),
+        ("kernel/drivers/video/fbdev/nvidia/nvidiafb.ko.xz", False),
+        ("updates/dkms/nvidia-fs.ko", False),
+    ],
+)
+def test_containers_are_told_of_a_driver_by_whichever_name_its_module_has(
+    tmp_path: Path, module: str, is_the_driver: bool
+) -> None:
+    text = render(ROLE, "cdi-refresh.conf.j2", "trixie", ansible_managed="managed")
+    said = [line.removeprefix("ExecCondition=") for line in text.splitlines() if line.startswith("ExecCondition=")]
+    assert said[0] == "", "the toolkit's own is taken away"
+    index = tmp_path / "modules.dep"
+    index.write_text(f"kernel/fs/fuse/fuse.ko.xz:\n{module}: kernel/fs/fuse/fuse.ko.xz\n")
+    asked = shlex.split(said[1].replace("/lib/modules/%v/modules.dep", str(index)))
+    assert (subprocess.run(asked, check=False).returncode == 0) is is_the_driver
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 """The four packages of a release of the container toolkit, as a JSON list for apt_repository.
 
 What the role and Docker deal with is there: the runtime, which hands on to runc and marks the container's environment;
-the refresh units of 1.18 and later, which watch a folder that stands for the driver's; nvidia-ctk for `cdi generate`.
+the refresh units of 1.18 and later, which watch a folder that stands for the driver's and look for its module as the
+real ones do; nvidia-ctk for `cdi generate`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ConditionPathExists=/opt/fake-root/proc/driver/nvidia/version
 
 [Service]
 Type=oneshot
+ExecCondition=/usr/bin/grep -qE '/(nvidia|nvidia-current)\\\\.ko' /lib/modules/%v/modules.dep
 ExecStart=/usr/bin/nvidia-ctk cdi generate --output=/var/run/cdi/nvidia.yaml
 
 [Install]
