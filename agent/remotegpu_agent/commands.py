@@ -283,7 +283,8 @@ class Operations:
                 self._journal.record("lease.logs_lost", lease_id=lease_id, detail={"attempts": unsent})
                 return
             time.sleep(0.1)
-            if (now := self._tasks.acknowledged_bytes(lease_id)) > arrived:
+            # Fewer than before: the portal was restored, and is being told again.
+            if (now := self._tasks.acknowledged_bytes(lease_id)) != arrived:
                 arrived, deadline = now, time.monotonic() + self._unsent_wait_s
                 progress.tick()  # so that the portal goes on waiting for the cleaning
 

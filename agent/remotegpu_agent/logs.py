@@ -24,7 +24,7 @@ class LogMark:
 
     acked: int = 0  # the portal holds every byte below
     is_complete: bool = False  # ... and knows that this is the end
-    base: int = 0  # offset of the file's first byte: not 0 once a task has truncated its own output
+    base: int = 0  # offset of the file's first byte: moved by a task that truncates its own output, and by lost bytes
     cut_at: int | None = None  # the quota at which output was dropped
 
     @classmethod
@@ -87,9 +87,47 @@ def _read(path: Path, mark: LogMark, offset: int, limit: int) -> bytes:
         return b""
 
 
-def acknowledge(mark: LogMark, *, offset: int, is_complete: bool) -> LogMark:
-    """The portal holds everything below `offset`; it never moves back."""
-    return LogMark(max(mark.acked, offset), mark.is_complete or is_complete, mark.base, mark.cut_at)
+def acknowledge(path: Path, mark: LogMark, *, offset: int, is_complete: bool) -> LogMark:
+    """The portal holds everything below `offset`, and nothing above.
+
+    Acknowledgements come one after the other, so one that moves back is never late: the portal was restored and has
+    lost what it held. What the file still has of that is sent again. What it has not is lost, and the numbers of all
+    that follows go down by as much, since the portal leaves no gap: `lost` tells how many bytes that were.
+    """
+    is_complete = is_complete or mark.is_complete
+    if offset < mark.acked and not is_complete:
+        return _go_back(path, mark, offset)
+    return LogMark(max(mark.acked, min(offset, size(path, mark))), is_complete, mark.base, mark.cut_at)
+
+
+def lost(before: LogMark, after: LogMark) -> int:
+    """How many bytes neither the portal nor the file has any more, as an acknowledgement has found."""
+    return max(0, before.base - after.base)
+
+
+def _go_back(path: Path, mark: LogMark, offset: int) -> LogMark:
+    # From the cut on there is only the notice, which is not in the file.
+    end = mark.acked if mark.cut_at is None else min(mark.acked, mark.cut_at)
+    if offset >= end:
+        return LogMark(offset, False, mark.base, mark.cut_at)
+    kept = mark.base + _start_of_data(path, max(0, offset - mark.base), end - mark.base)
+    gap = kept - offset
+    return LogMark(offset, False, mark.base - gap, None if mark.cut_at is None else mark.cut_at - gap)
+
+
+def _start_of_data(path: Path, start: int, end: int) -> int:
+    """From where on all of the file is there up to `end`, looked for from `start` on; `end` when nothing is."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size < end:
+                return end  # the task has emptied it since
+            while start < end and (hole := os.lseek(file.fileno(), start, os.SEEK_HOLE)) < end:
+                start = os.lseek(file.fileno(), hole, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENXIO):  # ENXIO: no data from there on
+            raise
+        return end
+    return min(start, end)
 
 
 def punch(path: Path, before: LogMark, after: LogMark) -> None:

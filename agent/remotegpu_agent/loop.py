@@ -277,7 +277,8 @@ class Agent:
             if entry.lease_id not in named and not entry.disowned:
                 why = "the portal lost it when it was restored: clean the machine before this id is used again"
                 self.leases.disown(entry.lease_id, why)
-        wanted = {order.attempt_id for order in held.desired.attempts} if held.desired else set()
+        orders = held.desired.attempts if held.desired else ()
+        wanted = {order.attempt_id for order in orders if not self.tasks.is_anothers(order)}
         self.tasks.disown(set(self.tasks.observe()) - wanted)
         self.tasks.tell_again(wanted)
         self.journal.record("agent.thawed", detail={"epoch": held.epoch, "generation": held.generation})

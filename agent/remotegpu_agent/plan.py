@@ -36,6 +36,7 @@ class HostAttempt:
     lease_id: int
     has_ended: bool
     is_stopping: bool
+    is_disowned: bool = False  # of a task that the portal has lost: whatever is ordered by this id is another
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class EndUnstarted:
     state: str
     reason: str
 
+
+TAKEN = "another task of before the restore has this number on the host; run it again"
 
 Step = StopAttempt | CloseLease | MakeLogin | ArmEnd | SetExpiry | WriteKeys | StartAttempt | EndUnstarted
 
@@ -162,7 +165,7 @@ def _stops(orders: Iterable[DesiredAttempt], there: Mapping[int, HostAttempt]) -
         attempt = there.get(order.attempt_id)
         if order.is_wanted:
             continue
-        if attempt is None:
+        if attempt is None or attempt.is_disowned:
             yield EndUnstarted(order, "stopped", "stopped before it started")
         elif not attempt.has_ended and not attempt.is_stopping:
             yield StopAttempt(order.attempt_id, "stopped by request")
@@ -172,9 +175,12 @@ def _starts(
     orders: Iterable[DesiredAttempt], host: Host, open_ids: Collection[int], wanted: Collection[int]
 ) -> Iterable[StartAttempt | EndUnstarted]:
     for order in orders:
-        if not order.is_wanted or order.attempt_id in host.attempts:
+        there = host.attempts.get(order.attempt_id)
+        if not order.is_wanted or (there is not None and not there.is_disowned):
             continue
-        if order.lease_id in open_ids:
+        if there is not None:
+            yield EndUnstarted(order, "failed", TAKEN)
+        elif order.lease_id in open_ids:
             yield StartAttempt(order)
         elif order.lease_id in wanted:
             yield EndUnstarted(order, "failed", f"its lease cannot be opened: {host.obstacles[order.lease_id]}")

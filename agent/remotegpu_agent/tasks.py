@@ -11,6 +11,7 @@ one directory that belongs to root:
             stop.json                  somebody asked it to stop: why and when
             log                        its output: written by systemd
             exit.json                  how it ended: written by record-exit.sh
+        refused/<attempt id>/          an order of the same id, which had to end unstarted; as above
 
 The boot id tells whether a unit that is missing has ended or was lost. When and why is plan.py's; leases.py ends
 tasks too.
@@ -135,6 +136,18 @@ class Attempt:
         return self.outcome().has_ended and self.acked_state == self.outcome().state and self.mark.is_complete
 
 
+class Refusal(Attempt):
+    """The end of an order whose id another's attempt has here: it was never started. It lies in the other's directory
+    and goes with it.
+    """
+
+    def __init__(self, other: Attempt) -> None:
+        super().__init__(other.directory / "refused" / other.directory.name)
+
+    def _is_winding_up(self) -> bool:
+        return False  # the unit of that name is the other's
+
+
 def unit_of(attempt_id: int) -> str:
     return f"remotegpu-task-{attempt_id}.service"
 
@@ -193,6 +206,7 @@ class Tasks:
         self._journal = journal
         self._lock = threading.RLock()
         self._attempts: dict[int, Attempt] = {}
+        self._refusals: dict[int, Refusal] = {}  # of orders whose id one of those has that the portal has lost
         self._talking: dict[int, Attempt] = {}  # those of which the portal does not know everything yet
         self._served = 0
         self._recorder = config.state_dir / RECORDER
@@ -208,6 +222,14 @@ class Tasks:
         self._attempts[attempt.attempt_id] = attempt
         if not _is_silent(attempt):
             self._talking[attempt.attempt_id] = attempt
+        self._admit_refusal(Refusal(attempt))
+
+    def _admit_refusal(self, refusal: Refusal) -> None:
+        if refusal.exit_record() is None:
+            return
+        self._refusals[refusal.attempt_id] = refusal
+        if not _is_silent(refusal):
+            self._talking[refusal.attempt_id] = refusal
 
     # Look
 
@@ -215,15 +237,17 @@ class Tasks:
         with self._lock:
             for attempt in [attempt for attempt in self._attempts.values() if not attempt.root.exists()]:
                 self._drop(attempt)  # cleaned from the command line
+            # What was refused stays so, whatever becomes of the attempt that stood in its way.
             return {
                 attempt.attempt_id: HostAttempt(
                     attempt_id=attempt.attempt_id,
                     lease_id=attempt.lease_id,
                     has_ended=attempt.outcome().has_ended,
                     is_stopping=(attempt.root / "stop.json").exists(),
+                    is_disowned=_is_disowned(attempt),
                 )
-                for attempt in self._attempts.values()
-                if not (attempt.record.get("disowned") and attempt.outcome().has_ended)
+                for attempt in (self._attempts | self._refusals).values()
+                if not (_is_disowned(attempt) and attempt.outcome().has_ended)
             }
 
     def unfinished(self) -> list[Attempt]:
@@ -268,9 +292,27 @@ class Tasks:
         self._journal.record("attempt.started", lease_id=order.lease_id, attempt_id=order.attempt_id)
 
     def end_unstarted(self, order: DesiredAttempt, state: str, reason: str) -> None:
-        """Give an end to an attempt that will never run here."""
+        """Give an end to an attempt that will never run here. Another's of the same id that runs is left alone."""
+        with self._lock:
+            other = self._attempts.get(order.attempt_id)
+            if other is not None and _is_disowned(other) and not other.outcome().has_ended:
+                self._refuse(order, other, state, reason)
+                return
         self._fresh_directory(order.attempt_id)
         self._conclude(self._note(order), state, reason)
+
+    def _refuse(self, order: DesiredAttempt, other: Attempt, state: str, reason: str) -> None:
+        self._forget_refusal(other)
+        refusal = Refusal(other)
+        refusal.root.mkdir(mode=0o700, parents=True)
+        self._note_in(refusal, order)
+        self._conclude(refusal, state, reason)
+        self._admit_refusal(refusal)
+
+    def _forget_refusal(self, other: Attempt) -> None:
+        if self._refusals.pop(other.attempt_id, None) is not None:
+            self._talking.pop(other.attempt_id, None)
+        shutil.rmtree(other.directory / "refused", ignore_errors=True)
 
     def _prepare(self, order: DesiredAttempt, login: str, home: Path) -> Attempt:
         gid = grp.getgrnam(login).gr_gid
@@ -295,6 +337,14 @@ class Tasks:
         directory = self._config.tasks_dir / str(order.attempt_id)
         (directory / "root").mkdir(mode=0o700)
         attempt = Attempt(directory)
+        self._note_in(attempt, order)
+        sync_directory(self._config.tasks_dir)
+        with self._lock:
+            self._admit(attempt)
+        return attempt
+
+    @staticmethod
+    def _note_in(attempt: Attempt, order: DesiredAttempt) -> None:
         attempt.keep(
             attempt_id=order.attempt_id,
             task_id=order.task_id,
@@ -307,10 +357,6 @@ class Tasks:
             acked_state=None,
             log=asdict(LogMark()),
         )
-        sync_directory(self._config.tasks_dir)
-        with self._lock:
-            self._admit(attempt)
-        return attempt
 
     def _unit_argv(self, order: DesiredAttempt, attempt: Attempt, login: str) -> list[str]:
         properties = [
@@ -429,13 +475,16 @@ class Tasks:
         """What the portal holds by now."""
         for ack in acks:
             with self._lock:
-                attempt = self._attempts.get(ack["attempt_id"])
+                attempt = self._talking.get(ack["attempt_id"])
                 if attempt is None:
                     continue
                 before = attempt.mark
-                limit = logs.size(attempt.log_file, before)
-                after = logs.acknowledge(before, offset=min(ack["log_offset"], limit), is_complete=ack["log_complete"])
-                attempt.keep(log=asdict(after), acked_state=ack["state"])
+                after = logs.acknowledge(
+                    attempt.log_file, before, offset=ack["log_offset"], is_complete=ack["log_complete"]
+                )
+                # Beside the mark, not in it: an agent of before, to which an upgrade may go back, reads that strictly.
+                lost = attempt.record.get("log_lost", 0) + logs.lost(before, after)
+                attempt.keep(log=asdict(after), acked_state=ack["state"], **({"log_lost": lost} if lost else {}))
                 if _is_silent(attempt):
                     self._talking.pop(attempt.attempt_id, None)
             if after != before:
@@ -460,16 +509,26 @@ class Tasks:
                 if attempt_id in self._attempts:
                     self._attempts[attempt_id].keep(disowned=True)
                     self._talking.pop(attempt_id, None)
+                    self._forget_refusal(self._attempts[attempt_id])
+
+    def is_anothers(self, order: DesiredAttempt) -> bool:
+        """What has this id here is of another task: a portal that was restored gives ids a second time."""
+        with self._lock:
+            attempt = self._refusals.get(order.attempt_id) or self._attempts.get(order.attempt_id)
+            if attempt is None:
+                return False
+            return bool((attempt.record["task_id"], attempt.lease_id) != (order.task_id, order.lease_id))
 
     def tell_again(self, attempt_ids: Iterable[int]) -> None:
         """The portal was restored, and has forgotten what it heard of these: what it acknowledged is void.
 
-        Output that it had is no longer here; it shows that some is missing.
+        How much of the output it still has, its next acknowledgement says. Of a complete one nothing is here any more;
+        it shows that some is missing.
         """
         with self._lock:
             for attempt_id in attempt_ids:
-                attempt = self._attempts.get(attempt_id)
-                if attempt is not None and not attempt.record.get("disowned"):
+                attempt = self._refusals.get(attempt_id) or self._attempts.get(attempt_id)
+                if attempt is not None and not _is_disowned(attempt):
                     attempt.keep(acked_state=None)
                     self._talking[attempt_id] = attempt
 
@@ -484,12 +543,17 @@ class Tasks:
     def _drop(self, attempt: Attempt) -> None:
         with self._lock:
             self._attempts.pop(attempt.attempt_id, None)
+            self._refusals.pop(attempt.attempt_id, None)
             self._talking.pop(attempt.attempt_id, None)
             shutil.rmtree(attempt.directory, ignore_errors=True)
 
 
 def _is_silent(attempt: Attempt) -> bool:
-    return attempt.is_settled() or bool(attempt.record.get("disowned"))
+    return attempt.is_settled() or _is_disowned(attempt)
+
+
+def _is_disowned(attempt: Attempt) -> bool:
+    return bool(attempt.record.get("disowned"))
 
 
 def _news(attempt: Attempt) -> tuple[object, ...] | None:
@@ -511,7 +575,7 @@ def _report(attempt: Attempt) -> dict[str, Any]:
         "ended_at": outcome.ended_at,
         "boot_id": attempt.record["boot_id"],
         "log_bytes": logs.size(attempt.log_file, attempt.mark),
-        "log_truncated": attempt.mark.cut_at is not None or attempt.mark.base > 0,
+        "log_truncated": attempt.mark.cut_at is not None or attempt.mark.base > 0 or "log_lost" in attempt.record,
         "reason": outcome.reason,
     }
 

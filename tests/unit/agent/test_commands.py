@@ -291,3 +291,20 @@ def test_a_cleaning_waits_for_the_logs_as_long_as_they_arrive_and_no_longer(
     agent_commands.Operations(*parts)._wait_until_sent(17)
     assert clock.noted == lost
     assert moved.value() == max(0, backlog.windows - 1)  # the portal sees that it moves
+
+
+def test_a_portal_that_was_restored_meanwhile_is_waited_for_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds less than before, and is told again."""
+    clock, held = Clock(), [9000, 1000, 2000, 3000, 4000]
+
+    class Restored:
+        def unsent(self, _lease_id: int) -> list[int]:
+            return [5] if held else []
+
+        def acknowledged_bytes(self, _lease_id: int) -> int:
+            return held.pop(0)
+
+    monkeypatch.setattr(agent_commands, "time", clock)
+    parts: Any = [None, None, None, Restored(), clock]
+    agent_commands.Operations(*parts)._wait_until_sent(17)
+    assert clock.noted == []

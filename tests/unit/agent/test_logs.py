@@ -34,7 +34,7 @@ def deliver(path: Path, mark: LogMark, *, has_ended: bool, quota: int = QUOTA) -
         assert window.offset == mark.acked
         assert len(window.data) <= logs.WINDOW_BYTES
         got += window.data
-        before, mark = mark, acknowledge(mark, offset=window.offset + len(window.data), is_complete=window.is_end)
+        before, mark = mark, acknowledge(path, mark, offset=window.offset + len(window.data), is_complete=window.is_end)
         punch(path, before, mark)
 
 
@@ -116,9 +116,93 @@ def test_a_task_that_empties_its_own_output_loses_nothing_that_comes_later(tmp_p
     assert mark.base == len(b"before")
 
 
-def test_an_acknowledgement_never_moves_back() -> None:
-    mark = acknowledge(LogMark(acked=100), offset=50, is_complete=False)
-    assert mark.acked == 100
+def restored(path: Path, mark: LogMark, offset: int) -> tuple[LogMark, int]:
+    """The mark once a portal that was restored has answered that it holds no more than this, and what is lost."""
+    after = acknowledge(path, mark, offset=offset, is_complete=False)
+    punch(path, mark, after)
+    assert after.acked == offset
+    return after, logs.lost(mark, after)
+
+
+def test_what_a_restored_portal_has_lost_is_sent_again_while_it_is_here(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, b"epoch 1\nepoch 2\n")
+    _, mark = deliver(path, LogMark(), has_ended=False)
+    mark, lost = restored(path, mark, len(b"epoch 1\n"))
+    assert lost == 0
+    append(path, b"epoch 3\n")
+    got, mark = deliver(path, mark, has_ended=True)
+    assert got == b"epoch 2\nepoch 3\n"
+    assert mark.is_complete
+
+
+def test_what_neither_the_portal_nor_the_host_has_any_more_costs_nothing_that_comes_later(tmp_path: Path) -> None:
+    path, whole = tmp_path / "log", noise(3_000_000)
+    append(path, whole)
+    _, mark = deliver(path, LogMark(), has_ended=False)
+    mark, lost = restored(path, mark, 1000)
+    assert lost % 4096 == 4096 - 1000  # whole blocks went
+    assert 2_000_000 < lost < 3_000_000
+    append(path, b"the end")
+    got, mark = deliver(path, mark, has_ended=True)
+    assert got == whole[1000 + lost :] + b"the end"
+    assert mark.is_complete
+    assert mark.acked == size(path, mark) == 3_000_000 - lost + len(b"the end")
+
+
+def test_a_portal_may_be_restored_twice(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, b"x" * 3_000_000)
+    _, mark = deliver(path, LogMark(), has_ended=False)
+    mark, _ = restored(path, mark, 1000)
+    append(path, b"y" * 3_000_000)
+    _, mark = deliver(path, mark, has_ended=False)
+    mark, _ = restored(path, mark, 0)
+    append(path, b"the end")
+    got, mark = deliver(path, mark, has_ended=True)
+    assert got.strip(b"y") == b"the end"
+    assert mark.acked == len(got)
+
+
+@pytest.mark.parametrize("offset", [0, 10, 1000, 1010])
+def test_over_the_quota_a_restored_portal_gets_the_notice_again(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "log"
+    append(path, b"y" * 50_000)
+    sent, mark = deliver(path, LogMark(), has_ended=False, quota=1000)
+    punch(path, LogMark(), mark)
+    mark, lost = restored(path, mark, offset)
+    assert lost == max(0, 1000 - offset)
+    got, mark = deliver(path, mark, has_ended=True, quota=1000)
+    assert sent[:offset] + got == sent[: min(offset, 1000)] + notice(min(offset, 1000))
+    assert mark.is_complete
+
+
+def test_output_that_a_task_has_emptied_is_lost_to_a_restored_portal(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, b"before")
+    _, mark = deliver(path, LogMark(), has_ended=False)
+    path.write_bytes(b"")
+    mark, lost = restored(path, mark, 2)
+    assert lost == len(b"fore")
+    append(path, b"after")
+    got, mark = deliver(path, mark, has_ended=False)
+    assert got == b"after"
+    mark, lost = restored(path, mark, 1)
+    assert lost == len(b"e")
+    assert deliver(path, mark, has_ended=True)[0] == b"after"
+
+
+def test_a_file_that_shrinks_before_its_acknowledgement_comes_is_no_restored_portal(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, b"before")
+    _, mark = deliver(path, LogMark(), has_ended=False)
+    path.write_bytes(b"")
+    assert acknowledge(path, mark, offset=6, is_complete=False) == mark
+
+
+def test_a_complete_log_stays_complete(tmp_path: Path) -> None:
+    mark = LogMark(acked=100, is_complete=True)
+    assert acknowledge(tmp_path / "log", mark, offset=50, is_complete=False) == mark
 
 
 @pytest.mark.parametrize("start_end", [(0, 0), (5, 4000), (4096, 4096), (1, 4097)])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
+from remotegpu_agent import systemd
 from remotegpu_agent.config import Config
 from remotegpu_agent.loop import Agent
 from remotegpu_agent.plan import Host, HostLease
 from remotegpu_agent.portal import TooLarge
+from remotegpu_agent.protocol import Desired, DesiredAttempt
 from remotegpu_agent.state import Held
 
 OVER = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
@@ -27,6 +30,26 @@ def test_a_frozen_host_tells_of_all_that_it_has_not_cleaned(tmp_path: Path) -> N
     assert agent._observed == [], "of no interest otherwise"
     agent._describe(Held("epoch", 5, None, "the portal is older"), host)
     assert [(lease["login"], lease["state"]) for lease in agent._observed] == [("lease17", "closed")]
+
+
+def test_after_a_thaw_an_order_with_the_id_of_another_tasks_attempt_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A customer of a restored portal may have ordered it before the thaw."""
+    config = Config("https://portal.test", state_dir=tmp_path, run_dir=tmp_path, tasks_dir=tmp_path / "tasks")
+    units = tmp_path / "units"
+    units.mkdir()
+    monkeypatch.setattr(systemd, "TRANSIENT_DIR", units)
+    orders = {each: DesiredAttempt(each, 3, 17, True, "true", {}, None, None, 30, None) for each in (5, 6)}
+    before = Agent(config)
+    for order in orders.values():
+        before.tasks.end_unstarted(order, "failed", "why")
+        (units / f"remotegpu-task-{order.attempt_id}.service").touch()
+    agent = Agent(config)  # to which both run
+    named = (replace(orders[5], task_id=4), orders[6])
+    agent._forget_what_the_portal_lost(Held("e", 5, Desired(1, "e", 5, (), named, (), 15.0, 1000)), retained=[])
+    assert {each: there.is_disowned for each, there in agent.tasks.observe().items()} == {5: True, 6: False}
+    assert [each["attempt_id"] for each in agent.tasks.reports()] == [6]
 
 
 def test_a_report_names_the_order_at_work_and_nothing_where_there_is_none(

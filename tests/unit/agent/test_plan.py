@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent.plan import (
+    TAKEN,
     ArmEnd,
     CloseLease,
     EndUnstarted,
@@ -200,6 +201,17 @@ def test_a_stop_is_asked_once_and_an_unstarted_attempt_gets_an_end() -> None:
 
 def test_an_attempt_that_is_no_longer_named_runs_on() -> None:
     assert decide(desired(lease()), on_host(there(lease()), attempts=(running(),))) == []
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "end"), [(True, ("failed", TAKEN)), (False, ("stopped", "stopped before it started"))]
+)
+def test_an_order_whose_id_a_lost_attempt_still_has_is_neither_started_nor_stopped(
+    is_wanted: bool, end: tuple[str, str]
+) -> None:
+    order = attempt(is_wanted=is_wanted)
+    host = on_host(there(lease()), attempts=(replace(running(), is_disowned=True),))
+    assert decide(desired(lease(), attempts=(order,)), host) == [EndUnstarted(order, *end)]
 
 
 def test_an_account_expires_on_the_day_after_the_end_in_utc() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from pathlib import Path
@@ -208,3 +209,92 @@ def test_a_portal_that_was_restored_hears_again_of_what_it_had_acknowledged(tmp_
     assert tasks.news() != ()
     tasks.acknowledge(told)
     assert (tasks.reports(), tasks.news()) == ([], ())
+
+
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: bytes = b"") -> tuple[Config, Tasks]:
+    """The tasks of a host on which attempt 5, of task 3, has written this and runs."""
+    config = Config("https://portal.example", state_dir=tmp_path / "state", tasks_dir=tmp_path / "tasks")
+    config.state_dir.mkdir()
+    units = tmp_path / "units"
+    units.mkdir()
+    monkeypatch.setattr(systemd, "TRANSIENT_DIR", units)
+    (units / "remotegpu-task-5.service").touch()
+    root = config.tasks_dir / "5" / "root"
+    root.mkdir(parents=True)
+    log = {"acked": 0, "is_complete": False, "base": 0, "cut_at": None}
+    ids = {"attempt_id": 5, "task_id": 3, "lease_id": 17}
+    (root / "attempt.json").write_text(json.dumps(RECORD | ids | {"boot_id": boot_id(), "log": log}))
+    (root / "log").write_bytes(output)
+    return config, restarted(config)
+
+
+def restarted(config: Config) -> Tasks:
+    return Tasks(config, Journal(config.state_dir / "journal.jsonl"))
+
+
+def ack(state: str, offset: int, *, complete: bool = False) -> dict[str, Any]:
+    return {"attempt_id": 5, "state": state, "log_offset": offset, "log_complete": complete}
+
+
+def test_a_log_with_lost_bytes_says_so_and_an_agent_of_before_can_read_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tasks = running(tmp_path, monkeypatch, b"x" * 3_000_000)
+    for _ in range(100):
+        for each in tasks.log_ranges(quota_bytes=10_000_000):
+            tasks.acknowledge([ack("running", each["offset"] + len(base64.b64decode(each["data"])))])
+    assert not tasks.reports()[0]["log_truncated"]
+    tasks.acknowledge([ack("running", 1000)])
+    for again in (tasks, restarted(config)):
+        assert again.reports()[0]["log_truncated"]
+        assert again.log_ranges(quota_bytes=10_000_000)[0]["offset"] == 1000
+        assert again.news() != ()
+    record = json.loads((config.tasks_dir / "5" / "root" / "attempt.json").read_text())
+    assert set(record["log"]) == {"acked", "is_complete", "base", "cut_at"}
+
+
+def test_an_order_with_the_id_of_a_lost_attempt_ends_and_the_attempt_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portal was restored, and gives the id a second time."""
+    config, tasks = running(tmp_path, monkeypatch, b"of the old one")
+    tasks.disown([5])
+    assert tasks.observe()[5].is_disowned
+    tasks.end_unstarted(order(task_id=4), "failed", "its id is taken")
+    for again in (tasks, restarted(config)):
+        [report] = again.reports()
+        assert (report["attempt_id"], report["state"], report["reason"]) == (5, "failed", "its id is taken")
+        assert (report["started_at"], report["log_bytes"], report["log_truncated"]) == (None, 0, False)
+        assert again.unsent(17) == [5]
+        assert again.log_ranges(quota_bytes=1000) == [{"attempt_id": 5, "offset": 0, "data": "", "end": True}]
+        assert (again.observe()[5].has_ended, again.observe()[5].is_disowned) == (True, False)
+    tasks.acknowledge([ack("failed", 0, complete=True)])
+    assert (tasks.reports(), tasks.news(), restarted(config).reports()) == ([], (), [])
+    assert (config.tasks_dir / "5" / "root" / "log").read_bytes() == b"of the old one"
+    assert not (config.tasks_dir / "5" / "root" / "stop.json").exists()
+
+    (tmp_path / "units" / "remotegpu-task-5.service").unlink()
+    (config.tasks_dir / "5" / "root" / "exit.json").write_text(json.dumps(ENDED))
+    assert 5 in tasks.observe(), "what was said to have failed is not started once the id is free"
+    tasks.tell_again([5])
+    assert [each["state"] for each in tasks.reports()] == ["failed"]
+    tasks.disown([5])  # another restore, after which the id is nobody's
+    assert (tasks.observe(), tasks.reports(), restarted(config).observe()) == ({}, [], {})
+    tasks.end_unstarted(order(task_id=9), "failed", "its lease cannot be opened")
+    assert [each["reason"] for each in tasks.reports()] == ["its lease cannot be opened"]
+    assert tasks.forget_lease(17) == [5]
+    assert list(config.tasks_dir.iterdir()) == []
+
+
+def test_an_order_of_another_task_or_lease_is_not_the_attempt_that_has_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tasks = running(tmp_path, monkeypatch)
+    assert not tasks.is_anothers(order())
+    assert not tasks.is_anothers(order(attempt_id=6, task_id=4))
+    assert tasks.is_anothers(order(task_id=4))
+    assert tasks.is_anothers(order(lease_id=18))
+    tasks.disown([5])
+    tasks.end_unstarted(order(task_id=4), "failed", "its id is taken")
+    assert not tasks.is_anothers(order(task_id=4))
+    assert tasks.is_anothers(order(task_id=3))
