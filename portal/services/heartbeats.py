@@ -1,7 +1,8 @@
 """Heartbeats: the last report of each machine, gathered in the process and written in one statement twice a second.
 
 Only what the next report replaces anyway may wait here: a crash loses half a second of metrics. Results, log offsets
-and acknowledgements never come here; sync.py commits them before it answers.
+and acknowledgements never come here; sync.py commits them before it answers. What must be there before them is written
+at once.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ class Buffer:
         if writer is not None:
             writer.start()  # outside the lock: starting waits for the thread
 
+    def write(self, heartbeat: Heartbeat) -> None:
+        """Write it now, whatever the writer is at: when this returns, everybody can read it. Raises what is AWAY."""
+        _write([heartbeat.after(self.newest(heartbeat.machine_id))])
+
     def _forget_writer(self) -> None:
         """A child has no thread of its parent's, and what waits there is the parent's to write."""
         self._lock, self._waiting, self._writer = threading.Lock(), {}, None
@@ -188,4 +193,4 @@ def _upsert(rows: list[Heartbeat]) -> None:
 
 
 buffer = Buffer()
-note, flush = buffer.note, buffer.flush
+note, write, flush = buffer.note, buffer.write, buffer.flush

@@ -64,6 +64,7 @@ class Known:
     is_thawing: bool
     has_said_so: bool  # the last report that is kept says `frozen`
     leases: Any = None
+    boot_id: str | None  # and which boot it is from
     holes: Any = None
     gpu_uuids: list[str] | None = None
     facts: Any = field(default=None)
@@ -114,6 +115,7 @@ def _load(machine_id: int) -> Known:
         is_thawing=machine.frozen_reason is not None and _is_thawing(machine_id),
         has_said_so=report is not None and report.frozen,
     )
+        boot_id=None if report is None else report.boot_id,
 
 
 def _is_thawing(machine_id: int) -> bool:
@@ -226,7 +228,7 @@ def report(agent: agents.Agent, request: Message) -> dict[str, Any]:
             _note_frozen(agent.machine_id, request, known, heartbeat)
     else:
         with db.connection():
-            acks = _take_in(agent.machine_id, request, told, known)
+            acks = _take_in(agent.machine_id, request, heartbeat, known)
     heartbeats.note(heartbeat)
     return _answer(agent, request, _know(agent.machine_id), acks)
 
@@ -292,13 +294,13 @@ def _note_frozen(machine_id: int, request: Message, known: Known, heartbeat: Hea
     _known.drop(machine_id)
 
 
-def _take_in(machine_id: int, request: Message, told: Message, known: Known) -> dict[str, Any]:
+def _take_in(machine_id: int, request: Message, heartbeat: Heartbeat, known: Known) -> dict[str, Any]:
     """Each kind in a transaction of its own, and attempts before leases: a lease has ended when nothing of it runs."""
-    machine = machines.get(machine_id)
+    machine, told = machines.get(machine_id), request["report"]
     _refuse_foreign(machine, told)
     _note_applied(machine, request, told)
     acks = {
-        "attempts": _take_attempts(machine, told),
+        "attempts": _take_attempts(machine, told, heartbeat, known),
         "command_results": _take_results(machine, told["command_results"]),
         "journal": _take_journal(machine, told["journal"]),
     }
@@ -382,10 +384,9 @@ def _write(machine: Machine, **columns: Any) -> None:
         Machine.update(**columns).where(Machine.id == machine.id).execute()
 
 
-def _take_attempts(machine: Machine, told: Message) -> list[dict[str, Any]]:
+def _take_attempts(machine: Machine, told: Message, heartbeat: Heartbeat, known: Known) -> list[dict[str, Any]]:
     held: dict[int, logs.Held] = {}
-    for entry in told["attempts"]:
-        tasks.attempt_reported(machine, entry)
+    _take_states(machine, told["attempts"], heartbeat, known)
     by_attempt: dict[int, list[Message]] = {}
     for entry in told["logs"]:
         by_attempt.setdefault(int(entry["attempt_id"]), []).append(entry)
@@ -396,6 +397,22 @@ def _take_attempts(machine: Machine, told: Message) -> list[dict[str, Any]]:
 
 
 def _take_log(attempt_id: int, ranges: list[Message]) -> logs.Held:
+def _take_states(machine: Machine, entries: list[Message], heartbeat: Heartbeat, known: Known) -> None:
+    """Of a host that has booted: what ended before, then the boot itself, then what runs since.
+
+    Whoever looks in between (tasks.lose_gone) takes neither for something that the boot has ended.
+    """
+    since = [entry for entry in entries if entry["boot_id"] == heartbeat.boot_id]
+    for entry in entries:
+        if entry["boot_id"] != heartbeat.boot_id:
+            tasks.attempt_reported(machine, entry)
+    if since and heartbeat.boot_id != known.boot_id:
+        heartbeats.write(heartbeat)
+        known.boot_id = heartbeat.boot_id
+    for entry in since:
+        tasks.attempt_reported(machine, entry)
+
+
     before = logs.of(attempt_id)
     with db.atomic():
         for entry in ranges:

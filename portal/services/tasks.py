@@ -538,9 +538,10 @@ def lose_all_of(lease: Lease, *, reason: str) -> int:
 def lose_gone(now: datetime | None = None) -> int:
     """End what cannot come back; returns how many. Idempotent, for the sweep.
 
-    An attempt is lost when its host has booted since it began (the agent's first report after a boot brings what it
-    still knows, and is taken before its boot id is written), or when its lease has ended and the host is away or
-    silent. While its machine is frozen none is.
+    An attempt is lost when its host has booted since it began, or when its lease has ended and the host is away or
+    silent. While its machine is frozen none is. That the boot ids differ means a boot since: the agent's first report
+    after one brings what it still knows, which is taken before its boot id is written, and that is written before
+    anything is taken that began later (sync.py).
     """
     now = now or utcnow()
     return batch.each(_live_with_report(), lambda attempt: _lose_if_gone(attempt, now))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -584,6 +585,41 @@ def test_a_host_that_was_restarted_has_lost_its_tasks_but_not_what_it_knows_of_t
     assert tasks.lose_gone() == 0
     assert [states_of(task) for task in (finished, gone, waiting)] == [["succeeded"], ["lost"], ["queued"]]
     assert "restarted" in newest(gone).reason
+
+
+def test_what_runs_since_a_boot_is_not_lost_before_the_boot_itself_is_kept(
+    customer: User, lease: Lease, agent: FakeAgent
+) -> None:
+    task, first = make_task(lease, customer, retries=1)
+    agent.report(attempts=[attempt_report(first.id, "running")])
+    heartbeats.flush()
+    agent.boot_id = "boot-2"
+    agent.report(attempts=[attempt_report(first.id, "lost")])
+    agent.report(attempts=[attempt_report(newest(task).id, "running", boot_id="boot-2")])
+    assert tasks.lose_gone() == 0
+    assert states_of(task) == ["lost", "running"]
+    assert newest(task).desired == "run"
+
+
+def test_whoever_looks_while_the_first_report_after_a_boot_is_taken_loses_nothing_of_it(
+    customer: User, lease: Lease, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished, gone, begun) = (make_task(lease, customer)[0] for _ in range(3))
+    agent.report(attempts=[attempt_report(newest(task).id, "running") for task in (finished, gone)])
+    heartbeats.flush()
+    take = tasks.attempt_reported
+
+    def take_and_look(machine: Machine, reported: Mapping[str, Any]) -> None:
+        tasks.lose_gone()
+        take(machine, reported)
+        tasks.lose_gone()
+
+    monkeypatch.setattr(tasks, "attempt_reported", take_and_look)
+    agent.boot_id = "boot-2"
+    since = attempt_report(newest(begun).id, "running", boot_id="boot-2")
+    before = attempt_report(newest(finished).id, "succeeded", exit_code=0)
+    agent.report(attempts=[since, before])
+    assert [states_of(task) for task in (finished, gone, begun)] == [["succeeded"], ["lost"], ["running"]]
 
 
 def test_nothing_is_lost_while_a_host_is_frozen_and_its_word_counts_after_that(
