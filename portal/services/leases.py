@@ -241,8 +241,9 @@ def _start(lease: Lease, now: datetime) -> None:
 def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
     """Give a lease a later end; returns the lease that then holds the machine.
 
-    An active one goes on: it counts once the host has acknowledged it, until then both ends are shown. One that has
-    ended, and whose data is still retained, is continued by a new lease with the same login and UID.
+    An active one goes on: it counts once the host has acknowledged it, until then both ends are shown. So does one
+    whose end has passed while its machine is frozen. One that has ended, and whose data is still retained, is continued
+    by a new lease with the same login and UID.
     """
     with atomic():
         machine = machines.lock(lease.machine)
@@ -250,13 +251,15 @@ def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
         now = utcnow()
         if lease.state == "ended":
             return _continue(lease, machine, until=until, by=by, now=now)
-        if lease.state == "ending" or lease.ends_at <= now:
+        if lease.state == "ending" or (lease.ends_at <= now and not _is_the_host_s_to_end(lease, machine)):
             raise Conflict(
                 f"Lease {lease.id} is ending on the host. Extend it when the host has closed it.", code="lease_ending"
             )
         if until <= lease.ends_at:
             later = f"Must be later than {lease.ends_at.isoformat()}; to stop earlier, end the lease."
             raise Invalid({"until": [later]})
+        if until <= now:
+            raise Invalid({"until": ["Lies in the past."]})
         overlaps = list(availability.overlaps(machine, lease.starts_at, until, lease.retain_s, but=lease))
         if overlaps:
             raise CannotAllocate(overlaps)
@@ -271,6 +274,11 @@ def extend(lease: Lease, *, until: datetime, by: Actor) -> Lease:
             network_switch.moved(lease)
         _tell("lease.extended", lease, by=by, before=before, until=until)
     return lease
+
+
+def _is_the_host_s_to_end(lease: Lease, machine: Machine) -> bool:
+    """A frozen host may know a later end than we do, and ends the lease by itself at the one that it knows."""
+    return lease.state == "active" and machine.frozen_reason is not None
 
 
 def _continue(lease: Lease, machine: Machine, *, until: datetime, by: Actor, now: datetime) -> Lease:
@@ -361,7 +369,10 @@ def reclaim(
 
 
 def end_due(now: datetime | None = None) -> int:
-    """Close the leases whose end has come; returns how many. The host has closed them by itself already."""
+    """Close the leases whose end has come; returns how many. The host has closed them by itself already.
+
+    One whose machine is frozen stays until the two have been compared: an extension may be what the portal has lost.
+    """
     now = now or utcnow()
     return batch.each(
         Lease.select().where(Lease.state == "active", Lease.ends_at <= now), lambda lease: _close_due(lease, now)
@@ -370,7 +381,8 @@ def end_due(now: datetime | None = None) -> int:
 
 def _close_due(lease: Lease, now: datetime) -> bool:
     with atomic():  # an extension that was committed meanwhile wins
-        machines.lock(lease.machine)
+        if _is_the_host_s_to_end(lease, machines.lock(lease.machine)):
+            return False
         _close(lease, by=SYSTEM, reason="The agreed end has come.", where=Lease.ends_at <= now)
     return True
 

@@ -7,7 +7,7 @@ the past that only the host remembers: after the backup its lease ended, was rec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from flask import Flask
 from portal.backup import backup, restore
 from portal.cli import main
 from portal.db import atomic, utcnow
-from portal.errors import Conflict
+from portal.errors import Conflict, Invalid
 from portal.integrations.wake import wake
-from portal.models import AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
+from portal.models import Attempt, AuditEntry, Command, Lease, Machine, Reclaim, Tenant, User
 from portal.services import commands, frozen, grants, heartbeats, leases, machines, reclaims, runs, sync
 from portal.services.actors import SYSTEM
 from portal.services.availability import CannotAllocate
-from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, command_result, observed
+from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, command_result, make_task, observed, time_of
 from tests.support import rental
 from tests.support.rental import Host, allocate, ready_host, tomorrow
 
@@ -386,3 +386,82 @@ def test_a_host_that_stays_silent_is_thawed_unheard_and_then_installed_anew(past
     assert (past.host.state, past.machine.needs_reimage) == ("leased", True)
     assert "unheard" in str(past.machine.state_reason)
     assert AuditEntry.get(AuditEntry.action == "machine.thawed").detail["is_heard"] is False
+
+
+# A lease that was extended since
+
+
+@dataclass
+class Extended:
+    """A lease whose later end only the host remembers, with a task at work in it."""
+
+    lease: Lease
+    later: datetime
+    attempt: Attempt
+    agent: FakeAgent
+
+    def stands(self) -> tuple[str, str]:
+        return leases.get(self.lease.id).state, Attempt.get_by_id(self.attempt.id).desired
+
+
+@pytest.fixture
+def extended(app: Flask, tenant: Tenant, customer: User, tmp_path: Path) -> Extended:
+    """The portal comes back after the end that its backup has, and its sweeps begin; then the host says what it has."""
+    host = ready_host("gpu-1")
+    agent = agent_of(app, host.machine)
+    lease = allocate(host, tenant)
+    _, attempt = make_task(lease, customer)
+    agent.hold()
+    agent.report(leases=[observed(lease)], attempts=[attempt_report(attempt.id, "running")])
+    Lease.update(starts_at=utcnow() - timedelta(hours=2)).execute()
+    backup(tmp_path / "backup.tar")
+    later = utcnow() + timedelta(days=7)
+    has = observed(leases.extend(lease, until=later, by=SYSTEM))
+    agent.hold()
+    come_back(tmp_path / "backup.tar")
+    Lease.update(ends_at=utcnow() - timedelta(minutes=1)).execute()  # so much later it is
+    assert leases.end_due() == 0
+    agent.report(leases=[has])
+    agent.report(leases=[has], frozen=True)
+    assert leases.end_due() == 0
+    return Extended(leases.get(lease.id), later, attempt, agent)
+
+
+def take_the_thaw(extended: Extended) -> dict[str, Any]:
+    frozen.thaw(extended.lease.machine, by=SYSTEM, reason="compared with the host")
+    assert leases.end_due() == 0, "the host has not taken it yet"
+    told = extended.agent.await_order()
+    (command,) = [each for each in told["commands"] if each["kind"] == "thaw"]
+    extended.agent.report(command_results=[command_result(command["command_id"])])
+    return told
+
+
+def test_a_lease_that_was_extended_after_the_backup_is_extended_again_and_its_task_goes_on(extended: Extended) -> None:
+    assert extended.stands() == ("active", "run")
+    with pytest.raises(Invalid, match="Lies in the past"):
+        leases.extend(extended.lease, until=utcnow() - timedelta(seconds=1), by=SYSTEM)
+    leases.extend(extended.lease, until=extended.later, by=SYSTEM)
+    told = take_the_thaw(extended)
+    assert [(each["state"], each["ends_at"]) for each in told["leases"]] == [("open", time_of(extended.later))]
+    assert leases.end_due() == 0
+    assert extended.stands() == ("active", "run")
+
+
+def test_one_that_nobody_extends_again_ends_with_the_thaw(extended: Extended) -> None:
+    told = take_the_thaw(extended)
+    assert [each["state"] for each in told["leases"]] == ["closed"]
+    assert leases.end_due() == 1
+    assert extended.stands() == ("ending", "stop")
+    with pytest.raises(Conflict, match="is ending on the host"):
+        leases.extend(extended.lease, until=extended.later, by=SYSTEM)
+
+
+def test_its_pages_say_what_to_do_before_the_thaw(extended: Extended, operator: User, sign_in: Any) -> None:
+    staff = sign_in(operator)
+    pages = [f"/leases/{extended.lease.id}", f"/machines/{extended.lease.machine_id}"]
+    words = "Extend the lease before you thaw the machine"
+    for page in pages:
+        assert words in staff.client.get(page, headers=staff.headers).get_data(as_text=True), page
+    leases.extend(extended.lease, until=extended.later, by=SYSTEM)
+    for page in pages:
+        assert words not in staff.client.get(page, headers=staff.headers).get_data(as_text=True), page
