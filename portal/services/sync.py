@@ -63,8 +63,8 @@ class Known:
     host_generation: int | None
     is_thawing: bool
     has_said_so: bool  # the last report that is kept says `frozen`
-    leases: Any = None
     boot_id: str | None  # and which boot it is from
+    leases: Any = None
     holes: Any = None
     gpu_uuids: list[str] | None = None
     facts: Any = field(default=None)
@@ -114,8 +114,8 @@ def _load(machine_id: int) -> Known:
         host_generation=machine.host_generation,
         is_thawing=machine.frozen_reason is not None and _is_thawing(machine_id),
         has_said_so=report is not None and report.frozen,
-    )
         boot_id=None if report is None else report.boot_id,
+    )
 
 
 def _is_thawing(machine_id: int) -> bool:
@@ -396,7 +396,6 @@ def _take_attempts(machine: Machine, told: Message, heartbeat: Heartbeat, known:
     return [_attempt_ack(attempt_id, reported, held) for attempt_id in sorted(reported.keys() | held.keys())]
 
 
-def _take_log(attempt_id: int, ranges: list[Message]) -> logs.Held:
 def _take_states(machine: Machine, entries: list[Message], heartbeat: Heartbeat, known: Known) -> None:
     """Of a host that has booted: what ended before, then the boot itself, then what runs since.
 
@@ -413,6 +412,7 @@ def _take_states(machine: Machine, entries: list[Message], heartbeat: Heartbeat,
         tasks.attempt_reported(machine, entry)
 
 
+def _take_log(attempt_id: int, ranges: list[Message]) -> logs.Held:
     before = logs.of(attempt_id)
     with db.atomic():
         for entry in ranges:
