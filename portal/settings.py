@@ -71,6 +71,7 @@ class Settings:
     run_timeout_s: int = 3600
     runs_at_once: int = field(default_factory=lambda: runs_for(len(os.sched_getaffinity(0))))
     log_quota_bytes: int = 256 * 1024 * 1024
+    lease_log_quota_bytes: int = 2 * 1024 * 1024 * 1024  # of all attempts of all its tasks
     log_retain_s: int = 30 * 24 * 3600  # from the end of the lease on
     default_retain_s: int = 24 * 3600
     workers: int = 1
@@ -158,6 +159,7 @@ RANGES = {
     "run_timeout_s": (1, 7 * 24 * 3600),
     "runs_at_once": (1, 256),
     "log_quota_bytes": (1, 2**53 - 1),
+    "lease_log_quota_bytes": (1, 2**53 - 1),
     "log_retain_s": (3600, 10 * 366 * 24 * 3600),
     "monitoring_silent_s": (10, 24 * 3600),
     "default_retain_s": (0, 90 * 24 * 3600),  # as for each lease

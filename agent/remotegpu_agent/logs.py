@@ -60,6 +60,8 @@ def settle(path: Path, mark: LogMark, *, quota_bytes: int) -> LogMark:
     if mark.cut_at is None and file_size + base < mark.acked:
         base = mark.acked  # the task emptied its own output: what comes now follows what the portal holds
     cut_at = mark.cut_at
+    if cut_at is None and mark.is_complete and file_size + base > mark.acked:
+        cut_at = mark.acked  # the portal takes no more of it, and it would fill the disk here
     if cut_at is None and file_size + base > quota_bytes:
         cut_at = max(quota_bytes, mark.acked)
     return LogMark(mark.acked, mark.is_complete, base, cut_at)

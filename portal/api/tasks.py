@@ -107,6 +107,13 @@ class TaskDetailOut(TaskOut):
     stop_grace_s = ma.fields.Integer(required=True)
     retries = ma.fields.Integer(required=True)
     attempts = ma.fields.List(ma.fields.Nested(AttemptOut), attribute="all_attempts")
+    log_is_kept = ma.fields.Function(
+        lambda task: logs.is_kept(task.lease),
+        metadata={
+            "type": "boolean",
+            "description": "false: the lease's quota of output is used up. Its tasks run, and no more output is kept",
+        },
+    )
 
 
 class TaskArgs(PageArgs):

@@ -43,6 +43,7 @@ class Lease(Table):
     ended_by_id: int | None
     end_forced = pw.BooleanField(default=False)  # the reclaim skips the retention
     probe_key = pw.TextField(null=True)  # encrypted private key, placed among the lease's keys, tried after the end
+    log_bytes = pw.BigIntegerField(default=0)  # kept of all its tasks' output; counted at the lease `host_id`
 
     @property
     def host_id(self) -> int:

@@ -1,8 +1,8 @@
 """The output of attempts, kept byte for byte by absolute offset. Told in order: take in, read, follow, forget.
 
 The portal holds one contiguous piece from 0 to `Attempt.log_bytes`. A range that overlaps it is cut, one that lies
-inside it changes nothing, one that would leave a gap is refused by answering the offset we hold. Who may read is asked
-in tasks.py.
+inside it changes nothing, one that would leave a gap is refused by answering the offset we hold. There is a quota of an
+attempt, and one of all attempts of a lease, which `Lease.log_bytes` counts. Who may read is asked in tasks.py.
 """
 
 from __future__ import annotations
@@ -45,27 +45,68 @@ def append(attempt_id: int, *, offset: int, data: bytes, end: bool) -> Held:
     The answer is committed when the caller's transaction is. Nobody is woken: call `announce` once all ranges are in.
     """
     with db.atomic():
+        lease_id = _counting_lease_of(attempt_id)
         while True:
+            kept = _kept_of(lease_id)
             held = of(attempt_id)
             if held.complete or offset > held.offset:
                 return held
             fresh = data[held.offset - offset :]
-            taken = Held(held.offset + len(fresh), end or held.offset + len(fresh) >= _most_bytes())
+            room = max(0, config.current().lease_log_quota_bytes - kept)
+            is_over = len(fresh) > room
+            if is_over:
+                fresh = fresh[:room] + _notice()
+            taken = Held(held.offset + len(fresh), end or is_over or held.offset + len(fresh) >= _most_bytes())
             if taken == held:
                 return held
-            # The row is the lock: who comes second finds another offset than the one just read, and looks again.
+            # The lease's row before the attempt's, as where a lease ends: two transactions must not wait for each
+            # other. Both rows are locks: who comes second finds another count than the one just read, and looks again.
+            if fresh and not _count(lease_id, kept, kept + len(fresh)):
+                continue
             condition = (Attempt.id == attempt_id) & (Attempt.log_bytes == held.offset) & ~Attempt.log_complete
             changes = {"log_bytes": taken.offset, "log_complete": taken.complete}
-            if taken.complete and not end:
+            if is_over or (taken.complete and not end):
                 changes["log_truncated"] = True
             if Attempt.update(**changes).where(condition).execute() == 1:
                 if fresh:
                     LogRange.insert(attempt=attempt_id, offset=held.offset, data=fresh).execute()
                 return taken
+            if fresh:
+                _count(lease_id, kept + len(fresh), kept)
+
+
+def _counting_lease_of(attempt_id: int) -> int:
+    """The lease that counts this output: the one that made the login, also for those that continue it."""
+    found = Lease.select(Lease.id, Lease.login).join(Task).join(Attempt).where(Attempt.id == attempt_id)
+    lease: Lease = found.get()
+    return lease.host_id
+
+
+def _kept_of(lease_id: int) -> int:
+    kept: int = Lease.select(Lease.log_bytes).where(Lease.id == lease_id).scalar()
+    return kept
+
+
+def _count(lease_id: int, before: int, after: int) -> bool:
+    """Whether the count was still `before`; it is `after` now."""
+    counted = Lease.update(log_bytes=after).where(Lease.id == lease_id, Lease.log_bytes == before)
+    return bool(counted.execute() == 1)
+
+
+def _notice() -> bytes:
+    """What the reader sees where the output was cut, in the form that the agent has for an attempt's own quota."""
+    quota = config.current().lease_log_quota_bytes
+    told = f"the log quota of {quota} bytes for all tasks of this lease is used up; further output is not kept."
+    return f"\n[RemoteGPU: {told}]\n".encode()
 
 
 def _most_bytes() -> int:
     return config.current().log_quota_bytes + SLACK_BYTES
+
+
+def is_kept(lease: Lease) -> bool:
+    """Whether more output of the lease's tasks is kept. Without room they run all the same."""
+    return _kept_of(lease.host_id) < config.current().lease_log_quota_bytes
 
 
 def announce(attempt_id: int, *, task_id: int, tenant_id: int) -> None:
@@ -173,7 +214,8 @@ def kept_until(lease: Lease) -> datetime | None:
 def forget_old(now: datetime | None = None) -> int:
     """Delete output of leases that ended long ago; returns of how many attempts. For the sweep.
 
-    `log_bytes` stays: how much there was, and from where on a host that comes back may send.
+    The attempt's `log_bytes` stays: how much there was, and from where on a host that comes back may send. Of the
+    lease's own quota it is given back.
     """
     edge = (now or utcnow()) - timedelta(seconds=config.current().log_retain_s)
     some = LogRange.select(peewee.SQL("1")).where(LogRange.attempt == Attempt.id)
@@ -189,10 +231,15 @@ def forget_old(now: datetime | None = None) -> int:
 
 
 def _forget(attempt: Attempt) -> bool:
+    own = LogRange.attempt == attempt.id
+    task = attempt.task
+    counting = Lease.id == task.lease.host_id
     with db.atomic():
-        if not LogRange.delete().where(LogRange.attempt == attempt.id).execute():
+        Lease.update(log_bytes=Lease.log_bytes).where(counting).execute()  # held: nothing of it is added meanwhile
+        freed = LogRange.select(peewee.fn.SUM(peewee.fn.LENGTH(LogRange.data))).where(own).scalar()
+        if not LogRange.delete().where(own).execute():
             return False
-        task = attempt.task
+        Lease.update(log_bytes=Lease.log_bytes - int(freed)).where(counting).execute()
         told: dict[str, Any] = {"attempt": attempt.number, "bytes": attempt.log_bytes}
         audit.record("task.log_deleted", task, by=SYSTEM, tenant_id=task.lease.tenant_id, **told)
     return True

@@ -15,6 +15,7 @@ from portal.models import Setting
 from portal.services import (
     alerts_own,
     events,
+    journal,
     leases,
     locks,
     login_keys,
@@ -113,6 +114,7 @@ def all_sweeps() -> tuple[Sweep, ...]:
         Sweep("network_export.prune", network_export.prune, every_s=3600),
         Sweep("network_applied.prune", network_applied.prune, every_s=3600),
         Sweep("events.prune", events.prune, every_s=60),
+        Sweep("journal.prune", journal.prune, every_s=3600),
         Sweep("sessions.prune", sessions.prune, every_s=60),
         *(Sweep(*each) for each in alerts_own.sweeps()),
     )

@@ -22,7 +22,7 @@ from portal.db import utcnow
 from portal.errors import Conflict, Invalid
 from portal.integrations import protocol
 from portal.integrations.wake import Heard, wake
-from portal.models import Attempt, Command, JournalRecord, Lease, Machine, Task
+from portal.models import Attempt, Command, Lease, Machine, Task
 from portal.services import (
     agents,
     audit,
@@ -31,6 +31,7 @@ from portal.services import (
     events,
     frozen,
     heartbeats,
+    journal,
     leases,
     logs,
     machines,
@@ -302,7 +303,7 @@ def _take_in(machine_id: int, request: Message, heartbeat: Heartbeat, known: Kno
     acks = {
         "attempts": _take_attempts(machine, told, heartbeat, known),
         "command_results": _take_results(machine, told["command_results"]),
-        "journal": _take_journal(machine, told["journal"]),
+        "journal": journal.take(machine, told["journal"]),
     }
     if at_work := told.get("command_at_work"):
         commands.note_progress(machine, at_work["command_id"], at_work["progress"])
@@ -440,27 +441,6 @@ def _take_results(machine: Machine, results: list[Message]) -> list[int]:
     for result in results:
         commands.finished(machine, result)
     return [int(result["command_id"]) for result in results]
-
-
-def _take_journal(machine: Machine, records: list[Message]) -> list[str]:
-    """Each record once, by the agent's own id."""
-    if records:
-        rows = [_journal_row(machine, record) for record in records]
-        with db.atomic():
-            JournalRecord.insert_many(rows).on_conflict_ignore().execute()
-    return [record["id"] for record in records]
-
-
-def _journal_row(machine: Machine, record: Message) -> dict[str, Any]:
-    return {
-        "machine": machine.id,
-        "record_id": record["id"],
-        "at": protocol.parse_time(record["at"]),
-        "event": record["event"],
-        "lease_id": record["lease_id"],
-        "attempt_id": record["attempt_id"],
-        "detail": record["detail"],
-    }
 
 
 def _take_hardware(machine: Machine, told: Message, known: Known) -> None:

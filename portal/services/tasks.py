@@ -522,6 +522,8 @@ def end_all_of(lease: Lease, *, reason: str, by: Actor = SYSTEM) -> int:
 
 def _live_of(lease: Lease) -> list[Attempt]:
     machines.lock(lease.machine)
+    # Before its attempts, as where their output is counted: two transactions must not wait for each other.
+    Lease.update(remark=Lease.remark).where(Lease.id == lease.host_id).execute()
     live = Attempt.select(Attempt, Task, Lease).join(Task).join(Lease)
     return list(live.where(Task.lease == lease, Attempt.state << TASK_LIVE).order_by(Attempt.id))
 

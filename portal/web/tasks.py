@@ -92,6 +92,7 @@ def task(task_id: int) -> ResponseReturnValue:
         "attempts": attempts,
         "attempt": attempts[-1],
         "is_end_missing": logs.is_end_missing(attempts[-1]),
+        "is_log_kept": logs.is_kept(found.lease),
         "is_live": found.state in TASK_LIVE,
         "may_steer": work.is_in_hand_of(found, current_user()),
         "may_run": _may_run(),
@@ -130,7 +131,11 @@ def _new_page(form: Form | None) -> str:
     now = utcnow()
     own = set(tenants.ids_of(current_user(), "use"))
     held = [lease for lease in leases.open_of_user(current_user()) if lease.tenant_id in own]
-    usable = [lease.machine for lease in held if lease.state == "active" and lease.ends_at > now]
-    chosen = request.args.get("machine", type=int)
-    machines = [(machine.id, machine.name) for machine in usable]
-    return render_template("tasks/new.html", form=form, machines=machines, chosen=chosen, may_run=bool(own))
+    usable = [lease for lease in held if lease.state == "active" and lease.ends_at > now]
+    facts = {
+        "machines": [(lease.machine_id, lease.machine.name) for lease in usable],
+        "full": [lease.machine.name for lease in usable if not logs.is_kept(lease)],
+        "chosen": request.args.get("machine", type=int),
+        "may_run": bool(own),
+    }
+    return render_template("tasks/new.html", form=form, **facts)

@@ -24,7 +24,7 @@ from portal.services.actors import SYSTEM
 from tests.api.fake_agent import FakeAgent, agent_of, attempt_report, leased_machine, log_range, make_task
 from tests.api.test_agents_sync import wait_until
 from tests.conftest import SignedIn
-from tests.factories import actor_of
+from tests.factories import actor_of, make_lease
 
 
 @pytest.fixture
@@ -341,3 +341,131 @@ def test_the_page_and_the_api_say_until_when_it_is_kept(
     until, page = seen()
     assert until is None
     assert "Output is kept for 30 days after the end of the lease." in page
+
+
+# The quota of a lease
+
+
+@pytest.fixture
+def quota(settings: Any) -> int:
+    """A small one, for all that a lease's tasks say together."""
+    object.__setattr__(settings, "lease_log_quota_bytes", 1000)
+    config.use(settings)
+    return 1000
+
+
+def stored_bytes() -> int:
+    return sum(len(row.data) for row in LogRange.select())
+
+
+def counted(lease: Lease) -> int:
+    return int(Lease.get_by_id(lease.id).log_bytes)
+
+
+NOTICE = (
+    b"\n[RemoteGPU: the log quota of 1000 bytes for all tasks of this lease is used up; further output is not kept.]\n"
+)
+
+
+def test_the_output_of_all_attempts_of_a_lease_has_one_quota_and_each_says_where_it_was_cut(
+    sign_in: Callable[[User], SignedIn], customer: User, lease: Lease, agent: FakeAgent, quota: int
+) -> None:
+    who = sign_in(customer)
+    task, attempt = make_task(lease, customer)
+    texts = []
+    for _ in range(4):
+        output = b"x" * 400
+        report = {"attempts": [attempt_report(attempt.id, "failed", exit_code=1)]}
+        (ack,) = agent.report(**report, logs=[log_range(attempt.id, 0, output, end=True)])["acks"]["attempts"]
+        assert ack["log_complete"], "the agent stops sending"
+        told = who.get(f"/customer/tasks/{task.id}").json
+        texts.append((text_of(attempt), told["attempt"]["log_truncated"], told["log_is_kept"]))
+        retried = who.post(f"/customer/tasks/{task.id}/retry", {})
+        assert retried.status_code == 202, "it runs all the same"
+        assert retried.json["log_is_kept"] == told["log_is_kept"]
+        attempt = tasks.newest_attempt(task)
+    assert texts == [
+        (b"x" * 400, False, True),
+        (b"x" * 400, False, True),
+        (b"x" * 200 + NOTICE, True, False),
+        (NOTICE, True, False),
+    ]
+    assert stored_bytes() == counted(lease) == quota + 2 * len(NOTICE)
+
+
+def test_output_that_just_fits_the_quota_of_the_lease_is_whole(lease: Lease, customer: User, quota: int) -> None:
+    first, second = (make_task(lease, customer)[1] for _ in range(2))
+    assert logs.append(first.id, offset=0, data=b"x" * quota, end=True) == logs.Held(quota, True)
+    assert logs.append(second.id, offset=0, data=b"", end=True) == logs.Held(0, True)
+    for attempt in (first, second):
+        assert not Attempt.get_by_id(attempt.id).log_truncated
+    assert counted(lease) == quota
+
+
+def test_a_lease_that_continues_another_goes_on_with_its_quota_and_a_new_one_has_its_own(
+    lease: Lease, customer: User, other_tenant: Tenant, stranger: User, quota: int
+) -> None:
+    _, before = make_task(lease, customer)
+    logs.append(before.id, offset=0, data=b"x" * 900, end=True)
+    Lease.update(state="ended", ended_at=utcnow()).where(Lease.id == lease.id).execute()
+    following = make_lease(lease.machine, lease.tenant, uid=lease.uid, login=lease.login, continues=lease)
+    assert logs.is_kept(following)
+    _, after = make_task(following, customer)
+    logs.append(after.id, offset=0, data=b"y" * 300, end=True)
+    assert text_of(after) == b"y" * 100 + NOTICE
+    assert (logs.is_kept(following), logs.is_kept(lease)) == (False, False)
+    assert (counted(lease), counted(following)) == (quota + len(NOTICE), 0)
+    _, other = leased_machine(other_tenant)
+    _, elsewhere = make_task(other, stranger)
+    logs.append(elsewhere.id, offset=0, data=b"z" * 300, end=True)
+    assert text_of(elsewhere) == b"z" * 300
+    assert logs.is_kept(other)
+
+
+def test_many_attempts_that_say_something_at_once_do_not_get_beyond_the_quota(
+    lease: Lease, customer: User, quota: int
+) -> None:
+    attempts = [make_task(lease, customer)[1] for _ in range(6)]
+
+    def deliver(attempt: Attempt) -> None:
+        try:
+            for offset in range(0, 300, 10):
+                logs.append(attempt.id, offset=offset, data=b"x" * 10, end=False)
+        finally:
+            db.db.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(deliver, attempts))
+    texts = [text_of(attempt) for attempt in attempts]
+    assert sum(text.count(b"x") for text in texts) == quota
+    cut = [text for text in texts if text.endswith(NOTICE)]
+    assert stored_bytes() == counted(lease) == quota + len(cut) * len(NOTICE)
+    assert all(text.endswith(NOTICE) or text == b"x" * 300 for text in texts)
+
+
+def test_what_is_forgotten_is_given_back_to_the_quota(ended: Attempt, lease: Lease, customer: User) -> None:
+    Attempt.update(log_complete=False).where(Attempt.id == ended.id).execute()
+    logs.append(ended.id, offset=10, data=b"abc", end=True)
+    assert counted(lease) == 13
+    following = make_lease(lease.machine, lease.tenant, uid=lease.uid, login=lease.login, continues=lease)
+    _, after = make_task(following, customer)
+    logs.append(after.id, offset=0, data=b"12345", end=True)
+    assert counted(lease) == 18
+    assert logs.forget_old(utcnow() + kept_for()) == 1
+    assert (counted(lease), text_of(after)) == (5, b"12345")
+
+
+def test_the_pages_say_that_no_more_output_is_kept(
+    sign_in: Callable[[User], SignedIn], customer: User, lease: Lease, attempt: Attempt, quota: int
+) -> None:
+    who = sign_in(customer)
+
+    def pages() -> list[str]:
+        paths = (f"/tasks/{attempt.task_id}", "/tasks/new")
+        return [who.client.get(path, headers=who.headers).get_data(as_text=True) for path in paths]
+
+    assert not any("no more" in page for page in pages())
+    logs.append(attempt.id, offset=0, data=b"x" * quota, end=True)
+    of_task, of_form = pages()
+    assert "The quota of output for all tasks of this lease is used up. They run as before" in of_task
+    assert f"Of tasks on {lease.machine.name} no more output is kept" in of_form

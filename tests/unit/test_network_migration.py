@@ -12,7 +12,7 @@ from playhouse.migrations import Runner
 from portal import db
 from portal.db import utcnow
 from portal.migrate import MIGRATIONS, migrate
-from portal.models import TABLES, Grant, Machine, NetworkState
+from portal.models import TABLES, Attempt, Grant, Lease, LogRange, Machine, NetworkState, Task, User
 from tests import postgresql
 from tests.conftest import close_database
 
@@ -79,7 +79,7 @@ def test_what_was_there_before_is_there_afterwards_and_the_new_kinds_are_taken(e
     )  # fmt: skip
     told = '{"fingerprints":[]}'
     insert("grant", id=5, lease_id=9, kind="keys", desired="open", observed="open", desired_at=now, detail=told)
-    assert migrate() == ["0004_network"]
+    assert migrate() == ["0004_network", "0005_lease_log_bytes"]
     assert migrate() == []
     grant, machine = Grant.get_by_id(5), Machine.get_by_id(7)
     assert (grant.lease_id, grant.kind, grant.observed, grant.detail) == (9, "keys", "open", {"fingerprints": []})
@@ -90,6 +90,36 @@ def test_what_was_there_before_is_there_afterwards_and_the_new_kinds_are_taken(e
         Grant.create(lease=9, kind="firewall", desired="open")
     with pytest.raises(peewee.IntegrityError), db.atomic():
         Grant.create(lease=9, kind="nonsense", desired="open")
+
+
+def test_output_that_is_there_already_is_counted_at_the_lease_that_made_the_login(empty: Any) -> None:
+    database = empty("logs")
+    Runner(database, directory=str(MIGRATIONS), table_name="schema_migration").up(target="0004_network")
+    no, now = (0 if db.is_sqlite() else False), utcnow().isoformat(sep=" ")
+    insert(
+        "machine", id=7, name="gpu-7", address="192.0.2.7", ssh_port=22, ssh_user="root", state="leased",
+        state_changed_at=now, labels="{}", epoch="e", generation=4, needs_reimage=no, next_uid=20000, leases_above=0,
+        created_at=now, hears_openings=no,
+    )  # fmt: skip
+    insert("tenant", id=3, name="Acme", created_at=now)
+    user = User.create(username="somebody", role="customer", password_hash="none")
+    leases = ((9, "lease9", "ended", None), (19, "lease9", "active", 9), (90, None, "ended", None))
+    for id, login, state, continues in leases:
+        insert(
+            "lease", id=id, machine_id=7, tenant_id=3, state=state, login=login, starts_at=now, ends_at=now, retain_s=0,
+            root=no, created_at=now, end_forced=no, continues_id=continues,
+        )  # fmt: skip
+    insert("lease", id=91, machine_id=7, tenant_id=3, state="ended", login="lease91", starts_at=now, ends_at=now,
+           retain_s=0, root=no, created_at=now, end_forced=no)  # fmt: skip
+    for lease, size in ((9, 5), (9, 7), (19, 100), (90, 1000)):
+        task = Task.create(lease=lease, created_by=user, name="t", command="true")
+        attempt = Attempt.create(task=task, number=1, log_bytes=size)
+        for offset in range(0, size, 50):
+            LogRange.create(attempt=attempt, offset=offset, data=b"\0" * min(50, size - offset))
+    forgotten = Attempt.create(task=task, number=2, log_bytes=12345)
+    assert migrate() == ["0005_lease_log_bytes"]
+    assert {lease.id: lease.log_bytes for lease in Lease.select()} == {9: 112, 19: 0, 90: 1000, 91: 0}
+    assert Attempt.get_by_id(forgotten.id).log_bytes == 12345
 
 
 def insert(table: str, **values: Any) -> None:

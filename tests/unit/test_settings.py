@@ -92,6 +92,7 @@ def test_a_secret_that_was_never_made_is_a_refusal_to_start(environ: dict[str, s
         ("DEFAULT_RETAIN_S", "-1", "is not between"),
         ("WORKERS", "0", "is not between"),
         ("RUNS_AT_ONCE", "0", "is not between"),
+        ("LEASE_LOG_QUOTA_BYTES", "0", "is not between"),
         ("ACCESS_TOKEN_S", "86400", "longer than REFRESH_TOKEN_S, 3600"),
         ("PEOPLE_LIMIT", "many", "is not a limit such as"),
         ("TRUSTED_PROXIES", "1", "write the addresses of the proxies"),
@@ -115,6 +116,11 @@ def test_a_worker_executes_as_many_runs_as_the_cores_take(cores: int, runs: int)
 def test_the_operator_may_say_how_many_runs_there_are_at_once(environ: dict[str, str]) -> None:
     assert load(environ).runs_at_once == runs_for(len(os.sched_getaffinity(0)))
     assert load({**environ, "RUNS_AT_ONCE": "20"}).runs_at_once == 20
+
+
+def test_the_operator_may_say_how_much_output_is_kept_of_a_lease(environ: dict[str, str]) -> None:
+    assert load(environ).lease_log_quota_bytes == 2 * 1024**3
+    assert load({**environ, "LEASE_LOG_QUOTA_BYTES": "1000"}).lease_log_quota_bytes == 1000
 
 
 def test_every_number_has_a_range_and_the_defaults_lie_in_it(environ: dict[str, str]) -> None:

@@ -211,3 +211,17 @@ def test_parts_of_a_block_stay(tmp_path: Path, start_end: tuple[int, int]) -> No
     append(path, b"z" * 8192)
     logs.punch_hole(path, *start_end)
     assert path.read_bytes() == b"z" * 8192
+
+
+def test_what_is_written_after_the_portal_takes_no_more_is_dropped_here(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, noise(300_000))
+    complete = LogMark(acked=300_000, is_complete=True)
+    assert settle(path, complete, quota_bytes=QUOTA) == complete, "nothing came after it"
+    append(path, noise(100_000))
+    mark = settle(path, complete, quota_bytes=QUOTA)
+    assert mark == LogMark(acked=300_000, is_complete=True, cut_at=300_000)
+    before = size(path, mark)
+    append(path, noise(100_000))
+    assert size(path, settle(path, mark, quota_bytes=QUOTA)) == before, "what comes then is no news"
+    assert next_window(path, mark, has_ended=True) is None
