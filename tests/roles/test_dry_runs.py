@@ -195,3 +195,26 @@ def test_what_a_desktop_shows_its_visitors_is_compared_and_not_guessed(tmp_path:
         __desktop_xrdp_install={"changed": False},
     )
     assert told["Read its fingerprint"].get("stdout", "") == ("sha256 Fingerprint=2E:0A" if is_there else "")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_how_persistence_starts_can_be_tried_on_a_bare_host(tmp_path: Path, is_there: bool) -> None:
+    """Ubuntu's way alone wants the file, and no test host is one."""
+    place = tmp_path / "nvidia-persistenced.service.d"
+    if is_there:
+        place.mkdir()
+        place.chmod(0o755)
+    told = dry_run(
+        "nvidia_driver",
+        "configure",
+        tmp_path,
+        {},
+        __nvidia_driver_persistence_off=True,
+        __nvidia_driver_persistenced_dropin=str(place / "remotegpu.conf"),
+        __nvidia_driver_persistenced_user="nvidia-persistenced",
+        __nvidia_driver_initramfs={"stat": {"exists": False}},
+        __nvidia_driver_nvlink5=False,
+        nvidia_driver_root=str(tmp_path),
+    )
+    assert told["Ensure the place for another start of persistence"]["changed"] is not is_there
+    assert told["Ensure persistence is what its daemon starts with"].get("changed", False) is is_there
