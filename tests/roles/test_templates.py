@@ -83,9 +83,11 @@ def reader_of(name: str, text: str) -> Callable[[str], object]:
         ".sh": a_shells,
         ".sources": of_fields,
     }
+    if text.startswith("#!/bin/"):
+        return a_shells  # also one that writes a unit
     if re.search(r"(?m)^\[(Unit|Service|Timer)\]$", text):
         return a_unit
-    return a_shells if text.startswith("#!/bin/") else readers.get(Path(name).suffix, str)
+    return readers.get(Path(name).suffix, str)
 
 
 def an_ini(text: str) -> None:
