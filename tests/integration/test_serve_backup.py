@@ -118,7 +118,7 @@ def test_a_backup_of_another_schema_is_refused_whatever_is_forced_and_taken_by_t
     before = content()
     backup(tmp_path / "backup.tar")
     late = make_user("admin", username="late")
-    database.execute_sql("INSERT INTO schema_migration (name, applied) VALUES ('9999', CURRENT_TIMESTAMP)")
+    database.execute_sql("INSERT INTO schema_migration (id, name, applied) VALUES (99, '9999', CURRENT_TIMESTAMP)")
     with pytest.raises(Conflict, match=r"into an empty database with the version that made it") as refused:
         restore(tmp_path / "backup.tar", force=True)
     assert refused.value.code == "other_schema"
