@@ -88,3 +88,14 @@ def test_looking_is_allowed_under_a_lease(tmp_path: Path) -> None:
 
 def test_who_knows_better_has_the_last_word(tmp_path: Path) -> None:
     assert not leased(tmp_path, IS_BROKEN, "-e", '{"remotegpu_lease_active": false}')
+
+
+def test_every_play_that_could_take_cards_from_a_lease_asks_before_its_roles() -> None:
+    """A lease may begin between two plays of one run, while packages come."""
+    takes = {"nvidia_driver", "nvidia_container_toolkit", "docker"}
+    plays = yaml.safe_load((PLAYBOOKS / "gpu_hosts.yml").read_text())
+    taking = [play for play in plays if takes & {each["role"] for each in play["roles"]}]
+    assert [play["hosts"] for play in taking] == ["gpu_hosts", "with_nvidia_gpus"]
+    for play in taking:
+        asks = [task for task in play["pre_tasks"] if task.get("ansible.builtin.import_tasks") == "tasks/leases.yml"]
+        assert [task["tags"] for task in asks] == ["always"], play["name"]
