@@ -18,7 +18,7 @@ from portal.db import atomic, utcnow
 from portal.errors import Conflict
 from portal.models import AgentCredential, Command, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
-from portal.services import audit, commands, events, login_keys, machines, reclaims
+from portal.services import audit, commands, events, leases, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM, Actor, of_agent
 from portal.services.transitions import move
 
@@ -102,7 +102,8 @@ def _go_on(machine: Machine, *, by: Actor, reason: str) -> None:
 def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
     """An operator has compared the portal with the host and says that the portal's word counts again.
 
-    The host closes what the portal does not name, and cleans nothing. If it has leases that the portal has lost, or was
+    The host closes what the portal does not name, and cleans nothing. A lease that the portal only had planned goes on,
+    if it is due and open there. If the host has leases that the portal has lost, or was
     not heard at all, somebody's data may be on it: it is leased to nobody any more before it is installed anew. Raises
     Conflict if it is not frozen, or while it is still to say what it knows.
     """
@@ -115,8 +116,9 @@ def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
         if not is_heard:
             _check_waited(machine)
         seen = report.leases if report is not None and is_heard else []
-        lost = _lost_leases(machine, seen)
         _begin_anew(machine, seen)
+        leases.begin_as_seen(machines.get(machine.id), seen, by=by)
+        lost = _lost_leases(machine, seen)
         if lost or not is_heard:
             _distrust(machines.get(machine.id), lost, by=by)
         commands.cancel_all(machine, "thaw", by=by, reason="The machine is thawed again.")

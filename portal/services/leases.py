@@ -235,6 +235,19 @@ def _start(lease: Lease, now: datetime) -> None:
         _activate(lease, machine, by=SYSTEM)
 
 
+def begin_as_seen(machine: Machine, seen: Sequence[Mapping[str, Any]], *, by: Actor) -> None:
+    """A lease that the backup has as scheduled is open on its host: it began in the time that the portal has lost.
+
+    Inside the transaction that thaws this machine. It goes on, and nobody asks again what was asked when it began.
+    """
+    has = {entry["login"] for entry in seen if entry["state"] == "open"}
+    now = utcnow()
+    is_now = (Lease.state == "scheduled") & (Lease.starts_at <= now) & (Lease.ends_at > now)
+    begun = Lease.get_or_none(Lease.machine == machine, is_now, Lease.login << has)
+    if begun is not None and machine.state == "ready":
+        _activate(begun, machine, by=by)
+
+
 # Extend
 
 

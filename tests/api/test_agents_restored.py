@@ -465,3 +465,38 @@ def test_its_pages_say_what_to_do_before_the_thaw(extended: Extended, operator: 
     leases.extend(extended.lease, until=extended.later, by=SYSTEM)
     for page in pages:
         assert words not in staff.client.get(page, headers=staff.headers).get_data(as_text=True), page
+
+
+# A lease that has begun since
+
+
+@pytest.mark.parametrize(
+    ("hours", "is_told", "stands"),
+    [
+        pytest.param(-1, True, ("active", "leased", False), id="it goes on"),
+        pytest.param(-1, False, ("scheduled", "ready", False), id="the host knows nothing of it"),
+        pytest.param(1, True, ("scheduled", "quarantined", True), id="it is not due, whatever the host says"),
+    ],
+)
+def test_a_lease_that_has_begun_after_the_backup_goes_on_after_the_thaw(
+    app: Flask, tenant: Tenant, tmp_path: Path, hours: int, is_told: bool, stands: tuple[str, str, bool]
+) -> None:
+    host = ready_host("gpu-1")
+    agent = agent_of(app, host.machine)
+    lease = allocate(host, tenant, starts_at=utcnow() + timedelta(minutes=30))
+    backup(tmp_path / "backup.tar")
+    Lease.update(starts_at=utcnow()).execute()
+    assert leases.activate_due() == 1
+    has = [observed(leases.get(lease.id))] if is_told else []
+    agent.hold(epoch=host.machine.epoch)
+    come_back(tmp_path / "backup.tar")
+    Lease.update(starts_at=utcnow() + timedelta(hours=hours)).execute()
+    agent.report(leases=has)
+    agent.report(leases=has, frozen=True)
+    assert (leases.activate_due(), leases.get(lease.id).state) == (0, "scheduled")
+    frozen.thaw(host.machine, by=SYSTEM, reason="compared with the host")
+    assert (leases.get(lease.id).state, host.state, host.machine.needs_reimage) == stands
+    told = agent.await_order()
+    assert [(each["login"], each["state"]) for each in told["leases"]] == (
+        [(lease.login, "open")] if stands[0] == "active" else []
+    )
