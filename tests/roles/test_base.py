@@ -24,7 +24,8 @@ def base(**said: Any) -> Role:
         if "__base_keyed" in task.get("vars", {})
     ]
     role = Role("base", __base_login="ops", **said)
-    role.variables["__base_keyed"] = role.expression(named["vars"]["__base_keyed"])
+    of_login = role.expression(named["vars"]["__of_login"])
+    role.variables["__base_keyed"] = role.expression(named["vars"]["__base_keyed"], __of_login=of_login)
     return role
 
 
@@ -121,6 +122,30 @@ def test_a_key_that_is_refused_goes_whoever_has_put_it_there() -> None:
     assert decide(role, [], opens) == Decided([f"ops {FOREIGN}"], [], [])
     assert decide(role, [], [f"ops # {FOREIGN}", f"ada {FOREIGN}"]).gone == [], "it opens this login no more"
     assert decide(role, [f"ops {FOREIGN} portal"], opens).gone == [f"ops {FOREIGN}"]
+
+
+def test_a_key_that_is_refused_is_not_let_in_by_a_list_that_still_names_it() -> None:
+    users = [{"name": "ops", "keys": [FOREIGN, PORTAL]}, {"name": "ada", "keys": [FOREIGN]}]
+    named = f"{FOREIGN} with a comment"
+    role = base(base_operator_keys=[named, ADA], base_users=users, base_refused_keys=[f"{FOREIGN} leaked"])
+    placed = {each["name"]: each["keys"] for each in role.value("__base_keyed") if not each.get("by")}
+    assert placed == {"ops": [ADA, PORTAL], "ada": [FOREIGN]}, "ada's login is hers"
+    kept = [f"ada {FOREIGN}", f"ops {ADA}", f"ops {PORTAL}"]
+    assert decide(role, []) == Decided([], kept, kept)
+    assert decide(role, kept, [f"ops {FOREIGN} somebody"]).gone == [f"ops {FOREIGN}"]
+    assert decide(role, kept) == Decided([], kept, kept), "and a second run finds nothing to do"
+    of_portal = base(remotegpu_operator_keys=[PORTAL], base_refused_keys=[PORTAL])
+    assert [each["keys"] for each in of_portal.value("__base_keyed")] == [[], []]
+
+
+def test_a_way_back_that_a_run_left_armed_is_proven_needless_though_no_key_has_to_go() -> None:
+    """Or it brings back the keys of before over those that are listed now."""
+    tasks = yaml.safe_load((ROLES / "base/tasks/keys.yml").read_text())
+    (taking,) = [task for task in tasks if task["name"] == "Take away what is not wanted any more"]
+    role = base(base_operator_keys=[ADA])
+    when = "{{ " + taking["when"] + " }}"
+    assert role.expression(when, __base_gone=[], __base_look={"stdout_lines": [f"listed ops {ADA}", "armed"]})
+    assert not role.expression(when, __base_gone=[], __base_look={"stdout_lines": [f"listed ops {ADA}"]})
 
 
 def test_a_key_that_is_rotated_from_a_shell_is_an_operators_though_the_inventory_tells_the_portals() -> None:

@@ -92,7 +92,7 @@ class Played:
         return [each for each in hosts if each]
 
 
-def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int, **given: Any) -> Played:
+def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *options: str, hosts: int, **given: Any) -> Played:
     """Play it over gpu-01, gpu-02, … and a gateway. `roles` are files of tasks by their path below roles/."""
     files = {"tasks/preflight.yml": NOTHING_TO_REFUSE, **{f"roles/{path}": tasks for path, tasks in roles.items()}}
     gpu_hosts: dict[str, Any] = {f"gpu-{number:02}": {} for number in range(1, hosts + 1)}
@@ -117,7 +117,7 @@ def play(playbook: str, folder: Path, roles: Mapping[str, Tasks], *, hosts: int,
         **given,
     }
     program = Path(sys.executable).with_name("ansible-playbook")
-    argv = [str(program), "-i", "hosts.yml", "-e", json.dumps(told), playbook]
+    argv = [str(program), "-i", "hosts.yml", "-e", json.dumps(told), *options, playbook]
     environ = {**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
     run = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert run.stdout.startswith("{"), run.stdout + run.stderr
@@ -227,3 +227,22 @@ def test_who_needs_no_reboot_gets_none(tmp_path: Path, fine: list[str]) -> None:
     played = reboot(tmp_path, hosts=2, fine=fine)
     assert played.batches("Reboot") == [[name] for name in ("gpu-02", "gateway") if name not in fine]
     assert played.rc == 0
+
+
+@pytest.mark.parametrize(
+    "away", [["gateway"], ["gpu-01", "gpu-02"], []], ids=["the only gateway", "all hosts", "nobody"]
+)
+def test_drift_is_asked_of_whoever_answers_though_nobody_else_of_its_kind_does(tmp_path: Path, away: list[str]) -> None:
+    """A play whose hosts have all failed is the last one, and no host would be asked any more."""
+    for kind in ("gpu_hosts", "gateways"):
+        asking = {"name": f"Make {kind}", "hosts": kind, "gather_facts": True, "roles": ["looked_at"]}
+        (tmp_path / f"{kind}.yml").write_text(yaml.safe_dump([asking]))
+    roles = {"looked_at/tasks/main.yml": [{"name": "Look", "ansible.builtin.debug": {"msg": "as it should be"}}]}
+    played = play("drift.yml", tmp_path, roles, "--check", hosts=2, away=away)
+    asked = [name for batch in played.batches("Look") for name in batch]
+    assert asked == [name for name in ("gpu-01", "gpu-02", "gateway") if name not in away]
+    assert (played.rc == 0) == (not away)
+    whole = [
+        turn["hosts"] for turn in played.plays[-1]["tasks"] if turn["task"]["name"] == "Note that nothing was left out"
+    ]
+    assert [sorted(hosts) for hosts in whole] == [sorted(asked)]
