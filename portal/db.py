@@ -155,6 +155,22 @@ def _session() -> str:
     return " ".join(f"-c {name}={value}" for name, value in wanted.items())
 
 
+def id_above(table: type[peewee.Model], floor: int) -> dict[str, int]:
+    """The id of the next row, where it has to be greater than `floor`; empty where the database counts on by itself."""
+    if floor == 0:
+        return {}
+    name = table._meta.table_name
+    if is_sqlite():  # one writer at a time; the next id is the greatest one's follower
+        (newest,) = db.execute_sql(f"SELECT COALESCE(MAX(id), 0) FROM {name}").fetchone()  # noqa: S608 - our own names
+        return {"id": floor + 1} if newest < floor else {}
+    following = f"nextval(pg_get_serial_sequence('{name}', 'id'))"
+    (number,) = db.execute_sql(f"SELECT {following}").fetchone()
+    while number <= floor:
+        steps = f"SELECT MAX({following}) FROM generate_series(1, %s)"  # noqa: S608 - our own names
+        (number,) = db.execute_sql(steps, (floor + 1 - number,)).fetchone()
+    return {"id": number}
+
+
 def is_sqlite() -> bool:
     return isinstance(db.obj, peewee.SqliteDatabase)
 

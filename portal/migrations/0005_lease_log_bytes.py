@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-# Of a lease that continues another, and of that one, it is with the lease that made their login.
+# Of a lease that continues another, and of that one, it is with the lease that made their login. All is read only once.
 COUNTED = """
-UPDATE lease SET log_bytes = (
-    SELECT COALESCE(SUM(LENGTH(log_range.data)), 0)
+WITH kept AS MATERIALIZED (
+    SELECT COALESCE(lease.login, 'lease' || lease.id) AS login, CAST(SUM(LENGTH(log_range.data)) AS BIGINT) AS bytes
     FROM log_range
     JOIN attempt ON attempt.id = log_range.attempt_id
     JOIN task ON task.id = attempt.task_id
-    JOIN lease AS other ON other.id = task.lease_id
-    WHERE COALESCE(other.login, 'lease' || other.id) = 'lease' || lease.id
+    JOIN lease ON lease.id = task.lease_id
+    GROUP BY 1
 )
+UPDATE lease SET log_bytes = (SELECT bytes FROM kept WHERE kept.login = 'lease' || lease.id)
+WHERE 'lease' || id IN (SELECT login FROM kept)
 """
 
 

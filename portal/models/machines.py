@@ -48,6 +48,7 @@ class Machine(Table):
     reimaged_at = UtcDateTimeField(null=True)  # installed anew since the last lease: the other way to be clean
     next_uid = pw.IntegerField(default=20000)
     leases_above = pw.IntegerField(default=0)  # ids of new leases: the host may know those up to here from a lost past
+    attempts_above = pw.IntegerField(default=0)  # the same of attempts of tasks
     facts = JsonField(null=True)
     created_at = UtcDateTimeField(default=utcnow)
     # Deferred: in a backup the gateway may come after those behind it.

@@ -16,7 +16,7 @@ import peewee
 
 from portal.db import atomic, utcnow
 from portal.errors import Conflict
-from portal.models import AgentCredential, Command, Lease, Machine, MachineReport, Reclaim
+from portal.models import AgentCredential, Attempt, Command, Lease, Machine, MachineReport, Reclaim
 from portal.models.states import LEASE_OPEN
 from portal.services import audit, commands, events, leases, login_keys, machines, reclaims
 from portal.services.actors import SYSTEM, Actor, of_agent
@@ -27,6 +27,7 @@ MOST_GENERATIONS = 1_000_000_000  # a host may say anything: a column, and what 
 UNHEARD_WAIT = timedelta(minutes=10)  # how long a frozen host has to say what it knows before it is thawed unheard
 UIDS_SET_ASIDE = 500  # more than the leases that one machine has had between a backup and its restoration
 LEASES_SET_ASIDE = 1000  # the same for all machines together
+ATTEMPTS_SET_ASIDE = 1_000_000  # and of attempts at tasks
 
 
 # Freeze
@@ -40,7 +41,8 @@ def freeze_all(reason: str) -> int:
     enrolled = AgentCredential.select(AgentCredential.machine).where(AgentCredential.state << machines.ALIVE)
     hosts = list(Machine.select().where(Machine.id << enrolled, Machine.state != "retired").order_by(Machine.id))
     for machine in hosts:
-        given = {"frozen_reason": reason, "frozen_at": utcnow(), "host_generation": None}
+        given: dict[str, Any] = {"frozen_reason": reason, "frozen_at": utcnow(), "host_generation": None}
+        given["attempts_above"] = _attempts_above(machine)
         Machine.update(frozen_generation=Machine.generation, **given).where(Machine.id == machine.id).execute()
         MachineReport.update(frozen=False).where(MachineReport.machine == machine).execute()
         commands.cancel_all(machine, "thaw", by=SYSTEM, reason=reason)  # the word of the past that ends here
@@ -62,11 +64,18 @@ def freeze(machine: Machine, generation: int, *, reason: str | None = None) -> N
         )
         machine.frozen_at, machine.frozen_generation = machine.frozen_at or utcnow(), ours
         machine.host_generation = min(generation, MOST_GENERATIONS)
+        machine.attempts_above = _attempts_above(machine)
         machine.save()
         told: dict[str, Any] = {"generation": ours, "host_generation": machine.host_generation}
         by, why = of_agent(machine), machine.frozen_reason
         audit.record("machine.frozen", machine, by=by, outcome="failed", reason=why, **told)
         events.write("machine.frozen", machine_id=machine.id)
+
+
+def _attempts_above(machine: Machine) -> int:
+    """Customers go on making tasks while their host is frozen, and it may know those of the lost past by their ids."""
+    newest: int = Attempt.select(peewee.fn.MAX(Attempt.id)).scalar() or 0
+    return max(newest, machine.attempts_above) + ATTEMPTS_SET_ASIDE
 
 
 def note_generation(machine_id: int, generation: int) -> None:

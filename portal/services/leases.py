@@ -17,7 +17,7 @@ from typing import Any
 
 import peewee
 
-from portal.db import atomic, db, is_sqlite, utcnow
+from portal.db import atomic, id_above, utcnow
 from portal.errors import Conflict, Invalid, NotFound
 from portal.models import Attempt, Lease, Machine, Reclaim, Task, Tenant, User
 from portal.models.states import LEASE_OPEN, TASK_LIVE
@@ -139,29 +139,19 @@ def allocate(
 
 
 def _write(machine: Machine, *, by: Actor, **fields: Any) -> Lease:
-    """The row of a new lease, whose login is its own if it continues none."""
-    lease = Lease.create(machine=machine, state="scheduled", created_by=by.user, **_fresh_id(machine), **fields)
+    """The row of a new lease, whose login is its own if it continues none.
+
+    Its id makes that login: one that the host has never seen, also where it remembers leases that the portal has lost.
+    """
+    lease = Lease.create(
+        machine=machine, state="scheduled", created_by=by.user, **id_above(Lease, machine.leases_above), **fields
+    )
     if lease.login is None:
         lease.login = f"lease{lease.id}"
         lease.save()
     told = {name: fields[name] for name in ("starts_at", "ends_at", "retain_s", "root")}
     _tell("lease.scheduled", lease, by=by, continues=lease.continues_id, **told)
     return lease
-
-
-def _fresh_id(machine: Machine) -> dict[str, int]:
-    """An id whose login the host has never seen, also where it remembers leases of a past that the portal has lost."""
-    if is_sqlite():  # one writer at a time; the next id is the greatest one's follower
-        newest: int = Lease.select(peewee.fn.MAX(Lease.id)).scalar() or 0
-        return {"id": machine.leases_above + 1} if newest < machine.leases_above else {}
-    following = "SELECT nextval(pg_get_serial_sequence('lease', 'id'))"
-    (number,) = db.execute_sql(following).fetchone()
-    while number <= machine.leases_above:
-        missing = machine.leases_above + 1 - number
-        (number,) = db.execute_sql(
-            "SELECT MAX(nextval(pg_get_serial_sequence('lease', 'id'))) FROM generate_series(1, %s)", (missing,)
-        ).fetchone()
-    return {"id": number}
 
 
 def _check_times(starts_at: datetime | None, until: datetime, retain_s: int, now: datetime) -> None:

@@ -285,7 +285,8 @@ def _try(task: Task, *, number: int) -> Attempt:
     """The next attempt, with an id that no host has ever seen."""
     try:
         with db.atomic():
-            attempt = Attempt.create(task=task, number=number)
+            above: int = Machine.select(Machine.attempts_above).where(Machine.id == task.lease.machine_id).scalar()
+            attempt = Attempt.create(task=task, number=number, **db.id_above(Attempt, above))
     except peewee.IntegrityError:
         raise Conflict("Somebody has just started the next attempt.", code="already_retried") from None
     _mirror(task, attempt)

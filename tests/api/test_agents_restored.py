@@ -344,6 +344,28 @@ def test_no_login_and_no_uid_of_the_lost_past_comes_a_second_time(
     assert allocate(ready_host("gpu-3"), tenant).id > here.id, "and ids go on from there, for everybody"
 
 
+def test_a_task_that_is_made_anew_is_not_taken_for_one_that_the_portal_has_lost(
+    app: Flask, tenant: Tenant, customer: User, tmp_path: Path
+) -> None:
+    """The same person gives the same script again. Its host has that one's end, under its number."""
+    host = ready_host("gpu-1")
+    agent = agent_of(app, host.machine)
+    lease = allocate(host, tenant)
+    host.sees(lease)
+    _, known = make_task(lease, customer)
+    backup(tmp_path / "backup.tar")
+    _, lost = make_task(lease, customer)
+    agent.hold(epoch=host.machine.epoch)
+    come_back(tmp_path / "backup.tar")
+    _, unheard = make_task(lease, customer)
+    agent.report(leases=[observed(lease)])
+    agent.report(leases=[observed(lease)], frozen=True)
+    _, heard = make_task(lease, customer)
+    assert known.id < lost.id < unheard.id < heard.id < lost.id + 3 * frozen.ATTEMPTS_SET_ASIDE
+    come_back(tmp_path / "backup.tar")
+    assert make_task(lease, customer)[1].id > lost.id, "also when the same backup comes a second time"
+
+
 def test_two_operators_who_thaw_at_once_leave_no_thaw_for_the_next_time(past: Past) -> None:
     """It would be sent when the host freezes again, and nobody would have compared anything."""
     freeze(past)

@@ -15,6 +15,7 @@ from portal.migrate import MIGRATIONS, migrate
 from portal.models import TABLES, Attempt, Grant, Lease, LogRange, Machine, NetworkState, Task, User
 from tests import postgresql
 from tests.conftest import close_database
+from tests.roles.rendering import load_file
 
 BEFORE = "0003_operations"
 
@@ -79,7 +80,7 @@ def test_what_was_there_before_is_there_afterwards_and_the_new_kinds_are_taken(e
     )  # fmt: skip
     told = '{"fingerprints":[]}'
     insert("grant", id=5, lease_id=9, kind="keys", desired="open", observed="open", desired_at=now, detail=told)
-    assert migrate() == ["0004_network", "0005_lease_log_bytes"]
+    assert migrate() == ["0004_network", "0005_lease_log_bytes", "0006_attempts_above"]
     assert migrate() == []
     grant, machine = Grant.get_by_id(5), Machine.get_by_id(7)
     assert (grant.lease_id, grant.kind, grant.observed, grant.detail) == (9, "keys", "open", {"fingerprints": []})
@@ -117,9 +118,20 @@ def test_output_that_is_there_already_is_counted_at_the_lease_that_made_the_logi
         for offset in range(0, size, 50):
             LogRange.create(attempt=attempt, offset=offset, data=b"\0" * min(50, size - offset))
     forgotten = Attempt.create(task=task, number=2, log_bytes=12345)
-    assert migrate() == ["0005_lease_log_bytes"]
+    assert migrate() == ["0005_lease_log_bytes", "0006_attempts_above"]
     assert {lease.id: lease.log_bytes for lease in Lease.select()} == {9: 112, 19: 0, 90: 1000, 91: 0}
     assert Attempt.get_by_id(forgotten.id).log_bytes == 12345
+
+
+@pytest.mark.parametrize("empty", ["sqlite"], indirect=True)  # the other one plans by what the tables hold
+def test_all_output_is_read_once_however_many_leases_there_are(empty: Any) -> None:
+    database = empty("logs")
+    migrate()
+    counting = load_file(MIGRATIONS / "0005_lease_log_bytes.py", "counting").COUNTED
+    rows = database.execute_sql(f"EXPLAIN QUERY PLAN {counting}").fetchall()
+    parents, words = {row[0]: row[1] for row in rows}, {row[0]: row[3] for row in rows}
+    (reading,) = [number for number, word in words.items() if "log_range" in word]
+    assert words[parents[reading]] == "MATERIALIZE kept"
 
 
 def insert(table: str, **values: Any) -> None:
