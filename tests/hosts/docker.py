@@ -422,8 +422,9 @@ def _addresses_locked() -> Iterator[None]:
 
 
 def _remove(name_or_id: str) -> None:
-    """With its volumes. Gone already, or just being removed by another process, is fine."""
-    result = _call(["docker", "rm", "--force", "--volumes", name_or_id], timeout_s=180)
+    """With its volumes: gigabytes of small files, on a disk that others use too. Gone already, or just being removed by
+    another process, is fine."""
+    result = _call(["docker", "rm", "--force", "--volumes", name_or_id], timeout_s=600)
     if not result.ok and "No such container" not in result.stderr and "already in progress" not in result.stderr:
         raise HostError(f"{name_or_id} is not removed: {result.stderr}")
 
