@@ -159,15 +159,14 @@ def id_above(table: type[peewee.Model], floor: int) -> dict[str, int]:
     """The id of the next row, where it has to be greater than `floor`; empty where the database counts on by itself."""
     if floor == 0:
         return {}
-    name = table._meta.table_name
     if is_sqlite():  # one writer at a time; the next id is the greatest one's follower
-        (newest,) = db.execute_sql(f"SELECT COALESCE(MAX(id), 0) FROM {name}").fetchone()  # noqa: S608 - our own names
+        newest: int = table.select(peewee.fn.MAX(table._meta.primary_key)).scalar() or 0
         return {"id": floor + 1} if newest < floor else {}
-    following = f"nextval(pg_get_serial_sequence('{name}', 'id'))"
-    (number,) = db.execute_sql(f"SELECT {following}").fetchone()
+    name, number, steps = table._meta.table_name, 0, 1
     while number <= floor:
-        steps = f"SELECT MAX({following}) FROM generate_series(1, %s)"  # noqa: S608 - our own names
-        (number,) = db.execute_sql(steps, (floor + 1 - number,)).fetchone()
+        following = "SELECT MAX(nextval(pg_get_serial_sequence(%s, 'id'))) FROM generate_series(1, %s)"
+        (number,) = db.execute_sql(following, (name, steps)).fetchone()
+        steps = floor + 1 - number
     return {"id": number}
 
 

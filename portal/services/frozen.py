@@ -112,9 +112,9 @@ def thaw(machine: Machine, *, by: Actor, reason: str) -> Machine:
     """An operator has compared the portal with the host and says that the portal's word counts again.
 
     The host closes what the portal does not name, and cleans nothing. A lease that the portal only had planned goes on,
-    if it is due and open there. If the host has leases that the portal has lost, or was
-    not heard at all, somebody's data may be on it: it is leased to nobody any more before it is installed anew. Raises
-    Conflict if it is not frozen, or while it is still to say what it knows.
+    if it is due and open there. If the host has leases that the portal has lost, or was not heard at all, somebody's
+    data may be on it: it is leased to nobody any more before it is installed anew. Raises Conflict if it is not frozen,
+    or while it is still to say what it knows.
     """
     with atomic():
         machine = machines.lock(machine)
